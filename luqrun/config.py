@@ -1,0 +1,146 @@
+"""The schema of a run: every key of the command line, its type and its default.
+
+The YAML files under conf/ fill these classes in; a key that is not here is refused. Checks that need more
+than a type stand in `validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from luqrun.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class ModelConfig:
+    """Which network. `stem`: auto (small for images up to 64 pixels), small or full."""
+
+    name: str = "???"
+    stem: str = "auto"
+
+
+@dataclass
+class GlyphsConfig:
+    """How the generated glyph images are drawn; counts are images, `noise` is a standard deviation in [0, 1]."""
+
+    train_images: int = 10000
+    val_images: int = 4000
+    noise: float = 0.12
+
+
+@dataclass
+class DatasetConfig:
+    """Where images come from and how they are served. `limit`: a fixed random subset of the training images."""
+
+    name: str = "???"
+    root: str | None = None
+    image_size: int = 224
+    batch_size: int = 128
+    workers: int = 0
+    limit: int | None = None
+    augment: bool = True
+    glyphs: GlyphsConfig | None = None
+
+
+@dataclass
+class OperandConfig:
+    """One quantizer: how one operand of the GEMMs becomes 4-bit codes."""
+
+    format: str = "???"
+    range: str = "absmax"
+    rounding: str = "nearest"
+    pow2_scale: bool = False
+    hindsight_momentum: float = 0.1
+
+
+@dataclass
+class GradientConfig(OperandConfig):
+    """The gradient's quantizer: logarithmic formats add an underflow rule, re-sampling adds samples."""
+
+    underflow: str | None = None
+    samples: int = 1
+    samples_scope: str = "wgrad"
+
+
+@dataclass
+class QuantConfig:
+    """A recipe: a quantizer, or none, for each operand, and the layers that stay in high precision."""
+
+    name: str = "???"
+    weight: OperandConfig | None = None
+    activation: OperandConfig | None = None
+    gradient: GradientConfig | None = None
+    skip: list[str] = field(default_factory=lambda: ["first", "last", "shortcut"])
+
+
+@dataclass
+class ScheduleConfig:
+    """Optimizer and learning rate. `accumulate` micro-batches make one step; epochs may not be zero."""
+
+    name: str = "???"
+    epochs: int = 6
+    lr: float = 0.1
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+    warmup_epochs: float = 0.0
+    milestones: list[int] = field(default_factory=lambda: [30, 60, 80])
+    gamma: float = 0.1
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    finetune_lr: float = 1e-3
+
+
+@dataclass
+class FinetuneConfig:
+    """FNT: epochs of training with INT4 weights and everything else in high precision (0: none)."""
+
+    name: str = "???"
+    epochs: int = 0
+    lr_base: float = 1e-3
+
+
+@dataclass
+class TrackingConfig:
+    """How often things are written, in optimizer steps (0: never)."""
+
+    log_every: int = 20
+    health_every: int = 100
+    histogram_every: int = 500
+    checkpoint_every: int = 500
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    compile: bool = False
+    study: str = "default"
+    resume: str = "auto"
+
+
+def check_choice(key: str, value: str, allowed) -> None:
+    """Raise UserError naming `key` and what is allowed."""
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
+
+
+def check_at_least(key: str, value: float, least: float) -> None:
+    """Raise UserError if value < least."""
+    if value < least:
+        raise UserError(f"{key}={value} is too small; it must be at least {least}")
