@@ -1,0 +1,30 @@
+"""luqrun: 4-bit training, exact, from one command.
+
+>>> recipe = luqrun.recipe("luq")
+>>> model = luqrun.quantize_model(model, recipe)
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Imported on first use: `import luqrun` stays free of torch and everything heavier.
+_HOMES = {
+    "Recipe": "luqrun.recipes",
+    "recipe": "luqrun.recipes",
+    "Quantizer": "luqrun.quantizer",
+    "QuantizedTensor": "luqrun.quantizer",
+    "quantize_model": "luqrun.convert",
+    "set_step": "luqrun.convert",
+    "set_finetune": "luqrun.convert",
+    "UserError": "luqrun.errors",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'luqrun' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

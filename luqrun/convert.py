@@ -1,0 +1,96 @@
+"""quantize_model: the walk that swaps layers, and the switches for all layers of a model."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from luqrun.errors import UserError
+from luqrun.modules import QuantConv2d, QuantLayer, QuantLinear, QuantMultiheadAttention
+from luqrun.recipes import Recipe
+
+log = logging.getLogger(__name__)
+
+# Exact types: a subclass has a forward of its own, which a swap would lose. The last one is attention's out_proj.
+TWINS = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.MultiheadAttention: QuantMultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
+}
+SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution
+
+
+def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | None = None, seed: int = 0) -> nn.Module:
+    """Swap the Conv2d, Linear and MultiheadAttention layers of `model` for ones that compute in `recipe`, in place.
+
+    Parameters, hooks and state_dict keys stay (a hindsight range adds buffers). skip: overrides recipe.skip; `()`
+    quantizes every layer. seed: of the draws. Returns the model, or its replacement where the model itself is a
+    layer. Raises UserError for a pattern that matches no layer. A subclass of these layers is left as it is, with a
+    warning: it may compute something else.
+    """
+    found = [(name, module) for name, module in model.named_modules() if type(module) in TWINS]
+    if not recipe.quantizes:
+        return model
+    left = _skipped([name for name, _ in found], recipe.skip if skip is None else skip)
+    chosen = [(name, module) for name, module in found if name not in left]
+    if not chosen:
+        warnings.warn(f"recipe {recipe.name}: every layer is skipped, nothing was quantized; see skip=()", stacklevel=2)
+    for name, module in model.named_modules():
+        is_kin = isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
+        if is_kin and type(module) not in TWINS and not isinstance(module, QuantLayer):
+            warnings.warn(f"{name} ({type(module).__name__}) is a subclass and was not quantized", stacklevel=2)
+    swapped = {
+        id(module): TWINS[type(module)].from_module(module, recipe, seed, index)
+        for index, (_, module) in enumerate(chosen)
+    }
+    for parent in list(model.modules()) + list(swapped.values()):
+        for name, child in parent._modules.items():
+            if id(child) in swapped:
+                parent._modules[name] = swapped[id(child)]
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
+    log.info("quantized %d of %d layers", len(chosen), len(found))
+    return swapped.get(id(model), model)
+
+
+def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
+    """The names that the entries of `skip` mean."""
+    if isinstance(skip, str):
+        raise UserError(f"skip={skip!r} must be a list, such as [first, last, shortcut]")
+    left = set()
+    for entry in skip:
+        if entry in ("first", "last"):
+            matched = names[:1] if entry == "first" else names[-1:]
+        elif entry == "shortcut":
+            matched = [name for name in names if fnmatchcase(name, SHORTCUT)]
+        else:
+            matched = [name for name in names if fnmatchcase(name, entry)]
+            if not matched:
+                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                raise UserError(
+                    f"skip: {entry!r} matches no layer; allowed: first, last, shortcut, or patterns of {shown}"
+                )
+        left.update(matched)
+    return left
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """(name, layer) of every quantized layer, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer))
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Set the step that names the draws: with it, a resumed run needs nothing else."""
+    for _, layer in quantized_layers(model):
+        layer.set_step(step)
+
+
+def set_finetune(model: nn.Module, on: bool) -> None:
+    """FNT: train with INT4 weights and everything else in high precision."""
+    for _, layer in quantized_layers(model):
+        layer.finetune = on

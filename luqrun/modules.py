@@ -1,0 +1,213 @@
+"""Layers whose three GEMMs run on codes: linear, conv2d, and attention with its projections.
+
+Each is its torch twin with the same parameters and state_dict keys; `QuantLayer` adds the recipe and the draws.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luqrun.errors import UserError
+from luqrun.kernels.philox import STREAM_FIELDS, make_stream
+from luqrun.qgemm import ConvOp, LinearOp, Plan, QuantizedGemm
+from luqrun.quantizer import update_hindsight
+from luqrun.recipes import OPERANDS, Recipe
+
+OPERAND_FIELD, STEP_FIELD, MICRO_STEP_FIELD, RANK_FIELD = (
+    STREAM_FIELDS.index(name) for name in ("operand", "step", "micro_step", "rank")
+)
+EVALUATION_STEP = 2**32 - 1
+
+
+class QuantLayer(nn.Module):
+    """What a quantized layer has beyond its twin.
+
+    Draws: `stream` names the next training forward; each one advances its micro_step, `set_step` restarts it.
+    Evaluation draws (of recipes with a stochastic forward) are always the same. finetune: in training, only the
+    weight is quantized (FNT); evaluation is the recipe's all the same. health: a dict to be filled by the next
+    training pass, or None.
+    """
+
+    recipe: Recipe
+    stream: Tensor
+    finetune: bool
+    health: dict | None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, recipe: Recipe, seed: int, index: int):
+        """A layer with the parameters, buffers and hooks of `module`, which it replaces."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = dict(module.__dict__)
+        layer.__dict__["_buffers"] = dict(module._buffers)
+        layer.recipe, layer.finetune, layer.health = recipe, False, None
+        layer.stream = make_stream(seed, layer=index)
+        for operand in OPERANDS:
+            quantizer = getattr(recipe, operand)
+            if quantizer is not None and quantizer.range == "hindsight":
+                maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
+                layer.register_buffer(f"{operand}_hindsight", maximum)
+        return layer
+
+    def set_step(self, step: int) -> None:
+        """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
+        self.stream[STEP_FIELD] = step
+        self.stream[MICRO_STEP_FIELD] = 0
+
+    def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
+        device_type = activation.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else activation.dtype
+        output = QuantizedGemm.apply(activation, weight, op, self._plan(activation.device), dtype)
+        if bias is None:
+            return output
+        return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
+
+    def _plan(self, device: torch.device) -> Plan:
+        learning = self.training and torch.is_grad_enabled()
+        # A forward inside a backward pass is a recomputation (activation checkpointing), not a new one.
+        recomputing = learning and torch._C._current_graph_task_id() != -1
+        high_precision = self.training and self.finetune
+        return Plan(
+            weight=self.recipe.weight,
+            activation=None if high_precision else self.recipe.activation,
+            gradient=None if high_precision else self.recipe.gradient,
+            streams=self._streams(device, learning, recomputing),
+            hindsight={name: self._buffers[key] for name in OPERANDS if (key := f"{name}_hindsight") in self._buffers},
+            observe=self._observe if learning and not recomputing else None,
+            health=self.health if learning else None,
+        )
+
+    def _streams(self, device: torch.device, learning: bool, recomputing: bool) -> dict[str, Tensor]:
+        self.stream = self.stream.to(device)
+        if dist.is_available() and dist.is_initialized():
+            self.stream[RANK_FIELD] = dist.get_rank()
+        stream = self.stream.clone()
+        if recomputing:
+            stream[MICRO_STEP_FIELD] -= 1
+        elif learning:
+            self.stream[MICRO_STEP_FIELD] += 1
+        else:
+            stream[STEP_FIELD] = EVALUATION_STEP
+        streams = {}
+        for number, operand in enumerate(OPERANDS):
+            quantizer = getattr(self.recipe, operand)
+            if quantizer is not None:
+                streams[operand] = stream.clone() if quantizer.is_stochastic else stream
+                streams[operand][OPERAND_FIELD] = number
+        return streams
+
+    def _observe(self, operand: str, maximum: Tensor) -> None:
+        # One maximum for all ranks: their copies of the buffer stay equal.
+        if dist.is_available() and dist.is_initialized():
+            maximum = maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        momentum = getattr(self.recipe, operand).hindsight_momentum
+        update_hindsight(self._buffers[f"{operand}_hindsight"], maximum, momentum)
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (super().extra_repr(), str(self.recipe)) if part)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """nn.Linear on codes: (..., in_features) -> (..., out_features)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quantized_gemm(LinearOp(), input, self.weight, self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """nn.Conv2d on codes: any stride, padding, padding mode, dilation and groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        batched = input if input.dim() == 4 else input.unsqueeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            # Modes and the uneven `same` are a pass of their own, before quantization.
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            batched = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        op = ConvOp(self.stride, padding, self.dilation, self.groups)
+        output = self.quantized_gemm(op, batched, self.weight, self.bias)
+        return output if input.dim() == 4 else output.squeeze(0)
+
+
+class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention whose projections are linear layers on codes.
+
+    The packed input projection is one layer (one scale for the weights of query, key and value); out_proj is a
+    QuantLinear of its own. The attention products stay in high precision: the paper quantizes layers.
+    """
+
+    @classmethod
+    def from_module(cls, module: nn.MultiheadAttention, recipe: Recipe, seed: int, index: int):
+        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+            raise UserError(
+                "MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn cannot be quantized: put it in skip"
+            )
+        return super().from_module(module, recipe, seed, index)
+
+    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        whole = first == 0 and last == 3
+        weight = self.in_proj_weight if whole else self.in_proj_weight[rows]
+        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[rows]
+        return self.quantized_gemm(LinearOp(), x, weight, bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention; `is_causal` is a hint there, and needs `attn_mask` too."""
+        if is_causal and attn_mask is None:
+            raise UserError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
+        if query is key and key is value:
+            q, k, v = self._project(query, 0, 3).chunk(3, dim=-1)
+        elif key is value:
+            q, (k, v) = self._project(query, 0, 1), self._project(key, 1, 3).chunk(2, dim=-1)
+        else:
+            q, k, v = (self._project(x, i, i + 1) for i, x in enumerate((query, key, value)))
+        batched = q.dim() == 3
+        if batched and not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        # (..., length, heads * head_dim) -> (..., heads, length, head_dim)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2) for x in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            attended = F.dropout(weights, dropout) @ v
+            weights = weights.mean(-3) if average_attn_weights else weights
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            weights = None
+        attended = attended.transpose(-3, -2).flatten(-2)
+        if batched and not self.batch_first:
+            attended = attended.transpose(0, 1)
+        return self.out_proj(attended), weights
+
+    def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """Both masks as one additive mask that broadcasts against (..., heads, length, source)."""
+        total = None
+        for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
+            if mask is None:
+                continue
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+            if is_padding:
+                mask = mask[..., None, None, :]
+            elif mask.dim() == 3:
+                mask = mask.view(*q.shape[:-2], *mask.shape[-2:])
+            total = mask.to(q.dtype) if total is None else total + mask
+        return total

@@ -1,0 +1,181 @@
+"""A quantizer: range -> scale, rounding, samples. Turns a tensor into codes and one scale.
+
+Immutable and without state: what a hindsight range remembers is a tensor that the caller owns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from luqrun import kernels
+from luqrun.config import GradientConfig, OperandConfig, check_at_least, check_choice
+from luqrun.errors import UserError
+from luqrun.formats import Format, get_format, pack
+from luqrun.kernels.philox import make_stream
+
+RANGES = ("absmax", "sawb", "hindsight")
+ROUNDINGS = ("nearest", "stochastic")
+UNDERFLOWS = ("flush", "nearest", "stochastic")
+SAMPLES_SCOPES = ("wgrad", "both")
+MAX_SAMPLES = 64
+
+# SAWB: clip = c1 sqrt(E[x^2]) - c2 E|x|, by width of the integer format.
+SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64), 8: (31.76, 35.04)}
+SMALLEST = 2.0**-149  # the smallest positive float32
+LARGEST_POWER = 2.0**127
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """codes * scale. codes: form.code_dtype, the shape of the source; scale: 0-dim float32; signed: 0-dim bool.
+
+    A NaN or Inf in the source makes the scale NaN, and with it every value.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    signed: Tensor
+    form: Format
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, in `dtype`."""
+        return (self.codes.float() * self.scale).to(dtype)
+
+    def packed(self) -> Tensor:
+        """The codes in row-major order at form.bits bits each: uint8, ceil(numel * bits / 8) bytes (formats.pack)."""
+        return pack(self.form.to_fields(self.codes), self.form.bits)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How one operand becomes 4-bit codes; the fields are the keys under quant.weight and the others.
+
+    format: see luqrun.formats. range: absmax (the largest code is max|x|, Eq. 11), sawb (integer formats) or
+    hindsight (Eq. 18, with `hindsight_momentum` for eta). rounding: nearest or stochastic. underflow, below the
+    smallest power of two of a logarithmic format: flush, nearest or stochastic (default: as `rounding`). samples:
+    independent draws whose weight gradients are averaged (SMP, 5.1); samples_scope: wgrad, or both for dgrad too.
+    pow2_scale: the scale is rounded up to a power of two (A.7). Raises UserError for what does not go together.
+    """
+
+    format: str
+    range: str = "absmax"
+    rounding: str = "nearest"
+    underflow: str | None = None
+    samples: int = 1
+    samples_scope: str = "wgrad"
+    pow2_scale: bool = False
+    hindsight_momentum: float = 0.1
+
+    def __post_init__(self):
+        check_choice("range", self.range, RANGES)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("samples_scope", self.samples_scope, SAMPLES_SCOPES)
+        check_at_least("samples", self.samples, 1)
+        if self.samples > MAX_SAMPLES:
+            raise UserError(f"samples={self.samples} is too many; at most {MAX_SAMPLES}")
+        if not 0 <= self.hindsight_momentum < 1:
+            raise UserError(f"hindsight_momentum={self.hindsight_momentum} is out of range; allowed: 0 <= eta < 1")
+        form = self.form
+        if self.underflow is None:
+            if form.logarithmic:
+                object.__setattr__(self, "underflow", self.rounding)
+        elif not form.logarithmic:
+            raise UserError(f"underflow={self.underflow} is for logarithmic formats; with format={form.name}, omit it")
+        else:
+            check_choice("underflow", self.underflow, UNDERFLOWS)
+        if self.range == "sawb" and (form.logarithmic or form.bits not in SAWB):
+            allowed = ", ".join(f"int{bits}" for bits in SAWB)
+            raise UserError(f"range=sawb has no coefficients for format={form.name}; allowed formats: {allowed}")
+        if self.samples > 1 and not self.is_stochastic:
+            raise UserError(f"samples={self.samples} needs rounding or underflow=stochastic: all draws would be equal")
+
+    @classmethod
+    def from_config(cls, config: OperandConfig | GradientConfig, key: str) -> Quantizer:
+        """From its part of the config; errors name keys under `key` (such as quant.weight)."""
+        try:
+            names = {field.name for field in fields(cls)}
+            return cls(**{name: value for name, value in vars(config).items() if name in names})
+        except UserError as error:
+            raise UserError(f"{key}.{error}") from None
+
+    @property
+    def form(self) -> Format:
+        return get_format(self.format)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return "stochastic" in (self.rounding, self.underflow)
+
+    def __str__(self):
+        parts = [self.format, self.range, self.rounding]
+        if self.underflow not in (None, self.rounding):
+            parts.append(f"underflow={self.underflow}")
+        if self.samples > 1:
+            parts.append(f"samples={self.samples}" + (" (both)" if self.samples_scope == "both" else ""))
+        if self.pow2_scale:
+            parts.append("pow2_scale")
+        return "/".join(parts)
+
+    def measure(self, x: Tensor, hindsight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale 0-dim float32, signed 0-dim bool, max|x| 0-dim float32) of x, all on x's device.
+
+        hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used).
+        """
+        largest, negative, sum1, sum2 = kernels.backend_for(x.device.type).statistics(x, self.range == "sawb").unbind()
+        maximum = clip = largest.float()
+        if self.range == "sawb":
+            c1, c2 = SAWB[self.form.bits]
+            count = max(x.numel(), 1)
+            clip = (c1 * (sum2 / count).sqrt() - c2 * (sum1 / count)).float()
+            clip = torch.where(clip > 0, torch.minimum(clip, maximum), maximum)
+        elif self.range == "hindsight" and hindsight is not None:
+            clip = torch.where(hindsight > 0, hindsight.to(maximum.device), maximum)
+        signed = (negative > 0) | torch.tensor(self.form.logarithmic, device=x.device)
+        scale = self._scale(clip, torch.where(signed, self.form.limit, self.form.unsigned_limit))
+        return torch.where(maximum.isfinite(), scale, torch.nan), signed, maximum
+
+    def _scale(self, clip: Tensor, limit: Tensor) -> Tensor:
+        scale = clip / limit
+        # Among subnormals the quotient may round down by much: the largest code must still reach the clip.
+        scale = torch.where((scale.double() * limit < clip) & (scale < 2.0**-126), scale + SMALLEST, scale)
+        if self.pow2_scale:
+            # Up, so that nothing is clipped: carry any mantissa bit into the exponent.
+            power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+            scale = power.clamp(max=LARGEST_POWER)
+        return scale
+
+    def encode(self, x: Tensor, scale: Tensor, signed: Tensor, stream: Tensor, sample: int = 0) -> Tensor:
+        """Codes of x for a scale from `measure`; stream names the draw (luqrun.kernels.philox)."""
+        backend = kernels.backend_for(x.device.type)
+        return backend.encode(x, scale, signed, self.form, self.rounding, self.underflow, stream, sample)
+
+    def quantize(self, x: Tensor, seed: int = 0, sample: int = 0) -> QuantizedTensor:
+        """Quantize x (any shape, any floating dtype, taken as float32). The draw is that of (seed, sample)."""
+        if not x.is_floating_point():
+            raise UserError(f"quantize takes floating tensors, not {x.dtype}")
+        scale, signed, _ = self.measure(x)
+        return QuantizedTensor(self.encode(x, scale, signed, make_stream(seed), sample), scale, signed, self.form)
+
+
+def update_hindsight(hindsight: Tensor, maximum: Tensor, momentum: float) -> None:
+    """In place m <- (1 - eta) max|x| + eta m (Eq. 18); the first maximum is taken as it is, a NaN or Inf not at all."""
+    new = torch.where(hindsight > 0, (1 - momentum) * maximum + momentum * hindsight, maximum)
+    hindsight.copy_(torch.where(maximum.isfinite(), new, hindsight))
+
+
+def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """What quantization did to x: float32 (3,) of clipped share, underflow share, relative error ||x_q - x|| / ||x||.
+
+    Clipped: beyond the largest code. Underflow: of the non-zero elements, those that became zero.
+    """
+    x = x.detach().float()
+    codes, scale = quantized.codes, quantized.scale
+    limit = torch.where(quantized.signed, quantized.form.limit, quantized.form.unsigned_limit)
+    clipped = (x.abs() > scale * limit * (1 + 1e-6)).float().mean()
+    nonzero = x != 0
+    underflow = ((codes == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
+    error = (quantized.dequantize() - x).norm() / x.norm().clamp(min=SMALLEST)
+    return torch.stack([clipped, underflow, error])

@@ -1,0 +1,82 @@
+"""A recipe: a quantizer, or none, for each operand of a layer's GEMMs, and the layers left alone.
+
+A recipe is one YAML under conf/quant/: a new scheme that mixes known parts needs no Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from luqrun.config import QuantConfig
+from luqrun.errors import UserError
+from luqrun.quantizer import Quantizer
+
+OPERANDS = ("weight", "activation", "gradient")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantizers of the three operands (None: high precision) and `skip`.
+
+    skip: first, last, shortcut, or patterns (fnmatch) of module names, for the layers kept in high precision.
+    """
+
+    name: str
+    weight: Quantizer | None = None
+    activation: Quantizer | None = None
+    gradient: Quantizer | None = None
+    skip: tuple[str, ...] = ("first", "last", "shortcut")
+
+    @classmethod
+    def from_config(cls, config: QuantConfig) -> Recipe:
+        """From the `quant` part of the config; UserError names the key that is wrong."""
+        quantizers = {
+            operand: part and Quantizer.from_config(part, f"quant.{operand}")
+            for operand in OPERANDS
+            for part in [getattr(config, operand)]
+        }
+        return cls(name=config.name, skip=tuple(config.skip), **quantizers)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is any quantizer at all."""
+        return any(getattr(self, operand) for operand in OPERANDS)
+
+    def __str__(self):
+        return ", ".join(f"{operand}={getattr(self, operand) or 'high precision'}" for operand in OPERANDS)
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"conf/ was found neither in {here} nor beside it; install luqrun again")
+
+
+def recipe(name: str, **overrides) -> Recipe:
+    """The recipe of conf/quant/<name>.yaml, with overrides as keywords.
+
+    Keywords are the keys of the file (weight, activation, gradient: None, or a dict of the keys to change; skip) and,
+    for short, `samples` and `samples_scope` of the gradient. Raises UserError for unknown names, keys and values.
+
+    >>> recipe("luq", samples=2, skip=())
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}")
+    for key in ("samples", "samples_scope"):
+        if key in overrides:
+            overrides["gradient"] = {**(overrides.get("gradient") or {}), key: overrides.pop(key)}
+    if "skip" in overrides:
+        overrides["skip"] = list(overrides["skip"])
+    try:
+        config = OmegaConf.merge(QuantConfig, OmegaConf.load(conf_dir() / "quant" / f"{name}.yaml"), overrides)
+        return Recipe.from_config(OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {name!r}: {str(error).splitlines()[0]}") from None
