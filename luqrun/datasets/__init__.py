@@ -1,0 +1,69 @@
+"""Image data sets by name, and the loaders that serve them.
+
+    data = build_dataset(config, seed=0)
+    for images, labels in train_loader(data, config, seed=0, epoch=0): ...      # luqrun.datasets.loader
+
+Nothing heavy is imported before a data set is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luqrun.config import DatasetConfig, check_at_least, check_choice
+from luqrun.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
+SUBSET_SEED = 2112
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a validation set of images (channels, image_size, image_size) in the same classes."""
+
+    train: Dataset
+    val: Dataset
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+
+
+def build_dataset(config: DatasetConfig, seed: int) -> Data:
+    """The data set that `config` names.
+
+    `seed` is the run's. No data set here depends on it: the images and the subset of `dataset.limit` are the same
+    in every run; order and augmentation follow the seed that the training loader is given.
+
+    Raises UserError naming the key, or the file, that is wrong.
+    """
+    check_choice("dataset.name", config.name, NAMES)
+    check_at_least("dataset.image_size", config.image_size, 8)
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    check_at_least("dataset.workers", config.workers, 0)
+    if config.limit is not None:
+        check_at_least("dataset.limit", config.limit, 1)
+    if config.name == "glyphs":
+        from luqrun.datasets.glyphs import build_glyphs as build
+    else:
+        from luqrun.datasets.images import build_images as build
+    data = build(config)
+    from luqrun.datasets.loader import batches_per_epoch
+
+    batches_per_epoch(data, config)  # a batch that is too large fails here, before a model is built
+    return data
+
+
+def subset(count: int, limit: int | None) -> np.ndarray:
+    """Indices (int64, ascending) of the training images that `dataset.limit` keeps; smaller limits are nested."""
+    if limit is None:
+        return np.arange(count)
+    if limit > count:
+        raise UserError(f"dataset.limit={limit} is more than the {count} training images there are")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
+    return np.sort(rng.permutation(count)[:limit])

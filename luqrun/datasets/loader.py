@@ -1,0 +1,131 @@
+"""The loaders: which image comes when, on which rank, with which augmentation.
+
+The order of an epoch is a pure function of (seed, epoch), the augmentation of an image one of (seed, epoch, index).
+Neither depends on the number of workers or ranks, nor on where the epoch was entered, so that a resumed run sees
+what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from luqrun.config import DatasetConfig, check_at_least
+from luqrun.datasets import Data
+from luqrun.datasets.pixels import Images, seeded
+from luqrun.errors import UserError
+
+_ORDER, _AUGMENT = 1, 2  # what a key is for: order and augmentation share no bits
+
+
+def train_loader(
+    data: Data, config: DatasetConfig, seed: int, epoch: int, first_batch: int = 0, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """One epoch of shuffled training batches: float32 (n, C, H, W) and int64 (n,), n = batch_size / world_size.
+
+    `config.batch_size` counts the images of all ranks; rank r takes every world_size-th of them from the r-th on.
+    The last, incomplete batch is left out. `first_batch` batches are skipped without being loaded.
+    Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable image.
+    """
+    batches = batches_per_epoch(data, config)
+    _check_ranks(config, world_size)
+    rng = np.random.Generator(np.random.Philox(key=int(_key(seed, _ORDER, epoch)[0])))
+    order = rng.permutation(len(data.train))
+    schedule = [
+        order[start : start + config.batch_size][rank::world_size]
+        for start in range(first_batch * config.batch_size, batches * config.batch_size, config.batch_size)
+    ]
+    return _loader(data.train, config, seed, epoch, schedule)
+
+
+def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """The validation set in order, each image exactly once over all ranks; the last batch may be smaller.
+
+    The ranks may differ by one in the number of images, and of batches: add up counts after the loop, not in it.
+    """
+    _check_ranks(config, world_size)
+    own = np.arange(rank, len(data.val), world_size)
+    size = config.batch_size // world_size
+    return _loader(data.val, config, 0, 0, [own[start : start + size] for start in range(0, len(own), size)])
+
+
+def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
+    """Whole batches in the training set. Raises UserError if there is not even one."""
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    if config.batch_size > len(data.train):
+        raise UserError(
+            f"dataset.batch_size={config.batch_size} is more than the {len(data.train)} training images "
+            "(all, or what dataset.limit leaves)"
+        )
+    return len(data.train) // config.batch_size
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Served(Dataset):
+    """One epoch of a data set: turns a batch of indices, int64 (n,), into a batch of images and labels."""
+
+    def __init__(self, dataset: Dataset, seed: int, epoch: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: np.ndarray):
+        keys = _key(self.seed, _AUGMENT, self.epoch, indices)
+        try:
+            if isinstance(self.dataset, Images):
+                return self.dataset.batch(indices, keys)
+            return tuple(default_collate(seeded(self.dataset.__getitem__, indices, keys)))
+        except UserError as error:
+            # Raised in a worker it would arrive as another error, its text a traceback.
+            return error
+
+
+def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, schedule: list[np.ndarray]) -> DataLoader:
+    check_at_least("dataset.workers", config.workers, 0)
+    return _Loader(
+        _Served(dataset, seed, epoch),
+        batch_sampler=schedule,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=config.workers > 0 and torch.cuda.is_available(),
+        generator=torch.Generator(),  # else starting the loader would draw from torch's own generator
+    )
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _check_ranks(config: DatasetConfig, world_size: int) -> None:
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    if config.batch_size % world_size:
+        raise UserError(f"dataset.batch_size={config.batch_size} must be a multiple of the {world_size} processes")
+
+
+def _key(*words) -> np.ndarray:
+    """Mix integers, the last may be many, into uint64 keys: a chain of splitmix64 steps (Steele et al. 2014).
+
+    Each step is a bijection, so that in one epoch no two images share a key.
+    """
+    key = np.zeros(1, np.uint64)
+    for word in words:
+        word = np.atleast_1d(np.asarray(word)).astype(np.uint64)
+        key = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ key >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        key = (key ^ key >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        key = key ^ key >> np.uint64(31)
+    return key
