@@ -1,0 +1,480 @@
+"""Quantized layers as modules: draws, evaluation, hindsight, checkpointing, copies, padding, attention."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import luqrun
+from luqrun.convert import set_step
+from luqrun.errors import UserError
+from luqrun.modules import QuantConv2d, QuantLinear, QuantMultiheadAttention
+from luqrun.quantizer import Quantizer
+from luqrun.recipes import Recipe
+
+INT4 = Quantizer("int4", range="sawb")
+INT4_SR = Quantizer("int4", rounding="stochastic")
+E3M0 = Quantizer("e3m0", rounding="stochastic")
+LUQ = Recipe("luq", INT4, INT4, E3M0)
+NOTHING = Recipe("nothing")
+ALL_STOCHASTIC = Recipe("stochastic", INT4_SR, INT4_SR, E3M0)
+HINDSIGHT = Recipe(
+    "hindsight",
+    Quantizer("int4", range="hindsight"),
+    Quantizer("int4", range="hindsight"),
+    Quantizer("e3m0", range="hindsight", rounding="stochastic"),
+)
+BUFFERS = {"weight_hindsight", "activation_hindsight", "gradient_hindsight"}
+
+
+def quantize(model, recipe=LUQ, **options):
+    return luqrun.quantize_model(model, recipe, skip=(), **options)
+
+
+def mlp(recipe=LUQ, seed=0):
+    torch.manual_seed(1)
+    return quantize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), recipe, seed=seed)
+
+
+def train_step(model, x, loss=lambda y: (y * torch.arange(1, y.numel() + 1).view_as(y)).sin().sum()):
+    """Gradients of one training pass."""
+    model.zero_grad()
+    loss(model(x)).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def values(x, quantizer=INT4):
+    return quantizer.quantize(x).dequantize()
+
+
+# Layers
+
+
+@pytest.mark.parametrize("recipe", [LUQ, NOTHING], ids=["luq", "no quantizer"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": (2, 1), "padding_mode": "circular"},
+        {"padding": 1, "padding_mode": "replicate", "stride": 2},
+        {"padding": "same", "padding_mode": "reflect"},
+        {"padding": "same"},
+        {"padding": "same", "dilation": 2, "kernel_size": (2, 3)},
+        {"padding": "valid"},
+    ],
+    ids=str,
+)
+def test_padding_modes(options, recipe):
+    plain = nn.Conv2d(3, 4, **{"kernel_size": 3, **options})
+    layer = QuantConv2d.from_module(copy.deepcopy(plain), recipe, 0, 0)
+    x = torch.randn(2, 3, 6, 7)
+    if recipe is NOTHING:
+        expected = plain(x)
+    else:
+        with torch.no_grad():
+            plain.weight.copy_(values(plain.weight))
+        # Padding repeats or adds zeros: the quantized padded input is the padded quantized one, up to its scale.
+        padding = plain._reversed_padding_repeated_twice
+        if options.get("padding_mode", "zeros") != "zeros":
+            padded = F.pad(x, padding, mode=options["padding_mode"])
+        else:
+            padded = F.pad(x, padding) if isinstance(plain.padding, str) else x
+        expected = F.conv2d(values(padded), plain.weight, plain.bias, plain.stride, 0, plain.dilation)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unbatched_convolution():
+    layer, x = quantize(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(3, 6, 7, requires_grad=True)
+    output = layer(x)
+    assert output.shape == (4, 6, 7)
+    assert torch.equal(output, layer(x[None])[0])
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "positions"),
+    [(nn.Linear(5, 3), torch.randn(4, 5), (0,)), (nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6), (0, 2, 3))],
+    ids=["linear", "conv"],
+)
+def test_bias_is_added_and_its_gradient_is_not_quantized(layer, x, positions):
+    layer = quantize(copy.deepcopy(layer))
+    output = layer(x)
+    g = torch.randn_like(output)
+    output.backward(g)
+    torch.testing.assert_close(layer.bias.grad, g.sum(positions))
+    with torch.no_grad():
+        bias, layer.bias = layer.bias, None
+        torch.testing.assert_close(output, layer(x) + bias.view(-1, *(1,) * (len(positions) - 1)))
+
+
+# Draws
+
+
+def test_consecutive_training_forwards_draw_differently():
+    model, x = mlp(), torch.randn(5, 8)
+    first, second = train_step(model, x), train_step(model, x)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[3], second[3])  # the last bias: nothing random before it
+
+
+def test_set_step_reproduces_exactly_and_differs_between_steps():
+    model, x = mlp(ALL_STOCHASTIC), torch.randn(5, 8)
+    set_step(model, 7)
+    first = [train_step(model, x) for _ in range(3)]  # micro-steps 0, 1, 2
+    train_step(model, x)
+    set_step(model, 7)
+    again = [train_step(model, x) for _ in range(3)]
+    assert all(map(same, first, again))
+    set_step(model, 8)
+    assert not any(torch.equal(train_step(model, x)[0], grads[0]) for grads in first)
+    resumed = mlp(ALL_STOCHASTIC)
+    set_step(resumed, 7)
+    assert same(train_step(resumed, x), first[0])
+
+
+def test_draws_depend_on_the_seed_and_the_layer_and_on_no_global_generator():
+    x = torch.randn(5, 8)
+    assert same(train_step(mlp(seed=3), x), train_step(mlp(seed=3), x))
+    assert not torch.equal(train_step(mlp(seed=3), x)[0], train_step(mlp(seed=4), x)[0])
+    layer = nn.Linear(8, 8, bias=False)
+    twins = quantize(nn.ModuleList([copy.deepcopy(layer), copy.deepcopy(layer)]))
+    state = torch.get_rng_state()
+    g = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    grads = [torch.autograd.grad(twin(x), twin.weight, g)[0] for twin in twins]
+    assert not torch.equal(*grads)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_models_quantized_apart_draw_apart():
+    # Two recipes in one model: two calls, whose layers must not share random bits.
+    layer, x, g = nn.Linear(8, 8, bias=False), torch.randn(5, 8), torch.randn(5, 8)
+    model = nn.ModuleDict({"encoder": copy.deepcopy(layer), "decoder": copy.deepcopy(layer)})
+    for name in model:
+        model[name] = quantize(model[name], LUQ)
+    grads = [torch.autograd.grad(model[name](x), model[name].weight, g)[0] for name in model]
+    assert not torch.equal(*grads)
+
+
+@pytest.mark.parametrize("recipe", [ALL_STOCHASTIC, HINDSIGHT], ids=lambda recipe: recipe.name)
+def test_evaluation_leaves_draws_and_hindsight_alone(recipe):
+    models, x = [mlp(recipe), mlp(recipe)], torch.randn(5, 8)
+    assert same(*(train_step(model, x) for model in models))
+    evaluated = models[0]
+    buffers = {name: buffer.clone() for name, buffer in evaluated.named_buffers()}
+    with torch.no_grad():
+        evaluated(10 * x)  # training mode without gradients: nothing is learnt
+    evaluated.eval()
+    outputs = [evaluated(10 * x) for _ in range(2)]
+    assert torch.equal(*outputs)
+    train_step(evaluated, 10 * x)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in evaluated.named_buffers())
+    evaluated.train()
+    assert same(*(train_step(model, x) for model in models))
+
+
+def test_a_stochastic_evaluation_is_the_same_at_every_step():
+    model, x = mlp(ALL_STOCHASTIC).eval(), torch.randn(5, 8)
+    before = model(x)
+    set_step(model, 100)
+    assert torch.equal(model(x), before)
+
+
+def test_hindsight_is_learnt_once_a_forward_and_used_by_the_next():
+    layer = quantize(nn.Linear(6, 3, bias=False), HINDSIGHT)
+    assert {name for name, _ in layer.named_buffers()} == BUFFERS
+    x, g = torch.randn(4, 6), torch.randn(4, 3)
+    layer(x).backward(g)
+    maxima = {"activation": x, "weight": layer.weight, "gradient": g}
+    for operand, tensor in maxima.items():
+        assert getattr(layer, f"{operand}_hindsight") == tensor.abs().max()
+    layer(3 * x).backward(g)
+    largest = x.abs().max()
+    torch.testing.assert_close(layer.activation_hindsight, 0.9 * (3 * largest) + 0.1 * largest)
+    # What is used is the estimate: an input far beyond it is clipped to its sign times the estimate.
+    clipped = x.sign() * layer.activation_hindsight
+    weight = values(layer.weight, Quantizer("int4"))
+    torch.testing.assert_close(layer.eval()(1e6 * x), F.linear(clipped, weight))
+
+
+def test_hindsight_survives_nan():
+    layer, x = quantize(nn.Linear(6, 3), HINDSIGHT), torch.randn(4, 6)
+    layer(x).sum().backward()
+    before = layer.activation_hindsight.clone()
+    assert layer(x * torch.nan).isnan().all()
+    assert torch.equal(layer.activation_hindsight, before)
+
+
+def test_hindsight_of_a_tiny_gradient_in_a_half_precision_model():
+    layer = quantize(nn.Linear(6, 3), HINDSIGHT).half()
+    for exponent in (-20, -24):
+        layer(torch.ones(4, 6, dtype=torch.float16)).backward(torch.full((4, 3), 2.0**exponent, dtype=torch.float16))
+    assert layer.gradient_hindsight == pytest.approx(0.9 * 2.0**-24 + 0.1 * 2.0**-20, rel=1e-5)
+
+
+# Activation checkpointing
+
+
+class Twice(nn.Module):
+    """One layer that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(self.layer(x).relu())
+
+
+class Cross(nn.Module):
+    """Attention with two projections a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        memory = x.flip(0)
+        return self.attention(x, memory, memory, need_weights=False)[0]
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("recipe", [LUQ, ALL_STOCHASTIC, HINDSIGHT], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("block", [Chain, Twice, Cross])
+def test_checkpointing_changes_nothing(block, recipe):
+    plain = quantize(block(), recipe)
+    twin = Checkpointed(copy.deepcopy(plain))
+    for step in range(3):
+        x = torch.randn(5, 3, 8) * (step + 1)
+        expected, found = train_step(plain, x), train_step(twin, x)
+        for left, right in zip(expected, found, strict=True):
+            torch.testing.assert_close(right, left, rtol=1e-6, atol=1e-6)
+        assert same(plain.buffers(), twin.buffers())
+
+
+def test_checkpointing_of_two_micro_batches_before_one_backward():
+    plain = mlp(ALL_STOCHASTIC)
+    twin = Checkpointed(copy.deepcopy(plain))
+    x, y = torch.randn(2, 5, 8)
+    grads = []
+    for model in (plain, twin):
+        (model(x).sin().sum() + model(y).sin().sum()).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for left, right in zip(*grads, strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-6, atol=1e-6)
+
+
+# Copies, saving, two recipes
+
+
+def test_two_recipes_in_one_process():
+    x = torch.randn(5, 8)
+    alone = [train_step(mlp(recipe), x) for recipe in (LUQ, ALL_STOCHASTIC)]
+    models = [mlp(LUQ), mlp(ALL_STOCHASTIC)]
+    outputs = [model(x).sin() for model in models]
+    assert not torch.equal(*outputs)
+    together = [train_step(mlp(recipe), x) for recipe in (LUQ, ALL_STOCHASTIC)]
+    assert all(map(same, alone, together))
+
+
+def test_a_deep_copy_goes_on_by_itself():
+    model, x = mlp(HINDSIGHT), torch.randn(5, 8)
+    train_step(model, x)
+    twin = copy.deepcopy(model)
+    train_step(model, 2 * x)
+    assert same(train_step(twin, 2 * x), [parameter.grad for parameter in model.parameters()])
+    assert same(twin.buffers(), model.buffers())
+    train_step(twin, 5 * x)
+    assert not torch.equal(twin[0].activation_hindsight, model[0].activation_hindsight)
+
+
+def test_state_dict_round_trip_with_hindsight(tmp_path):
+    model, x = mlp(HINDSIGHT), torch.randn(5, 8)
+    train_step(model, x)
+    keys = {f"{layer}.{name}" for layer in (0, 2) for name in {"weight", "bias", *BUFFERS}}
+    assert set(model.state_dict()) == keys
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    resumed = mlp(HINDSIGHT)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in (model, resumed):
+        set_step(each, 1)
+    assert same(train_step(model, 3 * x), train_step(resumed, 3 * x))
+    assert same(model.buffers(), resumed.buffers())
+
+
+def test_health_is_filled_by_a_training_pass():
+    layer = quantize(nn.Linear(8, 3))
+    layer.health = {}
+    layer(torch.randn(5, 8)).sum().backward()
+    assert set(layer.health) == {"weight", "activation", "gradient", "gradient_exponents"}
+    assert layer.health["weight"].shape == (3,)
+    assert layer.health["gradient_exponents"].sum() == 15
+
+
+# Attention
+
+
+def attention_inputs(batch_first, length=5, source=7, batch=3, width=8):
+    query, memory = torch.randn(batch, length, width), torch.randn(batch, source, width)
+    return (query, memory) if batch_first else (query.transpose(0, 1), memory.transpose(0, 1))
+
+
+MASKS = {
+    "none": {},
+    "bool": {"attn_mask": "bool"},
+    "float": {"attn_mask": "float"},
+    "per head": {"attn_mask": "heads"},
+    "padding": {"key_padding_mask": "bool"},
+    "float padding": {"key_padding_mask": "float"},
+    "both": {"attn_mask": "bool", "key_padding_mask": "bool"},
+}
+
+
+def make_masks(kinds, length, source, batch=3, heads=2):
+    masks = {}
+    for name, kind in kinds.items():
+        shape = (batch, source) if name == "key_padding_mask" else (length, source)
+        shape = (batch * heads, length, source) if kind == "heads" else shape
+        mask = torch.rand(shape) < 0.3
+        mask[..., 0] = False  # no row without any key
+        masks[name] = mask if kind == "bool" else torch.randn(shape).masked_fill(mask, -torch.inf)
+    return masks
+
+
+@pytest.mark.parametrize("kinds", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_without_quantizers_is_torchs(batch_first, cross, kinds):
+    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    nn.init.normal_(plain.in_proj_bias)
+    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
+    query, memory = attention_inputs(batch_first)
+    inputs = (query, memory, memory) if cross else (query, query, query)
+    masks = make_masks(kinds, 5, 7 if cross else 5)
+    for options in ({}, {"need_weights": False}, {"average_attn_weights": False}):
+        expected, found = plain(*inputs, **masks, **options), layer(*inputs, **masks, **options)
+        torch.testing.assert_close(found[0], expected[0])
+        assert (found[1] is None) == (expected[1] is None)
+        if found[1] is not None:
+            torch.testing.assert_close(found[1], expected[1])
+    expected[0].sin().sum().backward()
+    found[0].sin().sum().backward()
+    for left, right in zip(plain.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(right.grad, left.grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_of_three_inputs_unbatched_and_causal(bias):
+    plain = nn.MultiheadAttention(8, 4, bias=bias)
+    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
+    query, key, value = torch.randn(3, 5, 8)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    for options in (
+        {},
+        {"attn_mask": causal, "is_causal": True},
+        {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"key_padding_mask": torch.tensor([False, True, False, False, True])},
+        {"attn_mask": torch.randn(4, 5, 5)},
+    ):
+        expected, found = plain(query, key, value, **options), layer(query, key, value, **options)
+        torch.testing.assert_close(found[0], expected[0])
+        if expected[1] is not None:
+            torch.testing.assert_close(found[1], expected[1])
+    with pytest.raises(UserError, match=r"is_causal.*attn_mask"):
+        layer(query, key, value, is_causal=True)
+
+
+def test_dropout_of_attention_is_off_in_evaluation():
+    plain = nn.MultiheadAttention(8, 2, dropout=0.5)
+    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
+    query, memory = attention_inputs(False)
+    assert not torch.allclose(layer(query, memory, memory)[0], layer(query, memory, memory)[0])
+    torch.testing.assert_close(layer.eval()(query, memory, memory)[0], plain.eval()(query, memory, memory)[0])
+
+
+def with_quantized_weights(module, names):
+    """A copy whose named parameters hold the values of their int4 codes."""
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in names:
+            parameter = module.get_parameter(name)
+            parameter.copy_(values(parameter))
+    return module
+
+
+def test_attention_keeps_its_keys_and_quantizes_its_projections():
+    plain = nn.MultiheadAttention(8, 2, batch_first=True)
+    layer = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4))
+    assert isinstance(layer, QuantMultiheadAttention)
+    assert isinstance(layer.out_proj, QuantLinear)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    query, _ = attention_inputs(True)
+    expected = with_quantized_weights(plain, ["in_proj_weight", "out_proj.weight"])(query, query, query)
+    found = layer(query, query, query)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], plain(query, query, query)[0], rtol=1e-3)
+    # Activations: the input of the packed projection has int4 codes.
+    layer = quantize(copy.deepcopy(plain), Recipe("activations", activation=INT4))
+    plain.out_proj, layer.out_proj = nn.Identity(), nn.Identity()
+    plain.out_proj.weight, plain.out_proj.bias = nn.Parameter(torch.eye(8)), nn.Parameter(torch.zeros(8))
+    query_values = values(query)
+    torch.testing.assert_close(
+        layer(query, query, query)[0], plain(query_values, query_values, query_values)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_encoder_runs_quantized_in_evaluation(norm_first):
+    # torch has a fused path for evaluation without gradients that would read the weights past the layers.
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    model = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4)).eval()
+    weights = [name for name, _ in plain.named_parameters() if "norm" not in name and name.endswith("weight")]
+    assert len(weights) == 8
+    expected_model = with_quantized_weights(plain, weights).eval()
+    plain.eval()
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    for options in ({}, {"src_key_padding_mask": padding}):
+        with torch.no_grad():
+            expected, found, wrong = (each(x, **options) for each in (expected_model, model, plain))
+        kept = ~padding if options else torch.ones(3, 5, dtype=torch.bool)
+        torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found[kept], wrong[kept], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(model(x, **options)[kept], found[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_trains():
+    model = quantize(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    grads = train_step(model, torch.randn(3, 5, 8))
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("options", [{"kdim": 4}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_attention_that_cannot_be_quantized_is_refused(options):
+    with pytest.raises(UserError, match="skip"):
+        quantize(nn.ModuleList([nn.MultiheadAttention(8, 2, **options)]))
