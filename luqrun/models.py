@@ -11,9 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-import torch.nn.functional as F
 import torchvision.models as tv
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from luqrun.config import ModelConfig, check_at_least, check_choice
@@ -35,35 +34,6 @@ _MOBILENET_V2_SMALL = (
 )
 # Channels before the width multiplier of 0.5.
 _MOBILENET_TINY = ([1, 16, 1, 1], [4, 24, 1, 2], [4, 40, 1, 2], [4, 64, 1, 1])
-
-
-class SelfAttention(nn.Module):
-    """nn.MultiheadAttention for queries = keys = values, made of two Linear modules, `in_proj` and `out_proj`.
-
-    It takes over the weights of `attention` and returns the same numbers. nn.MultiheadAttention passes its weights
-    to one fused function, so neither hooks nor an exchange of Linear modules would reach these GEMMs.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention):
-        super().__init__()
-        assert attention.batch_first
-        dim = attention.embed_dim
-        self.num_heads = attention.num_heads
-        self.dropout = attention.dropout
-        # "meta": no random numbers are drawn for weights that are replaced at once.
-        self.in_proj = nn.Linear(dim, 3 * dim, device="meta")
-        self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
-        self.out_proj = nn.Linear(dim, dim, device="meta")
-        self.out_proj.weight, self.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
-        """(N, tokens, dim), the same tensor three times, to (N, tokens, dim); torchvision's calling convention."""
-        assert query is key is value
-        assert not need_weights
-        # (N, tokens, 3 * dim) -> 3 of (N, heads, tokens, dim / heads)
-        q, k, v = self.in_proj(query).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 def _replace_first_conv(conv: nn.Conv2d, channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
@@ -154,14 +124,12 @@ def _vit(
     image_size: int,
     stem: str,
 ) -> nn.Module:
-    """A torchvision vision transformer, its attention made of Linear modules. It has patches instead of a stem."""
+    """A torchvision vision transformer. It has patches instead of a stem."""
     if image_size % patch_size:
         raise UserError(
             f"dataset.image_size={image_size} is not a multiple of {patch_size}, the patch size of model.name={name}"
         )
     model = builder(image_size=image_size, num_classes=num_classes)
-    for layer in model.encoder.layers:
-        layer.self_attention = SelfAttention(layer.self_attention)
     if channels != 3:
         model.conv_proj = nn.Conv2d(channels, model.hidden_dim, patch_size, stride=patch_size)
         nn.init.trunc_normal_(model.conv_proj.weight, std=math.sqrt(1 / (channels * patch_size**2)))

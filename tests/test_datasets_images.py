@@ -79,7 +79,7 @@ def write_cifar(root, monkeypatch, kind):
 @pytest.mark.parametrize(("name", "kind", "count"), [("cifar10", CIFAR10, 50), ("cifar100", CIFAR100, 10)])
 def test_cifar_pixels_and_labels(tmp_path, monkeypatch, name, kind, count):
     written = write_cifar(tmp_path, monkeypatch, kind)
-    data = build_dataset(config(tmp_path, name), seed=0)
+    data = build_dataset(config(tmp_path, name))
     assert (len(data.train), len(data.val), data.channels) == (count, 10, 3)
     assert len(data.classes) == (100 if name == "cifar100" else 10)
     stored, labels = written[kind.train_list[0][0]]
@@ -91,7 +91,7 @@ def test_cifar_pixels_and_labels(tmp_path, monkeypatch, name, kind, count):
 @pytest.mark.parametrize("size", [16, 64, 72])
 def test_cifar_in_other_sizes(tmp_path, monkeypatch, size):
     write_cifar(tmp_path, monkeypatch, CIFAR10)
-    data = build_dataset(config(tmp_path, "cifar10", image_size=size, limit=20, augment=True), seed=0)
+    data = build_dataset(config(tmp_path, "cifar10", image_size=size, limit=20, augment=True))
     assert len(data.train) == 20
     assert data.train[0][0].shape == data.val[0][0].shape == (3, size, size)
 
@@ -99,12 +99,12 @@ def test_cifar_in_other_sizes(tmp_path, monkeypatch, size):
 def test_cifar_missing_or_damaged(tmp_path, monkeypatch):
     (tmp_path / "else").mkdir()
     with pytest.raises(UserError, match=r"dataset\.root=.*CIFAR10.*cifar-10-batches-py.*data_batch_1"):
-        build_dataset(config(tmp_path, "cifar10"), seed=0)
+        build_dataset(config(tmp_path, "cifar10"))
     write_cifar(tmp_path, monkeypatch, CIFAR10)
     with open(tmp_path / CIFAR10.base_folder / "data_batch_3", "ab") as file:
         file.write(b"!")
     with pytest.raises(UserError, match="damaged"):
-        build_dataset(config(tmp_path, "cifar10"), seed=0)
+        build_dataset(config(tmp_path, "cifar10"))
 
 
 # Class folders
@@ -113,7 +113,7 @@ def test_cifar_missing_or_damaged(tmp_path, monkeypatch):
 def test_folder_pixels_labels_classes(tmp_path):
     for split in ("train", "val"):
         cat, dog = save(tmp_path / split / "cat/a.png"), save(tmp_path / split / "dog/a.png", size=(64, 64))
-    data = build_dataset(config(tmp_path), seed=0)
+    data = build_dataset(config(tmp_path))
     assert data.classes == ("cat", "dog")
     assert [data.train[index][1] for index in (0, 1)] == [0, 1]
     for _ in range(2):  # the second time from memory
@@ -128,7 +128,7 @@ def test_every_mode_becomes_rgb(folders, mode, size):
     suffix = "jpg" if mode == "CMYK" else "png"
     (folders / "val/cat/0.jpg").unlink()
     image = save(folders / f"val/cat/0.{suffix}", size=(96, 96), mode=mode)
-    data = build_dataset(config(folders, image_size=size), seed=0)
+    data = build_dataset(config(folders, image_size=size))
     served = pixels(data.val[0][0], IMAGENET_STATISTICS)
     assert served.shape == (size, size, 3)
     centre = np.asarray(image.convert("RGB"), float)[32:64, 32:64].mean()
@@ -140,25 +140,25 @@ def test_16_bit_grey_is_scaled_not_clipped(folders):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     (folders / "val/cat/0.jpg").unlink()
     Image.fromarray(ramp).save(folders / "val/cat/0.png")
-    data = build_dataset(config(folders), seed=0)
+    data = build_dataset(config(folders))
     served = pixels(data.val[0][0], IMAGENET_STATISTICS)
     np.testing.assert_array_equal(served, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
 def test_test_stands_in_for_val_only_in_folder(folders):
     (folders / "val").rename(folders / "test")
-    assert len(build_dataset(config(folders), seed=0).val) == 6
+    assert len(build_dataset(config(folders)).val) == 6
     with pytest.raises(UserError, match=r"there is no folder .*val"):
-        build_dataset(config(folders, "imagenet"), seed=0)
+        build_dataset(config(folders, "imagenet"))
     save(folders / "val/cat/0.png")
     save(folders / "val/dog/0.png")
-    assert len(build_dataset(config(folders), seed=0).val) == 2
+    assert len(build_dataset(config(folders)).val) == 2
 
 
 def test_large_evaluation_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     for split in ("train", "val"):
         image = save(tmp_path / split / "cat/a.png", size=(300, 200))
-    data = build_dataset(config(tmp_path, image_size=112, batch_size=1), seed=0)
+    data = build_dataset(config(tmp_path, image_size=112, batch_size=1))
     expected = image.resize((192, 128), Image.Resampling.BILINEAR).crop((40, 8, 152, 120))
     np.testing.assert_array_equal(pixels(data.val[0][0], IMAGENET_STATISTICS), np.asarray(expected))
     np.testing.assert_array_equal(data.train[0][0], data.val[0][0])  # dataset.augment=false
@@ -168,14 +168,14 @@ def test_large_evaluation_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
 def test_root_not_given_missing_or_empty(tmp_path, name):
     for root, problem in ((None, "not given"), (tmp_path / "none", "no such folder"), (tmp_path, "empty")):
         with pytest.raises(UserError, match=rf"dataset\.root.*{problem}.*expect.*ROOT/") as caught:
-            build_dataset(config(root, name), seed=0)
+            build_dataset(config(root, name))
         assert "\n" not in str(caught.value)
 
 
 def test_wrong_layouts(folders):
     def refused(problem):
         with pytest.raises(UserError, match=problem) as caught:
-            build_dataset(config(folders), seed=0)
+            build_dataset(config(folders))
         assert f"dataset.root={folders}" in str(caught.value)
 
     (folders / "val/bird").mkdir()
@@ -196,7 +196,7 @@ def spoil(file):
 @pytest.mark.parametrize("size", [32, 80])
 def test_a_corrupt_image_is_named(folders, workers, size):
     spoil(folders / "val/dog/1.jpg")
-    data = build_dataset(config(folders, image_size=size), seed=0)
+    data = build_dataset(config(folders, image_size=size))
     with pytest.raises(UserError, match=r"cannot read the image .*val/dog/1\.jpg") as caught:
         list(val_loader(data, config(folders, image_size=size, workers=workers)))
     assert "\n" not in str(caught.value)
@@ -207,7 +207,7 @@ def test_a_corrupt_image_is_named(folders, workers, size):
 
 def test_small_images_are_read_once_by_workers_too(folders):
     settings = config(folders, workers=2)
-    data = build_dataset(settings, seed=0)
+    data = build_dataset(settings)
     first = [images for images, _ in train_loader(data, settings, seed=0, epoch=0)]
     for file in folders.glob("train/*/*.jpg"):
         file.unlink()
@@ -216,9 +216,9 @@ def test_small_images_are_read_once_by_workers_too(folders):
 
 
 def test_too_many_small_images_are_not_kept(folders, monkeypatch):
-    kept = build_dataset(config(folders), seed=0)
+    kept = build_dataset(config(folders))
     monkeypatch.setattr("luqrun.datasets.images.KEEP_BYTES", 6 * 3 * 32 * 32 - 1)
-    read = build_dataset(config(folders), seed=0)
+    read = build_dataset(config(folders))
     assert kept.train.kept is not None
     assert read.train.kept is None
     for index in range(6):
@@ -228,7 +228,7 @@ def test_too_many_small_images_are_not_kept(folders, monkeypatch):
 @pytest.mark.parametrize("size", [32, 80])
 def test_a_pickled_copy_serves_the_same(folders, size):
     """What a loader worker gets where processes are spawned, not forked."""
-    data = build_dataset(config(folders, image_size=size), seed=0)
+    data = build_dataset(config(folders, image_size=size))
     data.train[4]  # one is kept already
     content = pickle.dumps(data)
     assert len(content) < 9000  # the kept pixels stay behind: 18 kB a split

@@ -1,6 +1,6 @@
 """Image data sets by name, and the loaders that serve them.
 
-    data = build_dataset(config, seed=0)
+    data = build_dataset(config)
     for images, labels in train_loader(data, config, seed=0, epoch=0): ...      # luqrun.datasets.loader
 
 Nothing heavy is imported before a data set is built.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luqrun.config import DatasetConfig, check_at_least, check_choice
+from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_choice
 from luqrun.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,20 +34,28 @@ class Data:
     image_size: int
 
 
-def build_dataset(config: DatasetConfig, seed: int) -> Data:
-    """The data set that `config` names.
-
-    `seed` is the run's. No data set here depends on it: the images and the subset of `dataset.limit` are the same
-    in every run; order and augmentation follow the seed that the training loader is given.
-
-    Raises UserError naming the key, or the file, that is wrong.
-    """
+def validate_dataset(config: DatasetConfig) -> None:
+    """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
     check_choice("dataset.name", config.name, NAMES)
     check_at_least("dataset.image_size", config.image_size, 8)
     check_at_least("dataset.batch_size", config.batch_size, 1)
     check_at_least("dataset.workers", config.workers, 0)
     if config.limit is not None:
         check_at_least("dataset.limit", config.limit, 1)
+    if config.name == "glyphs":
+        glyphs = config.glyphs or GlyphsConfig()
+        check_at_least("dataset.glyphs.train_images", glyphs.train_images, 1)
+        check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
+        if not 0 <= glyphs.noise < float("inf"):
+            raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
+
+
+def build_dataset(config: DatasetConfig) -> Data:
+    """The data set that `config` names: the same images, and the same subset of `dataset.limit`, in every run.
+
+    Raises UserError naming the key, or the file, that is wrong.
+    """
+    validate_dataset(config)
     if config.name == "glyphs":
         from luqrun.datasets.glyphs import build_glyphs as build
     else:

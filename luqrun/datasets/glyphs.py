@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont
 
-from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least
+from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.datasets import Data, subset
 from luqrun.datasets.pixels import MemoryImages
 
@@ -42,9 +42,6 @@ def build_glyphs(config: DatasetConfig) -> Data:
     because b and d are two classes.
     """
     glyphs = config.glyphs or GlyphsConfig()
-    check_at_least("dataset.glyphs.train_images", glyphs.train_images, 1)
-    check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
-    check_at_least("dataset.glyphs.noise", glyphs.noise, 0)
     train, train_labels, val, val_labels = _cached(glyphs, config.image_size)
     chosen = subset(len(train), config.limit)
     return Data(

@@ -52,8 +52,8 @@ def describe() -> str:
 def _philox(c0, c1, c2, c3, k0, k1):
     for _ in range(ROUNDS):
         product0, product1 = u64(MULTIPLIERS[0]) * u64(c0), u64(MULTIPLIERS[1]) * u64(c2)
-        c0 = u32(product1 >> u64(32)) ^ c1 ^ k0
-        c2 = u32(product0 >> u64(32)) ^ c3 ^ k1
+        c0 = u32(u32(u32(product1 >> u64(32)) ^ c1) ^ k0)
+        c2 = u32(u32(u32(product0 >> u64(32)) ^ c3) ^ k1)
         c1, c3 = u32(product1), u32(product0)
         k0, k1 = u32(k0 + u32(KEY_INCREMENTS[0])), u32(k1 + u32(KEY_INCREMENTS[1]))
     return c0, c1, c2, c3
@@ -69,12 +69,21 @@ def _stream_words(stream, sample):
 
 
 @inline()
-def _fill_words(words, group, step, count, name):
-    """Row j of words (count, 4): the random words of Philox counter group + j * step."""
+def _fill_words(words, group, count, name):
+    """Random words of elements 4 group and up, in order: words[4 j + k] is word k of Philox counter group + j."""
     for j in range(count):
+        counter = u64(group) + u64(j)
+        w0, w1, w2, w3 = _philox(u32(counter), u32(counter >> u64(32)), name[2], name[3], name[0], name[1])
+        words[4 * j], words[4 * j + 1], words[4 * j + 2], words[4 * j + 3] = w0, w1, w2, w3
+
+
+@inline()
+def _fill_pixels(p0, p1, p2, p3, group, step, name):
+    """Random words of four neighbouring pixels, a row of channels each; channels are `step` counters apart."""
+    for j in range(p0.size):
         counter = u64(group) + u64(j) * u64(step)
         w0, w1, w2, w3 = _philox(u32(counter), u32(counter >> u64(32)), name[2], name[3], name[0], name[1])
-        words[j, 0], words[j, 1], words[j, 2], words[j, 3] = w0, w1, w2, w3
+        p0[j], p1[j], p2[j], p3[j] = w0, w1, w2, w3
 
 
 @inline()
@@ -86,7 +95,7 @@ def _encode_row(x, bits, out, words, ratio, ratio_bits, scale, low, high, logari
         for j in range(x.size):
             carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
             # A shift by more than 31 is undefined; below 1 its result is not used.
-            power = i32(1) << ((((ratio_bits[j] + carry) >> i32(23)) - i32(127)) & i32(31))
+            power = i32(i32(1) << i32(i32(i32(i32(ratio_bits[j] + carry) >> i32(23)) - i32(127)) & i32(31)))
             if underflow == STOCHASTIC:
                 below = i32(i32(words[j] >> u32(1)) < i32(ratio[j] * f32(2147483648)))
             elif underflow == NEAREST:
@@ -94,9 +103,9 @@ def _encode_row(x, bits, out, words, ratio, ratio_bits, scale, low, high, logari
             else:
                 below = i32(0)
             magnitude = power if ratio[j] >= f32(1) else below
-            finite = (bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
+            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
             magnitude = magnitude if finite else i32(0)
-            out[j] = -magnitude if bits[j] < i32(0) else magnitude
+            out[j] = i32(-magnitude) if bits[j] < i32(0) else magnitude
     else:
         for j in range(x.size):
             value = min(max(x[j] / scale, low), high)
@@ -107,7 +116,7 @@ def _encode_row(x, bits, out, words, ratio, ratio_bits, scale, low, high, logari
                 floor = np.floor(abs(value))
                 code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
                 code = -code if bits[j] < i32(0) else code
-            finite = (bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
+            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
             out[j] = code if finite else i32(0)
 
 
@@ -119,14 +128,14 @@ def _flat_kernel(logarithmic: bool, rounding: int, underflow: int):
     @driver()
     def flat(x, bits, out, scale, low, high, name):
         for chunk in prange((x.size + CHUNK - 1) // CHUNK):
-            words = np.empty((GROUPS, 4), np.uint32)
+            words = np.empty(4 * GROUPS, np.uint32)
             ratio = np.empty(4 * GROUPS, np.float32)
             for start in range(chunk * CHUNK, min(x.size, (chunk + 1) * CHUNK), 4 * GROUPS):
                 stop = min(x.size, start + 4 * GROUPS)
                 if draws:
-                    _fill_words(words, start // 4, 1, (stop - start + 3) // 4, name)
+                    _fill_words(words, start // 4, (stop - start + 3) // 4, name)
                 _encode_row(
-                    x[start:stop], bits[start:stop], out[start:stop], words.reshape(-1), ratio, ratio.view(np.int32),
+                    x[start:stop], bits[start:stop], out[start:stop], words, ratio, ratio.view(np.int32),
                     scale, low, high, logarithmic, rounding, underflow,
                 )  # fmt: skip
 
@@ -135,37 +144,63 @@ def _flat_kernel(logarithmic: bool, rounding: int, underflow: int):
 
 @functools.cache
 def _channels_last_kernel(logarithmic: bool, rounding: int, underflow: int):
-    """Encode x (images, pixels, channels) whose elements are numbered (images, channels, pixels)."""
+    """Encode x (images, pixels, channels), with draws, whose elements are numbered (images, channels, pixels)."""
 
     @driver()
     def channels_last(x, bits, out, scale, low, high, name):
         images, pixels, channels = x.shape
+        # Four neighbouring pixels of a channel share a Philox call, unless such groups straddle channels.
+        aligned = pixels % 4 == 0
+        block = min(pixels, max(4, 1024 // channels // 4 * 4))
         for image in prange(images):
             first = image * channels * pixels
-            ratio = np.empty(channels, np.float32)
-            row = np.empty((4, channels), np.uint32)
-            aligned = pixels % 4 == 0
-            # Four neighbouring pixels of a channel share a Philox call, unless a group straddles channels.
-            words = np.empty((channels if aligned else (channels * pixels + 7) // 4, 4), np.uint32)
+            ratio = np.empty(block * channels, np.float32)
+            drawn = np.empty((block, channels), np.uint32)
+            words = np.empty(0 if aligned else (channels * pixels + 7) // 4 * 4, np.uint32)
             if not aligned:
-                _fill_words(words, first // 4, 1, words.shape[0], name)
-            plain = words.reshape(-1)
-            for pixel in range(pixels):
+                _fill_words(words, first // 4, words.size // 4, name)
+            for start in range(0, pixels, block):
+                count = min(block, pixels - start)
                 if aligned:
-                    if pixel % 4 == 0:
-                        _fill_words(words, (first + pixel) // 4, pixels // 4, channels, name)
-                        row[:] = words.T
-                    drawn = row[pixel % 4]
+                    for pixel in range(0, count, 4):
+                        group = (first + start + pixel) // 4
+                        _fill_pixels(
+                            drawn[pixel], drawn[pixel + 1], drawn[pixel + 2], drawn[pixel + 3], group, pixels // 4, name
+                        )
                 else:
-                    drawn = row[0]
                     for channel in range(channels):
-                        drawn[channel] = plain[first % 4 + channel * pixels + pixel]
+                        element = first % 4 + channel * pixels + start
+                        drawn[:count, channel] = words[element : element + count]
                 _encode_row(
-                    x[image, pixel], bits[image, pixel], out[image, pixel], drawn, ratio, ratio.view(np.int32),
+                    x[image, start : start + count].reshape(-1), bits[image, start : start + count].reshape(-1),
+                    out[image, start : start + count].reshape(-1), drawn.reshape(-1), ratio, ratio.view(np.int32),
                     scale, low, high, logarithmic, rounding, underflow,
                 )  # fmt: skip
 
     return channels_last
+
+
+@njit(nogil=True, error_model="numpy")
+def _extremes(bits):
+    """(bit pattern of max|x|, a number below 0 if any x is): patterns of non-negative floats order like integers,
+    and NaN comes out above Inf. The casts keep numba from widening to 64 bits."""
+    largest, negative = i32(0), i32(0)
+    for j in range(bits.size):
+        magnitude = i32(bits[j] & i32(0x7FFFFFFF))
+        largest = max(largest, magnitude)
+        negative = i32(negative | i32(bits[j] & i32(-magnitude)))  # both sign bits: negative, and not -0
+    return largest, negative
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _moments(x):
+    """(sum |x|, sum x^2) in float64; free to reassociate, so that it vectorises."""
+    sum1, sum2 = 0.0, 0.0
+    for j in range(x.size):
+        value = np.float64(abs(x[j]))
+        sum1 += value
+        sum2 += value * value
+    return sum1, sum2
 
 
 @functools.cache
@@ -173,32 +208,14 @@ def _statistics_kernel(moments: bool):
     @driver()
     def statistics(x, bits):
         tasks = (x.size + CHUNK - 1) // CHUNK
-        magnitude = np.zeros(tasks, np.int32)
-        negative = np.zeros(tasks, np.int32)
+        extremes = np.zeros((tasks, 2), np.int32)
         sums = np.zeros((tasks, 2), np.float64)
         for task in prange(tasks):
             start, stop = task * CHUNK, min(x.size, (task + 1) * CHUNK)
-            # Bit patterns of non-negative floats order like integers, and NaN comes out above Inf.
-            largest, below_zero = i32(0), i32(0)
-            for j in range(start, stop):
-                largest = max(largest, bits[j] & i32(0x7FFFFFFF))
-                below_zero |= i32(x[j] < f32(0))
-            magnitude[task], negative[task] = largest, below_zero
+            extremes[task, 0], extremes[task, 1] = _extremes(bits[start:stop])
             if moments:
-                # 16 partial sums: what vectorises without leave to reassociate.
-                sum1, sum2 = np.zeros(16, np.float64), np.zeros(16, np.float64)
-                whole = start + (stop - start) // 16 * 16
-                for j in range(start, whole, 16):
-                    for lane in range(16):
-                        value = np.float64(abs(x[j + lane]))
-                        sum1[lane] += value
-                        sum2[lane] += value * value
-                for j in range(whole, stop):
-                    value = np.float64(abs(x[j]))
-                    sum1[0] += value
-                    sum2[0] += value * value
-                sums[task, 0], sums[task, 1] = sum1.sum(), sum2.sum()
-        return magnitude.max(), negative.max(), sums[:, 0].sum(), sums[:, 1].sum()
+                sums[task, 0], sums[task, 1] = _moments(x[start:stop])
+        return extremes[:, 0].max(), extremes[:, 1].min(), sums[:, 0].sum(), sums[:, 1].sum()
 
     return statistics
 
@@ -221,7 +238,7 @@ def statistics(x: Tensor, moments: bool) -> Tensor:
         return torch.zeros(4, dtype=torch.float64)
     flat = _in_memory_order(_dense(x)).reshape(-1).numpy()
     magnitude, negative, sum1, sum2 = _statistics_kernel(moments)(flat, flat.view(np.int32))
-    return torch.tensor([np.int32(magnitude).view(np.float32), negative, sum1, sum2], dtype=torch.float64)
+    return torch.tensor([np.int32(magnitude).view(np.float32), negative < 0, sum1, sum2], dtype=torch.float64)
 
 
 def encode(
@@ -247,9 +264,10 @@ def encode(
         below = UNUSED
     variant = (form.logarithmic, MODES[rounding], below)
     name = _stream_words(stream.numpy(), sample)
-    flat = x.is_contiguous()
+    # Without draws the order of the elements does not matter.
+    flat = x.is_contiguous() or STOCHASTIC not in variant[1:]
     kernel = _flat_kernel(*variant) if flat else _channels_last_kernel(*variant)
-    shape = (-1,) if flat else (x.shape[0], -1, x.shape[1])
+    shape = (-1,) if flat else (x.shape[0], x.shape[2] * x.shape[3], x.shape[1])
     source, target = (_in_memory_order(t).reshape(shape).numpy() for t in (x, codes))
     kernel(source, source.view(np.int32), target, scale_value, f32(low), f32(high), name)
     return codes

@@ -1,0 +1,152 @@
+"""The command line: Hydra in, run folder out.
+
+Light to import: torch and the rest are loaded inside the job, so that --help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from luqrun.config import Config
+from luqrun.errors import UserError
+from luqrun.recipes import conf_dir
+from luqrun.run_folder import RunFolder, now, run_id
+from luqrun.validate import to_config, validate
+
+log = logging.getLogger("luqrun")
+
+
+class Refused(CompactHydraException):
+    """A user's mistake in one job of a sweep: Hydra prints its text without a traceback."""
+
+
+def main() -> None:
+    """The `luqrun` command."""
+    # Before torch loads its OpenMP: threads that wait by spinning stall each other wherever cores are shared, by ten
+    # times and more, and gain next to nothing where they are not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+
+
+def _resolve_run_id(*, _root_: DictConfig) -> str:
+    """${run_id:}, the name of the run folder. A config that job() will refuse gets a name too, or a sweep would end."""
+    try:
+        return run_id(to_config(_root_))
+    except UserError as error:
+        return "refused-" + hashlib.sha256(str(error).encode()).hexdigest()[:8]
+
+
+class Checks(Callback):
+    """What must hold before Hydra makes a folder or starts a sweep. (Hydra swallows all errors here but SystemExit.)"""
+
+    def on_run_start(self, config: DictConfig, **kwargs) -> None:
+        try:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("WORLD_SIZE > 1: training in several processes is not part of this version yet")
+            validate(to_config(config))
+            _make_folder(Path(config.hydra.run.dir))
+        except (UserError, OSError) as error:
+            _refuse(error)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        try:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
+            _make_folder(Path(config.hydra.sweep.dir))
+        except (UserError, OSError) as error:
+            _refuse(error)
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder and prove that it takes a file."""
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".probe.{os.getpid()}"
+    try:
+        probe.write_text("luqrun")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def job(composed: DictConfig) -> None:
+    """One run, from its composed config to its run folder."""
+    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    try:
+        config = to_config(composed)
+        validate(config)
+        _start_or_show(config, folder)
+    except KeyboardInterrupt:
+        _mark_failed(folder, "interrupted")
+        log.warning("interrupted; the same command continues from the last checkpoint in %s", folder.path)
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        _mark_failed(folder, _one_line(error))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error("%s", _one_line(error))
+            raise Refused(_one_line(error)) from None
+        _refuse(error)
+    except Exception as error:
+        _mark_failed(folder, f"{type(error).__name__}: {error}")
+        log.exception("the run failed")
+        traceback.clear_frames(error.__traceback__)  # or the failed job's tensors live to the end of a sweep
+        raise
+
+
+def _start_or_show(config: Config, folder: RunFolder) -> None:
+    """Run, unless the folder already holds the result."""
+    # Imported before torchvision: see the module docstring.
+    from luqrun.closing import closing_table
+
+    summary = folder.summary()
+    status = folder.run().get("status")
+    if summary is not None:
+        log.info("this run is finished; study=NAME runs it again elsewhere")
+    elif status == "diverged":
+        summary = {"diverged": folder.run()["diverged_at_step"]}
+        log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
+    else:
+        (folder.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        folder.update_run(overrides=list(HydraConfig.get().overrides.task))
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        from luqrun import trainer
+
+        with logging_redirect_tqdm():
+            summary = trainer.run(config, folder)
+    print(closing_table(config, summary, folder.path), flush=True)
+
+
+def _mark_failed(folder: RunFolder, reason: str) -> None:
+    """Say so in run.json, if a run had begun there and the disk still takes it."""
+    try:
+        if folder.run().get("status") == "running":
+            folder.update_run(status="failed", reason=reason, end=now())
+    except OSError as error:
+        log.error("run.json could not be updated: %s", error)
+
+
+def _refuse(error: Exception) -> None:
+    print(f"luqrun: {_one_line(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}: make room; the same command then continues from the last checkpoint"
+    return " ".join(str(error).split())

@@ -1,0 +1,41 @@
+"""What a run prints when it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luqrun.config import Config
+
+
+def closing_table(config: Config, summary: dict, folder: Path) -> str:
+    """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, and where things are."""
+    study = _shown(folder.parent)
+    where = [f"run folder   {_shown(folder)}", f"curves       tensorboard --logdir {_shown(folder.parent.parent)}"]
+    if "diverged" in summary:
+        return "\n".join(
+            ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]
+        )
+    quantized = [name for name in ("weight", "activation") if getattr(config.quant, name) is not None]
+    formats = " and ".join(f"{getattr(config.quant, name).format.upper()} {name}s" for name in quantized)
+    rows = [("after", "top-1 %", "top-5 %", "loss")]
+    rows.append(_row(f"{config.schedule.epochs} epochs, quant={config.quant.name}", summary["before_finetune"]))
+    for number, result in enumerate(summary["finetune"], 1):
+        rows.append(_row(f"+ {number} fine-tune epoch{'s' if number > 1 else ''}", result))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:<{width}}  {row[1]:>7}  {row[2]:>7}  {row[3]:>7}" for row in rows]
+    speed = f"{summary['images_per_second']:.0f} images/s in training, {summary['train_seconds']:.0f} s of it"
+    memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
+    title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
+    return "\n".join(["", title, *lines, f"{speed}, {memory}", *where])
+
+
+def _row(label: str, result: dict) -> tuple[str, str, str, str]:
+    return label, f"{result['val/top1']:.2f}", f"{result['val/top5']:.2f}", f"{result['val/loss']:.3f}"
+
+
+def _shown(path: Path) -> str:
+    """Relative to here where that is shorter."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

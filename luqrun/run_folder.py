@@ -1,0 +1,142 @@
+"""The run folder: outputs/<study>/<run_id>/ and the small files in it.
+
+run_id has no clock: it is readable and ends in a hash of everything that changes the result, so a repeated command
+finds its own folder again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from luqrun import __version__
+from luqrun.config import Config
+
+# What the same run may be given differently: where it runs, where its data lie, what it writes.
+NOT_IN_RESULT = {
+    "": ("study", "resume", "device", "compile", "tracking"),
+    "dataset": ("root", "workers"),
+}
+SUMMARY = "summary.json"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+
+
+def what_decides_the_result(config: Config) -> dict:
+    """The resolved config as a dict, without what does not change the result."""
+    values = asdict(config)
+    for part, names in NOT_IN_RESULT.items():
+        for name in names:
+            (values[part] if part else values).pop(name)
+    if config.dataset.name == "folder" and config.dataset.root is not None:
+        values["dataset"]["root"] = str(Path(config.dataset.root).resolve())  # here the root is the data set
+    return values
+
+
+def run_id(config: Config) -> str:
+    """Such as resnet8-glyphs-luq-fnt3-seed0-1f2e3d4c: the parts' names, and 8 digits of the hash."""
+    text = json.dumps(what_decides_the_result(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    names = [config.model.name, config.dataset.name, config.quant.name]
+    names += [config.finetune.name] if config.finetune.epochs else []
+    return "-".join(re.sub(r"[^\w.]+", "_", str(name)) for name in [*names, f"seed{config.seed}", digest])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or, after a crash or on a full disk, as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """Reads and writes the files of one run. `path` must exist."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def summary(self) -> dict | None:
+        """summary.json, or None for a run that has not finished."""
+        return self._read(SUMMARY)
+
+    def run(self) -> dict:
+        """run.json, or {} for a run that has not started."""
+        return self._read(RUN) or {}
+
+    def _read(self, name: str) -> dict | None:
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, content: dict) -> None:
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def update_run(self, **fields) -> None:
+        """Change fields of run.json."""
+        self.write_json(RUN, {**self.run(), **fields})
+
+    def append_metrics(self, row: dict) -> None:
+        """Add a line to metrics.jsonl, at once on disk."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl: a checkpoint remembers them."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def truncate_metrics(self, size: int) -> None:
+        """Forget the lines written after the checkpoint that a run resumes from."""
+        path = self.path / METRICS
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+def now() -> str:
+    """The time for run.json, ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def provenance() -> dict:
+    """Versions and, in a checkout, the git commit and whether the tree was changed."""
+    packages = ("torch", "torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), "luqrun": __version__}
+        | {package: version(package) for package in packages},
+        "platform": platform.platform(),
+        "command": sys.argv,
+        **_git(),
+    }
+
+
+def _git() -> dict:
+    here = Path(__file__).resolve().parent.parent
+    unknown = {"git_commit": None, "git_dirty": None}
+    if not (here / "pyproject.toml").exists():
+        return unknown  # installed: any repository around it is somebody else's
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return unknown
+    return {"git_commit": commit, "git_dirty": bool(status)}

@@ -1,0 +1,97 @@
+"""Tracking: what a run shows of itself, in metrics.jsonl and as TensorBoard curves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from luqrun.config import Config
+from luqrun.convert import quantized_layers
+from luqrun.recipes import OPERANDS
+from luqrun.run_folder import RunFolder
+
+# The same in every run, so that the hyper-parameter tab can compare them.
+FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
+HEALTH = ("clipped_share", "underflow_share", "relative_error")
+
+
+class Tracker:
+    """Writes to one run folder. first_step: curves from an interrupted run are cut off from there on."""
+
+    def __init__(self, config: Config, folder: RunFolder, first_step: int):
+        self.config, self.folder = config, folder
+        self.writer = SummaryWriter(str(folder.path), purge_step=first_step or None)
+        if first_step == 0:
+            self._write_hyper_parameters()
+
+    def _write_hyper_parameters(self) -> None:
+        # add_hparams would start a second run; these are its three summaries, in ours.
+        values = {key: value for key, value in _flatten(asdict(self.config)).items() if key != "study"}
+        for summary in hparams(values, dict.fromkeys(FINAL_METRICS, 0.0)):
+            self.writer.file_writer.add_summary(summary)
+
+    def row(self, kind: str, epoch: int, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """A line in metrics.jsonl and a point in each curve. kind: step or epoch."""
+        self.folder.append_metrics({"kind": kind, "phase": phase, "epoch": epoch, "step": step, **metrics})
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        if kind == "epoch":
+            self.writer.flush()
+
+    def health(self, step: int, model: nn.Module, histograms: bool) -> None:
+        """The layers' health of the last pass as curves, with `histograms` the gradients' exponents too."""
+        for name, values in read_health(model).items():
+            for metric, value in values.items():
+                self.writer.add_scalar(f"{metric}/{name}", value, step)
+        if histograms:
+            for name, layer in quantized_layers(model):
+                if layer.health and "gradient_exponents" in layer.health:
+                    self._exponent_histogram(name, layer.health["gradient_exponents"].cpu().numpy(), step)
+
+    def _exponent_histogram(self, name: str, counts: np.ndarray, step: int) -> None:
+        """log2 |gradient| of a layer; zeros are left out."""
+        counts, exponents = counts[1:-1], np.arange(1, 255) - 127
+        used = counts.nonzero()[0]
+        if used.size == 0:
+            return
+        first, last = used[0], used[-1] + 1
+        counts, exponents = counts[first:last], exponents[first:last]
+        self.writer.add_histogram_raw(
+            f"log2_gradient/{name}",
+            min=exponents[0],
+            max=exponents[-1] + 1,
+            num=counts.sum(),
+            sum=(counts * exponents).sum(),
+            sum_squares=(counts * exponents**2).sum(),
+            bucket_limits=(exponents + 1).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
+    """By layer and operand ("layer1.0.conv1/weight"): the shares and errors that the last pass left in the layers."""
+    found = {}
+    for name, layer in quantized_layers(model):
+        for operand in OPERANDS:
+            if layer.health and operand in layer.health:
+                found[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
+    return found
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested dicts to dotted keys, lists and None to text: what the hyper-parameter tab takes."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat

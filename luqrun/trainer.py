@@ -1,0 +1,305 @@
+"""The loop: train in 4 bits, fine-tune in high precision, evaluate, and leave a run folder behind.
+
+Read it from `run` down. Nothing random is carried from step to step: data order, augmentation, dropout and
+quantizer draws are functions of (seed, epoch or step), so a checkpoint holds weights, optimizer and a position.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from luqrun import checkpoint, kernels
+from luqrun.config import Config
+from luqrun.convert import quantize_model, quantized_layers, set_finetune, set_step
+from luqrun.datasets import build_dataset
+from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
+from luqrun.devices import choose_device, peak_memory, reset_peak_memory
+from luqrun.errors import UserError
+from luqrun.models import build_model
+from luqrun.recipes import Recipe
+from luqrun.run_folder import SUMMARY, RunFolder, now, provenance
+from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
+from luqrun.tracking import Tracker, read_health
+
+log = logging.getLogger(__name__)
+
+TRAIN, FINETUNE = "train", "finetune"
+
+
+class Diverged(Exception):
+    """The loss is not finite: a result, not an error."""
+
+
+def run(config: Config, folder: RunFolder) -> dict:
+    """Train, or continue, one run to its end and return its summary ({"diverged": step} for a diverged one)."""
+    device = choose_device(config.device)
+    reset_peak_memory(device)
+    folder.update_run(
+        status="running",
+        **provenance(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        kernel_backend=kernels.describe(device.type),
+        threads=torch.get_num_threads(),
+        start=folder.run().get("start", now()),
+        end=None,
+    )
+    trainer = Trainer(config, folder, device)
+    try:
+        trainer.fit()
+    except Diverged as diverged:
+        folder.update_run(status="diverged", end=now(), diverged_at_step=trainer.progress["step"])
+        log.warning("%s", diverged)
+        return {"diverged": trainer.progress["step"]}
+    finally:
+        trainer.tracker.close()
+    summary = trainer.summarize()
+    folder.write_json(SUMMARY, summary)
+    folder.update_run(status="finished", end=now())
+    return summary
+
+
+class Trainer:
+    """One run: everything built from its config, and its position in the training."""
+
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device):
+        self.config, self.folder, self.device = config, folder, device
+        self.data = build_dataset(config.dataset)
+        num_classes = len(self.data.classes)
+        self.recipe = Recipe.from_config(config.quant)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, num_classes, self.data.channels, self.data.image_size)
+        model = quantize_model(model, self.recipe, seed=config.seed)
+        # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.network = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = build_optimizer(self.model, config.schedule)
+        self.batches = batches_per_epoch(self.data, config.dataset)
+        self.steps_per_epoch = self.batches // config.schedule.accumulate
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"schedule.accumulate={config.schedule.accumulate} needs more batches than an epoch has ({self.batches})"
+            )
+        # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
+        self.progress = {
+            "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
+            "seconds": 0.0, "images": 0, "evaluations": [], "metrics_bytes": 0,
+        }  # fmt: skip
+        self._resume()
+        self.tracker = Tracker(config, folder, first_step=self.progress["step"])
+        log.info(
+            "%s on %s, %s: %s", config.model.name, config.dataset.name, config.quant.name,
+            f"{len(list(quantized_layers(self.model)))} quantized layers; {self.recipe}",
+        )  # fmt: skip
+        log.info("device %s, precision %s, kernels: %s", device, config.precision, kernels.describe(device.type))
+
+    @property
+    def last_path(self):
+        return self.folder.checkpoints / "last.pt"
+
+    def _resume(self) -> None:
+        """Continue from this folder's checkpoint, or from the one that `resume` names."""
+        wanted, path = self.config.resume, self.last_path
+        if not path.exists():
+            if wanted in ("auto", "never"):
+                self.folder.truncate_metrics(0)
+                return
+            path = type(path)(wanted)
+        elif wanted == "never":
+            raise UserError(f"resume=never, but {path} exists: choose another study=, or delete the run folder")
+        content = checkpoint.load(path, self.config, len(self.data.classes))
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.progress = content["progress"]
+        self.folder.truncate_metrics(self.progress["metrics_bytes"] if path == self.last_path else 0)
+        log.info("continuing from %s: epoch %d, step %d", path, self.progress["epoch"] + 1, self.progress["step"])
+
+    @property
+    def total_epochs(self) -> int:
+        return self.config.schedule.epochs + self.config.finetune.epochs
+
+    def phase(self, epoch: int) -> str:
+        """train for the epochs of the schedule, finetune after them."""
+        return TRAIN if epoch < self.config.schedule.epochs else FINETUNE
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of an optimizer step, counted over both phases."""
+        schedule, finetune = self.config.schedule, self.config.finetune
+        main = schedule.epochs * self.steps_per_epoch
+        if step < main:
+            return learning_rate(schedule, step, self.steps_per_epoch)
+        last = learning_rate(schedule, main - 1, self.steps_per_epoch)
+        return finetune_learning_rate(step - main, finetune.epochs * self.steps_per_epoch, last, finetune.lr_base)
+
+    def fit(self) -> None:
+        """All epochs that are left. Raises Diverged."""
+        for epoch in range(self.progress["epoch"], self.total_epochs):
+            set_finetune(self.model, self.phase(epoch) == FINETUNE)
+            self.train_epoch(epoch)
+            metrics = {**self._train_metrics(), **self.evaluate()}
+            self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
+            self.tracker.row("epoch", epoch + 1, self.progress["step"], self.phase(epoch), metrics)
+            log.info(
+                "epoch %d/%d (%s): train loss %.3f, top-1 %.2f; val loss %.3f, top-1 %.2f", epoch + 1,
+                self.total_epochs, self.phase(epoch), *(metrics[f"{s}/{m}"] for s in ("train", "val") for m in ("loss", "top1")),
+            )  # fmt: skip
+            is_best = metrics["val/top1"] > self.progress["best"]
+            self.progress.update(
+                epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=max(metrics["val/top1"], self.progress["best"])
+            )
+            self.save_checkpoint()
+            if is_best:
+                checkpoint.copy(self.last_path, self.folder.checkpoints / "best.pt")
+
+    def train_epoch(self, epoch: int) -> None:
+        """The micro-batches of one epoch that are left, `accumulate` of them a step."""
+        accumulate, tracking, progress = self.config.schedule.accumulate, self.config.tracking, self.progress
+        self.model.train()
+        loader = train_loader(self.data, self.config.dataset, self.config.seed, epoch, first_batch=progress["batch"])
+        usable = self.steps_per_epoch * accumulate
+        bar = tqdm(
+            total=usable, initial=progress["batch"], desc=f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}",
+            unit="batch", disable=None, leave=False,
+        )  # fmt: skip
+        batches = iter(loader)
+        with bar:
+            while progress["batch"] < usable:
+                started = time.perf_counter()
+                loss, images = self.train_step([next(batches) for _ in range(accumulate)])
+                progress["seconds"] += time.perf_counter() - started
+                progress["images"] += images
+                progress["batch"] += accumulate
+                progress["step"] += 1
+                bar.update(accumulate)
+                step = progress["step"]
+                if tracking.log_every and step % tracking.log_every == 0:
+                    running = self._train_metrics()
+                    bar.set_postfix_str(
+                        f"loss {loss:.3f}, top-1 {running['train/top1']:.1f}, {running['images_per_second']:.0f} img/s"
+                    )
+                    row = {
+                        "loss": loss,
+                        "lr": self.learning_rate(step - 1),
+                        "images_per_second": running["images_per_second"],
+                    }
+                    self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
+                if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
+                    self.save_checkpoint()
+
+    def train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        """One optimizer step; returns its mean loss and the number of images. Raises Diverged."""
+        step, config = self.progress["step"], self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        examine, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
+        loss, correct, images = self.accumulate_gradients(micro_batches, examine or histograms)
+        if not math.isfinite(loss):
+            self._report_divergence(micro_batches, loss)
+        if config.schedule.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.schedule.clip_grad_norm)
+        self.optimizer.step()
+        if examine or histograms:
+            self.tracker.health(step + 1, self.model, histograms)
+            self._examine(False)
+        sums = self.progress["sums"]
+        sums[0], sums[1], sums[2] = sums[0] + loss * images, sums[1] + correct, sums[2] + images
+        return loss, images
+
+    def accumulate_gradients(self, micro_batches: list[tuple[Tensor, Tensor]], examine: bool) -> tuple[float, int, int]:
+        """Forward and backward passes of one step: (mean loss, correct, images).
+
+        Everything random in it is a function of the step, so it can be repeated exactly. examine: let the quantized
+        layers record the health of the last pass.
+        """
+        step = self.progress["step"]
+        torch.manual_seed((self.config.seed << 32) + step)  # dropout
+        set_step(self.model, step)
+        self._examine(examine)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, correct, count = 0.0, 0, 0
+        for images, labels in micro_batches:
+            images, labels = self._to_device(images, labels)
+            with self._autocast():
+                logits = self.network(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
+            (loss / len(micro_batches)).backward()
+            total += loss.item()
+            correct += (logits.detach().argmax(1) == labels).sum().item()
+            count += len(labels)
+        return total / len(micro_batches), correct, count
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """val/loss, val/top1 and val/top5 (per cent), with the recipe's weights and activations whatever the phase."""
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        count = 0
+        for images, labels in val_loader(self.data, self.config.dataset):
+            images, labels = self._to_device(images, labels)
+            with self._autocast():
+                logits = self.network(images).float()
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()]).cpu()
+            count += len(labels)
+        loss, top1, top5 = (sums / count).tolist()
+        return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
+
+    def save_checkpoint(self) -> None:
+        """Write last.pt."""
+        self.progress["metrics_bytes"] = self.folder.metrics_size()
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        checkpoint.save(self.last_path, self.config, len(self.data.classes), model, optimizer, self.progress)
+
+    def summarize(self) -> dict:
+        """The content of summary.json."""
+        evaluations, epochs = self.progress["evaluations"], self.config.schedule.epochs
+        shown = ("val/top1", "val/top5", "val/loss")
+        return {
+            **{name: evaluations[-1][name] for name in shown},
+            "before_finetune": {name: evaluations[epochs - 1][name] for name in shown},
+            "finetune": [{name: row[name] for name in ("epoch", *shown)} for row in evaluations[epochs:]],
+            "best_top1": self.progress["best"],
+            "train_seconds": self.progress["seconds"],
+            "images_per_second": self.progress["images"] / self.progress["seconds"],
+            "peak_memory_bytes": peak_memory(self.device),
+            "config": asdict(self.config),
+        }
+
+    def _train_metrics(self) -> dict[str, float]:
+        loss, correct, images = self.progress["sums"]
+        return {
+            "train/loss": loss / images,
+            "train/top1": 100 * correct / images,
+            "images_per_second": self.progress["images"] / self.progress["seconds"],
+        }
+
+    def _report_divergence(self, micro_batches: list[tuple[Tensor, Tensor]], loss: float) -> None:
+        """Log what each layer saw in the step that failed: repeated, it draws the same bits."""
+        self.accumulate_gradients(micro_batches, examine=True)
+        for name, values in read_health(self.model).items():
+            log.warning("%s: %s", name, ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()))
+        raise Diverged(
+            f"diverged: the loss is {loss} at step {self.progress['step']} (epoch {self.progress['epoch'] + 1})"
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress["step"] % every == 0
+
+    def _examine(self, on: bool) -> None:
+        for _, layer in quantized_layers(self.model):
+            layer.health = {} if on else None
+
+    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return images, labels.to(self.device, non_blocking=True)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")

@@ -1,0 +1,57 @@
+"""From what Hydra composed to a checked Config: the mistakes that types cannot see, found before anything starts."""
+
+from __future__ import annotations
+
+import re
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from luqrun.config import DEVICES, PRECISIONS, Config, check_at_least, check_choice
+from luqrun.errors import UserError
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
+    values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise UserError(f"not set: {', '.join(sorted(missing))}")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from None
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    text = str(error).splitlines()[0]
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def validate(config: Config) -> None:
+    """Raise UserError naming the first key whose value is not allowed."""
+    check_choice("device", config.device, DEVICES)
+    check_choice("precision", config.precision, PRECISIONS)
+    check_at_least("seed", config.seed, 0)
+    check_at_most("seed", config.seed, 2**31 - 1)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.study) or ".." in config.study.split("/"):
+        raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
+    for key, value in vars(config.tracking).items():
+        check_at_least(f"tracking.{key}", value, 0)
+    # These pull in torch; `luqrun --help` does without.
+    from luqrun.datasets import validate_dataset
+    from luqrun.recipes import Recipe
+    from luqrun.schedules import validate_finetune, validate_schedule
+
+    Recipe.from_config(config.quant)
+    validate_dataset(config.dataset)
+    validate_schedule(config.schedule)
+    validate_finetune(config.finetune)
+
+
+def check_at_most(key: str, value: float, most: float) -> None:
+    """Raise UserError if value > most."""
+    if value > most:
+        raise UserError(f"{key}={value} is too large; it must be at most {most}")
