@@ -8,7 +8,7 @@ from luqrun.config import Config
 
 
 def closing_table(config: Config, summary: dict, folder: Path) -> str:
-    """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, and where things are."""
+    """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, places."""
     study = _shown(folder.parent)
     where = [f"run folder   {_shown(folder)}", f"curves       tensorboard --logdir {_shown(folder.parent.parent)}"]
     if "diverged" in summary:

@@ -84,9 +84,8 @@ class Trainer:
         self.batches = batches_per_epoch(self.data, config.dataset)
         self.steps_per_epoch = self.batches // config.schedule.accumulate
         if self.steps_per_epoch == 0:
-            raise UserError(
-                f"schedule.accumulate={config.schedule.accumulate} needs more batches than an epoch has ({self.batches})"
-            )
+            wanted = f"schedule.accumulate={config.schedule.accumulate}"
+            raise UserError(f"{wanted} is too large; it must be at most the {self.batches} batches of an epoch")
         # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
@@ -146,14 +145,14 @@ class Trainer:
             metrics = {**self._train_metrics(), **self.evaluate()}
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
             self.tracker.row("epoch", epoch + 1, self.progress["step"], self.phase(epoch), metrics)
+            shown = [metrics[name] for name in ("train/loss", "train/top1", "val/loss", "val/top1")]
             log.info(
-                "epoch %d/%d (%s): train loss %.3f, top-1 %.2f; val loss %.3f, top-1 %.2f", epoch + 1,
-                self.total_epochs, self.phase(epoch), *(metrics[f"{s}/{m}"] for s in ("train", "val") for m in ("loss", "top1")),
-            )  # fmt: skip
-            is_best = metrics["val/top1"] > self.progress["best"]
-            self.progress.update(
-                epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=max(metrics["val/top1"], self.progress["best"])
+                "epoch %d/%d (%s): train loss %.3f, top-1 %.2f; val loss %.3f, top-1 %.2f",
+                *(epoch + 1, self.total_epochs, self.phase(epoch), *shown),
             )
+            best = max(metrics["val/top1"], self.progress["best"])
+            is_best = best > self.progress["best"]
+            self.progress.update(epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=best)
             self.save_checkpoint()
             if is_best:
                 checkpoint.copy(self.last_path, self.folder.checkpoints / "best.pt")

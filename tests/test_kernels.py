@@ -48,11 +48,18 @@ def torch_philox(counter, key):
     return [word.tolist() for word in philox.philox(tuple(as_tensors[:4]), tuple(as_tensors[4:]))]
 
 
-def numba_rows(first, step, count, name):
-    """Rows of Philox words as the numba kernels draw them: counters first + j * step."""
-    words = np.empty((count, 4), np.uint32)
-    cpu._fill_words(words, np.int64(first), step, count, np.array(name, np.uint32))
-    return words
+def numba_rows(first, count, name):
+    """The words of Philox counters first .. first + count - 1, a row each, as the flat numba kernel draws them."""
+    words = np.empty(4 * count, np.uint32)
+    cpu._fill_words(words, np.int64(first), count, np.array(name, np.uint32))
+    return words.reshape(count, 4)
+
+
+def numba_columns(first, step, count, name):
+    """The words of counters first + j * step, a row each, as the channels_last kernel draws them."""
+    words = np.empty((4, count), np.uint32)
+    cpu._fill_pixels(*words, np.int64(first), step, np.array(name, np.uint32))
+    return words.T
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -79,17 +86,22 @@ def test_numba_draws_the_words_of_the_reference():
     name = [int(word) for word in stream_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6), 17)]
     assert cpu._stream_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6).numpy(), 17).tolist() == name
     expected = random_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6), 17, 40).view(10, 4)
-    assert numba_rows(0, 1, 10, name).tolist() == expected.tolist()
+    assert numba_rows(0, 10, name).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("first", [2**32 - 2, 2**32, 5 * 2**32 + 7])
 def test_counters_beyond_32_bits_carry_into_the_second_word(first):
-    name, step = [0x12345678, 0x9ABCDEF0, 0xDEADBEEF, 0xFFFFFFFE], 3
-    group = first + step * np.arange(4, dtype=np.uint64)
-    counter = (group & MASK, group >> np.uint64(32), name[2], name[3])
-    expected = [word.tolist() for word in numpy_philox(counter, name[:2])]
-    assert numba_rows(first, step, 4, name).T.tolist() == expected
-    assert torch_philox([np.asarray(word).astype(np.int64) for word in counter], name[:2]) == expected
+    name = [0x12345678, 0x9ABCDEF0, 0xDEADBEEF, 0xFFFFFFFE]
+
+    def expected(step):
+        group = first + step * np.arange(4, dtype=np.uint64)
+        counter = (group & MASK, group >> np.uint64(32), name[2], name[3])
+        words = [word.tolist() for word in numpy_philox(counter, name[:2])]
+        assert torch_philox([np.asarray(word).astype(np.int64) for word in counter], name[:2]) == words
+        return words
+
+    assert numba_rows(first, 4, name).T.tolist() == expected(1)
+    assert numba_columns(first, 3, 4, name).T.tolist() == expected(3)
 
 
 def test_every_part_of_a_name_changes_every_word():

@@ -108,6 +108,7 @@ def test_norms_biases_and_embeddings_are_not_decayed(name, optimizer):
     config = ScheduleConfig(name="cosine", optimizer=optimizer, lr=0.02, weight_decay=0.3, decay_norm_and_bias=False)
     built = build_optimizer(model, config)
     weights = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    weights |= {name for name, _ in model.named_parameters() if name.endswith("in_proj_weight")}
     names = {name for name, _ in model.named_parameters()}
     assert no_decay_names(model, built) == names - weights
     assert sum(len(group["params"]) for group in built.param_groups) == len(names)
