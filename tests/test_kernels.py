@@ -104,6 +104,17 @@ def test_counters_beyond_32_bits_carry_into_the_second_word(first):
     assert numba_columns(first, 3, 4, name).T.tolist() == expected(3)
 
 
+@pytest.mark.parametrize("offset", [2**32 - 2, 3 * 2**32])
+def test_elements_beyond_2_to_the_34_take_their_own_counters(offset, monkeypatch):
+    stream, arange = make_stream(5), torch.arange
+    k0, k1, c2, c3 = (int(word) for word in stream_words(stream, 0))
+    group = np.arange(4, dtype=np.uint64) + np.uint64(offset)
+    expected = np.stack(np.broadcast_arrays(*numpy_philox((group & MASK, group >> np.uint64(32), c2, c3), (k0, k1))), 1)
+    # Number the elements as if they lay behind 4 * offset others.
+    monkeypatch.setattr(torch, "arange", lambda *arguments, **options: arange(*arguments, **options) + offset)
+    assert random_words(stream, 0, 16).view(4, 4).tolist() == expected.tolist()
+
+
 def test_every_part_of_a_name_changes_every_word():
     base = dict.fromkeys(STREAM_FIELDS, 1)
     draws = [random_words(make_stream(**base), 1, 64), random_words(make_stream(**base), 2, 64)]
@@ -193,7 +204,9 @@ def test_numba_gives_the_codes_of_the_reference(form):
             codes = assert_same_codes(x, scale, form, rounding, underflow)
             assert set(codes.unique().tolist()) <= set(form.levels()) | set(form.levels(False))
     x = tensors()["vector"]
+    ties = torch.tensor([0.25, 0.5, 0.75, 1, 1.5, 2.5, 3, 6, 12, 24, 48, 96, form.limit])
     for rounding, underflow in variants:
+        assert_same_codes(torch.cat([ties, -ties]), torch.tensor(1.0), form, rounding, underflow)
         for factor in (0.3, 1e-30, 1e30):
             assert_same_codes(x, largest_code_at_maximum(x, form) * factor, form, rounding, underflow, sample=5)
         for void in (0.0, torch.nan):

@@ -153,12 +153,12 @@ def test_draws_depend_on_the_seed_and_the_layer_and_on_no_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_models_quantized_apart_draw_apart():
-    # Two recipes in one model: two calls, whose layers must not share random bits.
+def test_layers_quantized_by_a_second_call_draw_apart():
+    # Two recipes in one model are two calls, whose layers must not share random bits.
     layer, x, g = nn.Linear(8, 8, bias=False), torch.randn(5, 8), torch.randn(5, 8)
     model = nn.ModuleDict({"encoder": copy.deepcopy(layer), "decoder": copy.deepcopy(layer)})
-    for name in model:
-        model[name] = quantize(model[name], LUQ)
+    luqrun.quantize_model(model, LUQ, skip=["decoder"])
+    luqrun.quantize_model(model, Recipe("other", INT4, INT4, E3M0), skip=())
     grads = [torch.autograd.grad(model[name](x), model[name].weight, g)[0] for name in model]
     assert not torch.equal(*grads)
 
