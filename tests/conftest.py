@@ -4,6 +4,8 @@ import os
 
 # Before anything imports triton or torchvision: the Triton kernels then run in its interpreter, without a GPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Threads that wait must sleep: torch's and numba's OpenMP pools, spinning for the same cores, cost 8 ms a call.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from statistics import NormalDist
 
