@@ -1,0 +1,163 @@
+"""Checkpoints: a round trip, and a refusal that names the file for everything that does not fit."""
+
+import errno
+import os
+
+import pytest
+import torch
+from running import assert_same_tensors, tiny
+from torch import nn
+
+from luqrun import checkpoint
+from luqrun.errors import UserError
+
+
+def content(config, epoch=1, batch=0):
+    """(model, optimizer, progress) after a step."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    progress = {"epoch": epoch, "batch": batch, "step": 1, "sums": [0.5, 1.0, 2.0], "evaluations": [{"val/top1": 3.0}]}
+    return model.state_dict(), optimizer.state_dict(), progress
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoints" / "last.pt"
+
+
+def test_round_trip_loads_with_weights_only(path):
+    config = tiny()
+    model, optimizer, progress = content(config)
+    checkpoint.save(path, config, 47, model, optimizer, progress)
+    loaded = checkpoint.load(path, config, 47)
+    assert_same_tensors(loaded["model"], dict(model))
+    assert loaded["optimizer"]["state"][0]["momentum_buffer"].equal(optimizer["state"][0]["momentum_buffer"])
+    assert loaded["progress"] == progress
+    assert torch.load(path, weights_only=True).keys() == loaded.keys()
+
+
+def test_what_does_not_change_the_result_may_differ(path):
+    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    checkpoint.load(path, tiny("study=other", "dataset.workers=2", "tracking.log_every=1", "resume=never"), 47)
+
+
+def damaged(path, kind):
+    good = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif kind == "one byte short":
+        path.write_bytes(good[:-1])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no checkpoint\n")
+    elif kind == "weights alone":
+        torch.save(nn.Linear(3, 2).state_dict(), path)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "module":
+        torch.save(nn.Linear(3, 2), path)
+    elif kind == "torchscript":
+        torch.jit.save(torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3)), path)
+    elif kind == "legacy":
+        torch.save({"epoch": 1}, path, _use_new_zipfile_serialization=False)
+    elif kind == "later version":
+        torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
+
+
+KINDS = (
+    "truncated",
+    "one byte short",
+    "empty",
+    "text",
+    "weights alone",
+    "tensor",
+    "module",
+    "torchscript",
+    "legacy",
+    "later version",
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchscript is deprecated
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_or_foreign_file_is_refused_by_name(path, kind):
+    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    damaged(path, kind)
+    with pytest.raises(UserError) as refusal:
+        checkpoint.load(path, tiny(), 47)
+    text = str(refusal.value)
+    assert str(path) in text
+    assert "resume=" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("missing", ["nothing.pt", "."])
+def test_a_missing_file_is_refused(tmp_path, missing):
+    with pytest.raises(UserError, match=r"resume=.*no such file.*auto, never"):
+        checkpoint.load(tmp_path / missing, tiny(), 47)
+
+
+def test_another_number_of_classes_is_refused(path):
+    checkpoint.save(path, tiny(), 10, *content(tiny()))
+    with pytest.raises(UserError, match=r"last\.pt has 10 classes, dataset=glyphs has 47"):
+        checkpoint.load(path, tiny(), 47)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1", "seed=0, this run has seed=1"),
+        ("quant.gradient.samples=2", "quant.gradient.samples=1, this run has quant.gradient.samples=2"),
+        ("quant=fp32", "quant.activation="),
+        ("schedule.lr=0.2", "schedule.lr=0.1, this run has schedule.lr=0.2"),
+        ("schedule.epochs=2", "schedule.epochs=1, this run has schedule.epochs=2"),
+        ("model=resnext8", "model.name=resnet8, this run has model.name=resnext8"),
+        ("precision=bf16", "precision=fp32, this run has precision=bf16"),
+    ],
+)
+def test_another_run_is_refused_by_file_and_key(path, override, message):
+    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    with pytest.raises(UserError) as refusal:
+        checkpoint.load(path, tiny(override), 47)
+    assert str(path) in str(refusal.value)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "accepted"),
+    [(0, 4, True), (1, 0, True), (1, 4, False), (2, 0, False)],
+    ids=["in 4-bit training", "at its end", "in the first fine-tune epoch", "after it"],
+)
+def test_only_a_fine_tune_that_has_not_begun_may_be_exchanged(path, epoch, batch, accepted):
+    config = tiny("finetune=fnt2")
+    checkpoint.save(path, config, 47, *content(config, epoch, batch))
+    if accepted:
+        checkpoint.load(path, tiny("finetune=fnt3"), 47)
+    else:
+        with pytest.raises(UserError, match=r"finetune\."):
+            checkpoint.load(path, tiny("finetune=fnt3"), 47)
+
+
+@pytest.mark.parametrize("writer", ["save", "copy"])
+def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch, writer):
+    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    source = path.with_name("source.pt")
+    checkpoint.copy(path, source)
+    before = path.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if writer == "save":
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(path, tiny(), 47, *content(tiny()))
+    else:
+        monkeypatch.setattr("shutil.copyfile", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.copy(source, path)
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(path.parent)) == ["last.pt", "source.pt"]

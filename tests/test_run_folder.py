@@ -1,0 +1,154 @@
+"""The run folder: names without a clock, files that are there whole or as they were."""
+
+import errno
+import json
+import os
+import re
+from dataclasses import fields, replace
+
+import pytest
+from running import composed, tiny
+
+from luqrun import run_folder
+from luqrun.config import Config
+from luqrun.run_folder import RunFolder, provenance, run_id, what_decides_the_result, write_atomically
+from luqrun.validate import to_config
+
+SAME_RESULT = [
+    "study=other",
+    "resume=never",
+    "device=auto",
+    "compile=true",
+    "dataset.workers=3",
+    "dataset.root=/somewhere",
+    "tracking.log_every=7",
+    "tracking.checkpoint_every=1",
+]
+OTHER_RESULT = [
+    "seed=1",
+    "precision=bf16",
+    "model=resnext8",
+    "model.stem=small",
+    "dataset.limit=100",
+    "dataset.augment=true",
+    "dataset.batch_size=16",
+    "dataset.glyphs.noise=0.2",
+    "quant=fp32",
+    "quant.gradient.samples=2",
+    "quant.skip=[first]",
+    "schedule.lr=0.2",
+    "schedule.epochs=2",
+    "schedule.accumulate=2",
+    "finetune=fnt1",
+]
+
+
+def test_run_id_is_readable_and_has_no_clock(monkeypatch):
+    name = run_id(tiny("finetune=fnt3"))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert run_id(tiny("finetune=fnt3")) == name
+    assert re.fullmatch(r"resnet8-glyphs-luq-fnt3-seed0-[0-9a-f]{8}", name)
+    assert re.fullmatch(r"resnet8-glyphs-fp32-seed7-[0-9a-f]{8}", run_id(tiny("quant=fp32", "seed=7")))
+
+
+@pytest.mark.parametrize("override", SAME_RESULT)
+def test_run_id_is_the_same_for_what_does_not_change_the_result(override):
+    assert tiny(override) != tiny()
+    assert run_id(tiny(override)) == run_id(tiny())
+
+
+def test_run_id_differs_for_everything_that_changes_the_result():
+    names = [run_id(tiny(override)) for override in OTHER_RESULT]
+    assert len({run_id(tiny()), *names}) == len(OTHER_RESULT) + 1
+
+
+def test_every_top_level_key_was_thought_of():
+    covered = {override.split("=")[0].split(".")[0] for override in SAME_RESULT + OTHER_RESULT}
+    assert covered == {field.name for field in fields(Config)}
+
+
+def test_the_root_of_a_folder_data_set_is_part_of_the_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absolute, relative, other = (
+        run_id(to_config(composed("dataset=folder", f"dataset.root={root}"))) for root in (tmp_path / "a", "a", "b")
+    )
+    assert absolute == relative
+    assert absolute != other
+
+
+def test_run_id_makes_a_folder_name_of_any_name(tmp_path):
+    config = tiny()
+    for name in ("a/b c", "../up", "ü" * 400, "x" * 400):
+        config.quant = replace(config.quant, name=name)
+        identity = run_id(config)
+        assert len(os.fsencode(identity)) <= 255
+        (tmp_path / identity).mkdir()
+        assert (tmp_path / identity).parent == tmp_path
+
+
+def test_what_decides_the_result_is_plain_json():
+    values = what_decides_the_result(tiny())
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(run_folder.Path, "replace", lambda self, target: done.append(target.name))
+    write_atomically(tmp_path / "summary.json", b"12345")
+    assert done == [5, "summary.json"]
+
+
+def test_a_folder_that_holds_nothing_yet(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert (folder.summary(), folder.run(), folder.metrics_size()) == (None, {}, 0)
+    folder.truncate_metrics(0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_run_json_keeps_the_fields_it_is_not_given(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.update_run(status="running", start="now")
+    folder.update_run(status="finished")
+    assert folder.run() == {"status": "finished", "start": "now"}
+
+
+def test_metrics_are_on_disk_at_once_and_cut_to_a_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics({"step": 1})
+    size = folder.metrics_size()
+    folder.append_metrics({"step": 2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed while writing
+    folder.truncate_metrics(size)
+    folder.append_metrics({"step": 2, "again": True})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "again": True}]
+    folder.truncate_metrics(10_000)  # never grows
+    assert folder.metrics_size() == size + len(lines[1]) + 1
+
+
+def test_provenance_names_versions_and_the_commit():
+    found = provenance()
+    assert found["versions"].keys() >= {"python", "luqrun", "torch", "torchvision", "numba"}
+    assert found["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", found["git_commit"])
+    assert isinstance(found["command"], list)
+
+
+def test_provenance_of_an_installed_package_takes_no_commit_of_a_repository_around_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "luqrun" / "run_folder.py"))
+    assert provenance()["git_commit"] is None
