@@ -21,9 +21,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from luqrun.config import Config
+from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
-from luqrun.recipes import conf_dir
 from luqrun.run_folder import RunFolder, now, run_id
 from luqrun.validate import to_config, validate
 

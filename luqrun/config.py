@@ -7,6 +7,7 @@ than a type stand in `validate`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from luqrun.errors import UserError
 
@@ -144,3 +145,12 @@ def check_at_least(key: str, value: float, least: float) -> None:
     """Raise UserError if value < least."""
     if value < least:
         raise UserError(f"{key}={value} is too small; it must be at least {least}")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"conf/ was found neither in {here} nor beside it; install luqrun again")

@@ -29,7 +29,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
     """Swap the Conv2d, Linear and MultiheadAttention layers of `model` for ones that compute in `recipe`, in place.
 
     Parameters, hooks and state_dict keys stay (a hindsight range adds buffers). skip: overrides recipe.skip; `()`
-    quantizes every layer. seed: of the draws. Returns the model, or its replacement where the model itself is a
+    quantizes every layer. seed: of the draws; parts of a model that are quantized on their own need seeds of their
+    own, or they draw alike. Returns the model, or its replacement where the model itself is a
     layer. Raises UserError for a pattern that matches no layer. A subclass of these layers is left as it is, with a
     warning: it may compute something else.
     """
@@ -37,7 +38,9 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
     if not recipe.quantizes:
         return model
     left = _skipped([name for name, _ in found], recipe.skip if skip is None else skip)
+    left |= _unreached(model, left)
     chosen = [(name, module) for name, module in found if name not in left]
+    first_index = sum(1 for _ in quantized_layers(model))  # of an earlier call: no two layers share their draws
     if not chosen:
         warnings.warn(f"recipe {recipe.name}: every layer is skipped, nothing was quantized; see skip=()", stacklevel=2)
     for name, module in model.named_modules():
@@ -46,7 +49,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
             warnings.warn(f"{name} ({type(module).__name__}) is a subclass and was not quantized", stacklevel=2)
     swapped = {
         id(module): TWINS[type(module)].from_module(module, recipe, seed, index)
-        for index, (_, module) in enumerate(chosen)
+        for index, (_, module) in enumerate(chosen, start=first_index)
     }
     for parent in list(model.modules()) + list(swapped.values()):
         for name, child in parent._modules.items():
@@ -54,6 +57,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
                 parent._modules[name] = swapped[id(child)]
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # which only that path can take
     log.info("quantized %d of %d layers", len(chosen), len(found))
     return swapped.get(id(model), model)
 
@@ -77,6 +82,15 @@ def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
                 )
         left.update(matched)
     return left
+
+
+def _unreached(model: nn.Module, left: set[str]) -> set[str]:
+    """Names of the out_proj of attention that is not swapped: it would be read there, and never called."""
+    return {
+        f"{name}.out_proj".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and (name in left or type(module) not in TWINS)
+    }
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:

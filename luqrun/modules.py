@@ -43,13 +43,20 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health = recipe, False, None
-        layer.stream = make_stream(seed, layer=index)
+        layer.stream, layer.dry_forwards = make_stream(seed, layer=index), 0
         for operand in OPERANDS:
             quantizer = getattr(recipe, operand)
             if quantizer is not None and quantizer.range == "hindsight":
                 maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
                 layer.register_buffer(f"{operand}_hindsight", maximum)
         return layer
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for key, buffer in self._buffers.items():
+            if key.endswith("_hindsight"):  # float32 also in a half-precision model: gradients leave fp16's range
+                self._buffers[key] = buffer.float()
+        return self
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
@@ -67,28 +74,47 @@ class QuantLayer(nn.Module):
         return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
 
     def _plan(self, device: torch.device) -> Plan:
-        learning = self.training and torch.is_grad_enabled()
-        # A forward inside a backward pass is a recomputation (activation checkpointing), not a new one.
-        recomputing = learning and torch._C._current_graph_task_id() != -1
+        learning = self.training and torch.is_grad_enabled() and not self._is_repetition()
+        if self.training and not torch.is_grad_enabled():
+            self.dry_forwards += 1
         high_precision = self.training and self.finetune
         return Plan(
             weight=self.recipe.weight,
             activation=None if high_precision else self.recipe.activation,
             gradient=None if high_precision else self.recipe.gradient,
-            streams=self._streams(device, learning, recomputing),
+            streams=self._streams(device, learning),
             hindsight={name: self._buffers[key] for name in OPERANDS if (key := f"{name}_hindsight") in self._buffers},
-            observe=self._observe if learning and not recomputing else None,
+            observe=self._observe if learning else None,
             health=self.health if learning else None,
         )
 
-    def _streams(self, device: torch.device, learning: bool, recomputing: bool) -> dict[str, Tensor]:
+    def _is_repetition(self) -> bool:
+        """Whether activation checkpointing repeats a training forward whose draws and maxima were counted before.
+
+        A repetition runs inside a backward pass. But reentrant checkpointing does a segment's first pass without
+        gradients, a dry one: there the pass inside the backward is the one that counts.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self.dry_forwards = 0
+            return False
+        for operand in ("weight", "activation"):
+            quantizer = getattr(self.recipe, operand)
+            if quantizer is not None and not quantizer.repeats:
+                raise UserError(
+                    f"activation checkpointing cannot repeat {operand}={quantizer}; "
+                    "it needs a forward with rounding=nearest and no hindsight range"
+                )
+        if self.dry_forwards == 0:
+            return True
+        self.dry_forwards -= 1
+        return False
+
+    def _streams(self, device: torch.device, learning: bool) -> dict[str, Tensor]:
         self.stream = self.stream.to(device)
         if dist.is_available() and dist.is_initialized():
             self.stream[RANK_FIELD] = dist.get_rank()
         stream = self.stream.clone()
-        if recomputing:
-            stream[MICRO_STEP_FIELD] -= 1
-        elif learning:
+        if learning:
             self.stream[MICRO_STEP_FIELD] += 1
         else:
             stream[STEP_FIELD] = EVALUATION_STEP

@@ -124,7 +124,7 @@ class Plan:
     def wgrad_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """As gemm_dtype, but fp32 where the sum of samples would not be exact in bf16."""
         samples = 1 if self.gradient is None else self.gradient.samples
-        if samples > 1 and samples * self.gradient.form.limit > EXACT_IN_BF16:
+        if samples > 1 and samples * max(self.gradient.form.limit, self.gradient.form.unsigned_limit) > EXACT_IN_BF16:
             return torch.float32
         return self.gemm_dtype(dtype)
 
@@ -154,7 +154,8 @@ class QuantizedGemm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        a, w = Operand(*ctx.saved_tensors[:3]), Operand(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        a, w = Operand(*saved[:3]), Operand(*saved[3:])
         op, plan = ctx.op, ctx.plan
         need_dgrad, need_wgrad = ctx.needs_input_grad[:2]
         for_dgrad, for_wgrad = plan.quantize_gradient(grad_output)

@@ -25,7 +25,6 @@ MAX_SAMPLES = 64
 # SAWB: clip = c1 sqrt(E[x^2]) - c2 E|x|, by width of the integer format.
 SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64), 8: (31.76, 35.04)}
 SMALLEST = 2.0**-149  # the smallest positive float32
-LARGEST_POWER = 2.0**127
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,11 @@ class Quantizer:
         return get_format(self.format)
 
     @property
+    def repeats(self) -> bool:
+        """Whether quantizing the same tensor once more gives the same codes."""
+        return not self.is_stochastic and self.range != "hindsight"
+
+    @property
     def is_stochastic(self) -> bool:
         return "stochastic" in (self.rounding, self.underflow)
 
@@ -144,7 +148,9 @@ class Quantizer:
         if self.pow2_scale:
             # Up, so that nothing is clipped: carry any mantissa bit into the exponent.
             power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-            scale = power.clamp(max=LARGEST_POWER)
+            # Unless the largest code would leave float32: then down, and the top of the range is clipped.
+            fits = (power.double() * limit <= torch.finfo(torch.float32).max) | ~clip.isfinite()
+            scale = torch.where(fits, power, power / 2)
         return scale
 
     def encode(self, x: Tensor, scale: Tensor, signed: Tensor, stream: Tensor, sample: int = 0) -> Tensor:

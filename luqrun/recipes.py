@@ -6,9 +6,8 @@ A recipe is one YAML under conf/quant/: a new scheme that mixes known parts need
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from luqrun.config import QuantConfig
+from luqrun.config import QuantConfig, conf_dir
 from luqrun.errors import UserError
 from luqrun.quantizer import Quantizer
 
@@ -47,15 +46,6 @@ class Recipe:
         return ", ".join(f"{operand}={getattr(self, operand) or 'high precision'}" for operand in OPERANDS)
 
 
-def conf_dir() -> Path:
-    """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "conf", here.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"conf/ was found neither in {here} nor beside it; install luqrun again")
-
-
 def recipe(name: str, **overrides) -> Recipe:
     """The recipe of conf/quant/<name>.yaml, with overrides as keywords.
 
@@ -72,8 +62,12 @@ def recipe(name: str, **overrides) -> Recipe:
         raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}")
     for key in ("samples", "samples_scope"):
         if key in overrides:
+            if overrides.get("gradient", {}) is None:
+                raise UserError(f"{key} is a setting of the gradient's quantizer, and gradient=None removes it")
             overrides["gradient"] = {**(overrides.get("gradient") or {}), key: overrides.pop(key)}
     if "skip" in overrides:
+        if overrides["skip"] is None or isinstance(overrides["skip"], str):
+            raise UserError(f"skip={overrides['skip']!r} must be a list, such as [first, last, shortcut]")
         overrides["skip"] = list(overrides["skip"])
     try:
         config = OmegaConf.merge(QuantConfig, OmegaConf.load(conf_dir() / "quant" / f"{name}.yaml"), overrides)
