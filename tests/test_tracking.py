@@ -1,0 +1,206 @@
+"""What a run shows of itself: curves read back from the event files, and hyper-parameters that compare."""
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from running import build_trainer, metrics, quiet_machine, tiny, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from luqrun.convert import quantized_layers
+from luqrun.run_folder import RunFolder
+from luqrun.tracking import FINAL_METRICS, Tracker
+from luqrun.trainer import Trainer
+
+LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
+OPERANDS = ("weight", "activation", "gradient")
+SHARES = ("clipped_share", "underflow_share", "relative_error")
+
+
+def events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder.path), {"scalars": 0, "histograms": 0}).Reload()
+
+
+def points(folder, tag) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def luq_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("luq") / "run", "finetune=fnt1", "tracking.histogram_every=5")[1]
+
+
+@pytest.fixture(scope="module")
+def fp32_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("fp32") / "run", "quant=fp32")[1]
+
+
+def test_the_curves_are_the_lines_of_metrics_jsonl(luq_run):
+    expected = defaultdict(list)
+    for line in metrics(luq_run):
+        for name in line.keys() - {"kind", "phase", "epoch", "step"}:
+            expected[name].append((line["step"], pytest.approx(line[name])))
+    assert expected.keys() == {"loss", "lr", "train/loss", "train/top1", *FINAL_METRICS}
+    for name, values in expected.items():
+        assert points(luq_run, name) == values
+    assert len(points(luq_run, "images_per_second")) == 8 + 2
+
+
+def test_one_line_every_few_steps_and_one_an_epoch(luq_run):
+    found = [(line["kind"], line["phase"], line["epoch"], line["step"]) for line in metrics(luq_run)]
+    assert found == (
+        [("step", "train", 1, step) for step in (2, 4, 6, 8)]
+        + [("epoch", "train", 1, 8)]
+        + [("step", "finetune", 2, step) for step in (10, 12, 14, 16)]
+        + [("epoch", "finetune", 2, 16)]
+    )
+
+
+def test_health_of_every_layer_and_operand(luq_run):
+    tags = {tag for tag in events(luq_run).Tags()["scalars"] if tag.split("/")[0] in SHARES}
+    assert tags == {f"{share}/{layer}/{operand}" for share in SHARES for layer in LAYERS for operand in OPERANDS}
+    for tag in tags:
+        found = points(luq_run, tag)
+        # Every third step; in the fine-tune phase (steps 9 to 16) only weights are quantized.
+        due = [1, 4, 6, 7] + ([10, 11, 13, 16] if tag.endswith("/weight") else [])
+        assert [step for step, _ in found] == due
+        assert all(math.isfinite(value) and value >= 0 for _, value in found)
+        if not tag.startswith("relative_error"):
+            assert all(value <= 1 for _, value in found)
+    for layer in LAYERS:
+        assert all(0 < value < 0.5 for _, value in points(luq_run, f"relative_error/{layer}/weight"))
+        assert all(value == 0 for _, value in points(luq_run, f"clipped_share/{layer}/gradient"))  # absmax
+
+
+def test_histograms_of_the_gradient_are_sparse_and_whole(luq_run):
+    found = events(luq_run)
+    assert set(found.Tags()["histograms"]) == {f"log2_gradient/{layer}" for layer in LAYERS}
+    for layer in LAYERS:
+        rows = found.Histograms(f"log2_gradient/{layer}")
+        assert [row.step for row in rows] == [1, 6, 11, 16]
+        for row in rows:
+            value = row.histogram_value
+            assert sum(value.bucket) == value.num > 1000
+            assert value.bucket[0] > 0
+            assert value.bucket[-1] > 0
+            assert len(value.bucket) == len(value.bucket_limit)
+            assert value.bucket_limit == list(range(int(value.min) + 1, int(value.max) + 1))
+            assert value.min <= value.sum / value.num <= value.max < 10
+            assert value.sum_squares * value.num >= value.sum**2
+
+
+def test_the_histogram_counts_exponents(tmp_path):
+    folder = RunFolder(tmp_path)
+    tracker = Tracker(tiny("quant=fp32"), folder, first_step=0)
+    counts = torch.zeros(256, dtype=torch.int64)
+    counts[0], counts[127 - 3], counts[127 - 1] = 50, 4, 2  # zeros and subnormals, [1/8, 1/4), [1/2, 1)
+    tracker._exponent_histogram("layer", counts.numpy(), 7)
+    tracker._exponent_histogram("dead", torch.zeros(256, dtype=torch.int64).numpy(), 7)
+    tracker.close()
+    found = events(folder)
+    assert found.Tags()["histograms"] == ["log2_gradient/layer"]
+    value = found.Histograms("log2_gradient/layer")[0].histogram_value
+    assert (list(value.bucket_limit), list(value.bucket)) == ([-2, -1, 0], [4, 0, 2])
+    assert (value.min, value.max, value.num) == (-3, 0, 6)
+
+
+def test_one_tensorboard_run_a_folder(luq_run):
+    assert len(list(luq_run.path.rglob("events.out.tfevents.*"))) == 1
+    assert list(luq_run.path.glob("events.out.tfevents.*"))
+
+
+def session(folder) -> tuple[dict, list[str], list[str]]:
+    """(hyper-parameters, metrics, declared hyper-parameters) that TensorBoard finds in a run."""
+    content = events(folder).summary_metadata
+    read = {}
+    for tag in ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"):
+        read[tag] = plugin_data_pb2.HParamsPluginData.FromString(content[tag].plugin_data.content)
+    start = read["_hparams_/session_start_info"].session_start_info.hparams
+    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.items()}
+    experiment = read["_hparams_/experiment"].experiment
+    return values, [info.name.tag for info in experiment.metric_infos], [info.name for info in experiment.hparam_infos]
+
+
+def test_hyper_parameters_compare_across_recipes(luq_run, fp32_run):
+    values, names, declared = session(luq_run)
+    other_values, other_names, _ = session(fp32_run)
+    assert names == other_names == list(FINAL_METRICS)
+    assert set(names) <= set(events(luq_run).Tags()["scalars"])
+    assert set(names) <= set(events(fp32_run).Tags()["scalars"])
+    assert (values["quant.name"], other_values["quant.name"]) == ("luq", "fp32")
+    assert values["quant.gradient.format"] == "e3m0"
+    assert other_values["quant.gradient"] == "None"
+    assert values["schedule.lr"] == pytest.approx(0.1)
+    assert values["quant.skip"] == "['first', 'last', 'shortcut']"
+    assert set(declared) == set(values)
+
+
+def test_no_health_where_nothing_is_quantized(fp32_run):
+    found = events(fp32_run).Tags()
+    assert not [tag for tag in found["scalars"] if tag.split("/")[0] in SHARES]
+    assert found["histograms"] == []
+
+
+def test_zero_means_never(tmp_path):
+    never = [f"tracking.{name}_every=0" for name in ("log", "health", "histogram", "checkpoint")]
+    _, folder = train(tmp_path / "run", *never)
+    assert [line["kind"] for line in metrics(folder)] == ["epoch"]
+    assert set(events(folder).Tags()["scalars"]) == {"train/loss", "train/top1", "images_per_second", *FINAL_METRICS}
+    assert events(folder).Tags()["histograms"] == []
+
+
+def interrupted(monkeypatch, path, at, *overrides):
+    """The same run, stopped before step `at` (from 0)."""
+    step = Trainer.train_step
+
+    def stop(self, micro_batches):
+        if self.progress["step"] == at:
+            raise KeyboardInterrupt
+        return step(self, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(path, *overrides)
+
+
+@pytest.mark.parametrize("every", [5, 0], ids=["from mid-epoch", "from the end of an epoch"])
+def test_curves_of_a_resumed_run_have_every_point_once(tmp_path, monkeypatch, luq_run, every):
+    overrides = ("finetune=fnt1", "tracking.histogram_every=5", f"tracking.checkpoint_every={every}")
+    interrupted(monkeypatch, tmp_path / "run", 13, *overrides)
+    _, resumed = train(tmp_path / "run", *overrides)
+    assert len(list(resumed.path.glob("events.out.tfevents.*"))) == 2
+    for tag in sorted(set(events(luq_run).Tags()["scalars"]) - {"images_per_second"}):
+        assert points(resumed, tag) == points(luq_run, tag), tag
+    for tag in events(luq_run).Tags()["histograms"]:
+        steps = [[row.step for row in events(folder).Histograms(tag)] for folder in (resumed, luq_run)]
+        assert steps[0] == steps[1]
+    assert session(resumed) == session(luq_run)
+
+
+def test_a_run_that_starts_over_has_no_points_of_the_first_attempt(tmp_path, monkeypatch, fp32_run):
+    interrupted(monkeypatch, tmp_path / "run", 6, "quant=fp32")  # before any checkpoint
+    _, again = train(tmp_path / "run", "quant=fp32")
+    assert points(again, "loss") == points(fp32_run, "loss")
+
+
+def test_a_fine_tune_of_another_run_has_hyper_parameters_too(tmp_path, fp32_run):
+    _, tuned = train(tmp_path / "run", "quant=fp32", "finetune=fnt1", f"resume={fp32_run.checkpoints / 'last.pt'}")
+    values, names, _ = session(tuned)
+    assert values["finetune.name"] == "fnt1"
+    assert names == list(FINAL_METRICS)
+
+
+def test_the_health_of_a_step_is_that_of_its_own_quantization(tmp_path):
+    with quiet_machine(tmp_path / "cache"):
+        run = build_trainer(tmp_path / "run", "tracking.health_every=1")
+        images, labels = run.data.train.batch(torch.arange(32).numpy(), None)
+        name, layer = next(iter(quantized_layers(run.model)))
+        weight = layer.weight.detach().clone()
+        run.train_step([(images, labels)])
+        run.tracker.close()
+    values = layer.recipe.weight.quantize(weight).dequantize()
+    error = ((values - weight).norm() / weight.norm()).item()
+    assert points(run.folder, f"relative_error/{name}/weight") == [(1, pytest.approx(error, rel=1e-4))]
