@@ -13,8 +13,7 @@ from hydra.core.config_store import ConfigStore
 
 import luqrun.kernels.cpu  # chooses numba's threading layer before numba is asked for threads  # noqa: F401
 from luqrun import trainer
-from luqrun.config import Config
-from luqrun.recipes import conf_dir
+from luqrun.config import Config, conf_dir
 from luqrun.run_folder import RunFolder
 from luqrun.validate import to_config
 

@@ -25,7 +25,7 @@ def test_accuracies_before_and_after_each_fine_tune_epoch(tmp_path, monkeypatch)
     lines = closing_table(tiny("finetune=fnt2"), SUMMARY, tmp_path / "outputs" / "study" / "run").splitlines()
     rows = [re.split(r"  +", line) for line in lines if re.search(r"\d\.\d\d  ", line)]
     assert rows == [
-        ["1 epochs, quant=luq", "71.25", "81.25", "0.713"],
+        ["1 epoch, quant=luq", "71.25", "81.25", "0.713"],
         ["+ 1 fine-tune epoch", "73.50", "83.50", "0.735"],
         ["+ 2 fine-tune epochs", "75.00", "85.00", "0.750"],
     ]

@@ -10,8 +10,7 @@ from PIL import Image
 from running import composed, quiet_machine
 
 from luqrun import trainer
-from luqrun.config import Config
-from luqrun.recipes import conf_dir
+from luqrun.config import Config, conf_dir
 from luqrun.run_folder import RunFolder
 from luqrun.schedules import learning_rate
 from luqrun.validate import to_config, validate
