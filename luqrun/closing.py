@@ -18,15 +18,19 @@ def closing_table(config: Config, summary: dict, folder: Path) -> str:
     quantized = [name for name in ("weight", "activation") if getattr(config.quant, name) is not None]
     formats = " and ".join(f"{getattr(config.quant, name).format.upper()} {name}s" for name in quantized)
     rows = [("after", "top-1 %", "top-5 %", "loss")]
-    rows.append(_row(f"{config.schedule.epochs} epochs, quant={config.quant.name}", summary["before_finetune"]))
+    rows.append(_row(f"{_epochs(config.schedule.epochs)}, quant={config.quant.name}", summary["before_finetune"]))
     for number, result in enumerate(summary["finetune"], 1):
-        rows.append(_row(f"+ {number} fine-tune epoch{'s' if number > 1 else ''}", result))
+        rows.append(_row(f"+ {_epochs(number, 'fine-tune ')}", result))
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:<{width}}  {row[1]:>7}  {row[2]:>7}  {row[3]:>7}" for row in rows]
     speed = f"{summary['images_per_second']:.0f} images/s in training, {summary['train_seconds']:.0f} s of it"
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
     return "\n".join(["", title, *lines, f"{speed}, {memory}", *where])
+
+
+def _epochs(number: int, kind: str = "") -> str:
+    return f"{number} {kind}epoch" + ("s" if number > 1 else "")
 
 
 def _row(label: str, result: dict) -> tuple[str, str, str, str]:

@@ -63,6 +63,7 @@ class QuantLayer(nn.Module):
         self.stream[STEP_FIELD] = step
         self.stream[MICRO_STEP_FIELD] = 0
 
+    @torch._disable_dynamo  # numba's kernels cannot be traced; this form imports the compiler only when called
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
         device_type = activation.device.type

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -12,7 +10,7 @@ from torch.utils.tensorboard.summary import hparams
 from luqrun.config import Config
 from luqrun.convert import quantized_layers
 from luqrun.recipes import OPERANDS
-from luqrun.run_folder import RunFolder
+from luqrun.run_folder import RunFolder, what_decides_the_result
 
 # The same in every run, so that the hyper-parameter tab can compare them.
 FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
@@ -30,7 +28,7 @@ class Tracker:
 
     def _write_hyper_parameters(self) -> None:
         # add_hparams would start a second run; these are its three summaries, in ours.
-        values = {key: value for key, value in _flatten(asdict(self.config)).items() if key != "study"}
+        values = _flatten(what_decides_the_result(self.config))
         for summary in hparams(values, dict.fromkeys(FINAL_METRICS, 0.0)):
             self.writer.file_writer.add_summary(summary)
 
@@ -46,7 +44,7 @@ class Tracker:
         """The layers' health of the last pass as curves, with `histograms` the gradients' exponents too."""
         for name, values in read_health(model).items():
             for metric, value in values.items():
-                self.writer.add_scalar(f"{metric}/{name}", value, step)
+                self.writer.add_scalar(f"quantization/{metric}/{name}", value, step)  # one group, or it hides the rest
         if histograms:
             for name, layer in quantized_layers(model):
                 if layer.health and "gradient_exponents" in layer.health:

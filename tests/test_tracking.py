@@ -71,7 +71,7 @@ def test_health_of_every_layer_and_operand(luq_run):
             assert all(value <= 1 for _, value in found)
     for layer in LAYERS:
         assert all(0 < value < 0.5 for _, value in points(luq_run, f"relative_error/{layer}/weight"))
-        assert all(value == 0 for _, value in points(luq_run, f"clipped_share/{layer}/gradient"))  # absmax
+        assert all(value == 0 for _, value in points(luq_run, f"quantization/clipped_share/{layer}/gradient"))  # absmax
 
 
 def test_histograms_of_the_gradient_are_sparse_and_whole(luq_run):
