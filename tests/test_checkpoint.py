@@ -94,6 +94,24 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(path, kind):
     assert "\n" not in text
 
 
+class Code:
+    """Pickled, it makes the folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_cannot_run_code(path, tmp_path):
+    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    torch.save(torch.load(path, weights_only=True) | {"progress": Code(tmp_path / "made")}, path)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        checkpoint.load(path, tiny(), 47)
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("missing", ["nothing.pt", "."])
 def test_a_missing_file_is_refused(tmp_path, missing):
     with pytest.raises(UserError, match=r"resume=.*no such file.*auto, never"):
@@ -149,6 +167,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch, writer):
     before = path.read_bytes()
 
     def full(*arguments):
+        if writer == "copy":
+            arguments[1].write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if writer == "save":

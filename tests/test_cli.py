@@ -11,9 +11,11 @@ import time
 import pytest
 import torch
 from PIL import Image
-from running import TINY
+from running import TINY, tiny
 from shell import Shell, environment
 from torch import nn
+
+from luqrun.run_folder import run_id
 
 FAST = (*TINY, "quant=fp32")
 PARTS = ("torchvision", "triton", "numba", "tensorboard")
@@ -162,6 +164,18 @@ def test_an_output_folder_that_cannot_be_written(luqrun, tmp_path, where):
     (tmp_path / where).write_text("not a folder")
     assert_refused(luqrun(*FAST), tmp_path, str(where).split("/")[0])
     assert (tmp_path / where).read_text() == "not a folder"
+
+
+def test_a_full_disk(luqrun, tmp_path):
+    folder = tmp_path / "outputs" / "default" / run_id(tiny("quant=fp32"))
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    assert_refused(luqrun(*FAST), tmp_path, "the disk is full", folder.name, "make room")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "failed"
+    assert "the disk is full" in run["reason"]
+    (folder / "metrics.jsonl").unlink()
+    assert luqrun(*FAST).code == 0
 
 
 def test_a_sweep_over_a_file_in_the_place_of_its_folder(luqrun, tmp_path):
