@@ -16,7 +16,7 @@ from luqrun.trainer import Trainer
 
 LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
 OPERANDS = ("weight", "activation", "gradient")
-SHARES = ("clipped_share", "underflow_share", "relative_error")
+SHARES = tuple(f"quantization/{name}" for name in ("clipped_share", "underflow_share", "relative_error"))
 
 
 def events(folder) -> EventAccumulator:
@@ -59,7 +59,7 @@ def test_one_line_every_few_steps_and_one_an_epoch(luq_run):
 
 
 def test_health_of_every_layer_and_operand(luq_run):
-    tags = {tag for tag in events(luq_run).Tags()["scalars"] if tag.split("/")[0] in SHARES}
+    tags = {tag for tag in events(luq_run).Tags()["scalars"] if tag.startswith(SHARES)}
     assert tags == {f"{share}/{layer}/{operand}" for share in SHARES for layer in LAYERS for operand in OPERANDS}
     for tag in tags:
         found = points(luq_run, tag)
@@ -67,10 +67,10 @@ def test_health_of_every_layer_and_operand(luq_run):
         due = [1, 4, 6, 7] + ([10, 11, 13, 16] if tag.endswith("/weight") else [])
         assert [step for step, _ in found] == due
         assert all(math.isfinite(value) and value >= 0 for _, value in found)
-        if not tag.startswith("relative_error"):
+        if not tag.startswith("quantization/relative_error"):
             assert all(value <= 1 for _, value in found)
     for layer in LAYERS:
-        assert all(0 < value < 0.5 for _, value in points(luq_run, f"relative_error/{layer}/weight"))
+        assert all(0 < value < 0.5 for _, value in points(luq_run, f"quantization/relative_error/{layer}/weight"))
         assert all(value == 0 for _, value in points(luq_run, f"quantization/clipped_share/{layer}/gradient"))  # absmax
 
 
@@ -139,7 +139,7 @@ def test_hyper_parameters_compare_across_recipes(luq_run, fp32_run):
 
 def test_no_health_where_nothing_is_quantized(fp32_run):
     found = events(fp32_run).Tags()
-    assert not [tag for tag in found["scalars"] if tag.split("/")[0] in SHARES]
+    assert not [tag for tag in found["scalars"] if tag.startswith(SHARES)]
     assert found["histograms"] == []
 
 
@@ -203,4 +203,4 @@ def test_the_health_of_a_step_is_that_of_its_own_quantization(tmp_path):
         run.tracker.close()
     values = layer.recipe.weight.quantize(weight).dequantize()
     error = ((values - weight).norm() / weight.norm()).item()
-    assert points(run.folder, f"relative_error/{name}/weight") == [(1, pytest.approx(error, rel=1e-4))]
+    assert points(run.folder, f"quantization/relative_error/{name}/weight") == [(1, pytest.approx(error, rel=1e-4))]

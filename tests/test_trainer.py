@@ -22,7 +22,7 @@ def test_summary_and_run_json_of_a_finished_run(tmp_path):
     summary, folder = train(tmp_path / "run", "finetune=fnt3")
     assert folder.summary() == summary
     assert summary.keys() >= ACCURACIES
-    assert summary.keys() >= {"train_seconds", "images_per_second", "peak_memory_bytes", "config"}
+    assert summary.keys() >= {"train_seconds", "images_per_second", "peak_memory_bytes"}
     epochs = metrics(folder, "epoch")
     assert [row["phase"] for row in epochs] == ["train", "finetune", "finetune", "finetune"]
     for name in ACCURACIES:
