@@ -9,7 +9,13 @@ from running import assert_same_tensors, tiny
 from torch import nn
 
 from luqrun import checkpoint
+from luqrun.datasets import Data
 from luqrun.errors import UserError
+
+
+def data(classes=47, train=256, val=94):
+    """Of a data set, what a checkpoint is compared with."""
+    return Data(range(train), range(val), tuple(map(str, range(classes))), channels=1, image_size=20)
 
 
 def content(config, epoch=1, batch=0):
@@ -30,8 +36,8 @@ def path(tmp_path):
 def test_round_trip_loads_with_weights_only(path):
     config = tiny()
     model, optimizer, progress = content(config)
-    checkpoint.save(path, config, 47, model, optimizer, progress)
-    loaded = checkpoint.load(path, config, 47)
+    checkpoint.save(path, config, data(), model, optimizer, progress)
+    loaded = checkpoint.load(path, config, data())
     assert_same_tensors(loaded["model"], dict(model))
     assert loaded["optimizer"]["state"][0]["momentum_buffer"].equal(optimizer["state"][0]["momentum_buffer"])
     assert loaded["progress"] == progress
@@ -39,8 +45,8 @@ def test_round_trip_loads_with_weights_only(path):
 
 
 def test_what_does_not_change_the_result_may_differ(path):
-    checkpoint.save(path, tiny(), 47, *content(tiny()))
-    checkpoint.load(path, tiny("study=other", "dataset.workers=2", "tracking.log_every=1", "resume=never"), 47)
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
+    checkpoint.load(path, tiny("study=other", "dataset.workers=2", "tracking.log_every=1", "resume=never"), data())
 
 
 def damaged(path, kind):
@@ -84,10 +90,10 @@ KINDS = (
 @pytest.mark.filterwarnings("ignore")  # torchscript is deprecated
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_or_foreign_file_is_refused_by_name(path, kind):
-    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
     damaged(path, kind)
     with pytest.raises(UserError) as refusal:
-        checkpoint.load(path, tiny(), 47)
+        checkpoint.load(path, tiny(), data())
     text = str(refusal.value)
     assert str(path) in text
     assert "resume=" in text
@@ -105,23 +111,33 @@ class Code:
 
 
 def test_a_checkpoint_cannot_run_code(path, tmp_path):
-    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
     torch.save(torch.load(path, weights_only=True) | {"progress": Code(tmp_path / "made")}, path)
     with pytest.raises(UserError, match=r"last\.pt"):
-        checkpoint.load(path, tiny(), 47)
+        checkpoint.load(path, tiny(), data())
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("missing", ["nothing.pt", "."])
 def test_a_missing_file_is_refused(tmp_path, missing):
     with pytest.raises(UserError, match=r"resume=.*no such file.*auto, never"):
-        checkpoint.load(tmp_path / missing, tiny(), 47)
+        checkpoint.load(tmp_path / missing, tiny(), data())
 
 
 def test_another_number_of_classes_is_refused(path):
-    checkpoint.save(path, tiny(), 10, *content(tiny()))
+    checkpoint.save(path, tiny(), data(classes=10), *content(tiny()))
     with pytest.raises(UserError, match=r"last\.pt has 10 classes, dataset=glyphs has 47"):
-        checkpoint.load(path, tiny(), 47)
+        checkpoint.load(path, tiny(), data())
+
+
+@pytest.mark.parametrize("images", [{"train": 255}, {"val": 95}])
+def test_another_number_of_images_is_refused(path, images):
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
+    with pytest.raises(UserError) as refusal:
+        checkpoint.load(path, tiny(), data(**images))
+    assert str(path) in str(refusal.value)
+    assert "256 training and 94 validation images" in str(refusal.value)
+    assert str(*images.values()) in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +153,9 @@ def test_another_number_of_classes_is_refused(path):
     ],
 )
 def test_another_run_is_refused_by_file_and_key(path, override, message):
-    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
     with pytest.raises(UserError) as refusal:
-        checkpoint.load(path, tiny(override), 47)
+        checkpoint.load(path, tiny(override), data())
     assert str(path) in str(refusal.value)
     assert message in str(refusal.value)
 
@@ -151,16 +167,16 @@ def test_another_run_is_refused_by_file_and_key(path, override, message):
 )
 def test_only_a_fine_tune_that_has_not_begun_may_be_exchanged(path, epoch, batch, accepted):
     config = tiny("finetune=fnt2")
-    checkpoint.save(path, config, 47, *content(config, epoch, batch))
+    checkpoint.save(path, config, data(), *content(config, epoch, batch))
     if accepted:
-        checkpoint.load(path, tiny("finetune=fnt3"), 47)
+        checkpoint.load(path, tiny("finetune=fnt3"), data())
     else:
         with pytest.raises(UserError, match=r"finetune\."):
-            checkpoint.load(path, tiny("finetune=fnt3"), 47)
+            checkpoint.load(path, tiny("finetune=fnt3"), data())
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):
-    checkpoint.save(path, tiny(), 47, *content(tiny()))
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
     before = path.read_bytes()
 
     def full(descriptor):
@@ -168,6 +184,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, tiny(), 47, *content(tiny()))
+        checkpoint.save(path, tiny(), data(), *content(tiny()))
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["last.pt"]

@@ -57,6 +57,8 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     assert names == {"config.yaml", "run.json", "run.log", "metrics.jsonl", "summary.json", "checkpoints"}
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
+    assert run.keys() >= {"git_commit", "git_dirty", "versions", "device", "kernel_backend", "start", "end"}
+    assert run["start"] <= run["end"]
     assert run["overrides"] == [*TINY, "finetune=fnt1"]
     assert run["command"][1:] == [*TINY, "finetune=fnt1"]
     summary = json.loads((folder / "summary.json").read_text())
@@ -139,7 +141,7 @@ def test_checkpoints_that_do_not_fit(luqrun, tmp_path):
     assert_refused(luqrun(*other, f"resume={last}"), tmp_path, str(last), "47 classes", "has 2")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")
     assert_refused(luqrun(*FAST, "study=c", "resume=foreign.pt"), tmp_path, "foreign.pt", "not written by")
-    for size in (len(good) // 2, 30_000, len(good) - 1):
+    for size in (30_000, len(good) - 1):  # torch has another error for each
         last.write_bytes(good[:size])
         assert_refused(luqrun(*FAST), tmp_path, "last.pt", "truncated or not a checkpoint", "resume=")
         assert last.stat().st_size == size
@@ -252,13 +254,15 @@ def test_ctrl_c_and_the_same_command_again(luqrun, tmp_path):
     )  # fmt: skip
     while command.poll() is None and not list(tmp_path.rglob("last.pt")):
         time.sleep(0.02)
+    (folder,) = runs(tmp_path)
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["end"]) == ("running", None)
     command.send_signal(signal.SIGINT)
     out, err = command.communicate()
     assert command.returncode == 130
     assert (out, "Traceback" in err) == ("", False)
     assert sum("interrupted; the same command continues" in line for line in err.splitlines()) == 1
     assert err.splitlines()[-1].startswith("interrupted")
-    (folder,) = runs(tmp_path)
     run = json.loads((folder / "run.json").read_text())
     assert (run["status"], run["reason"]) == ("failed", "interrupted")
     assert not (folder / "summary.json").exists()
@@ -269,7 +273,9 @@ def test_ctrl_c_and_the_same_command_again(luqrun, tmp_path):
     result = luqrun(*arguments)
     assert result.code == 0
     assert re.search(rf"continuing from .*last\.pt: epoch \d+, step {done}\n", result.err)
-    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    resumed = json.loads((folder / "run.json").read_text())
+    assert (resumed["status"], resumed["start"]) == ("finished", run["start"])
+    assert not resumed.get("reason")  # of the interruption
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 161))
 
@@ -286,7 +292,6 @@ def test_import_and_help_load_nothing_heavy():
     help_command = "sys.argv = ['luqrun', '--help']; import runpy; runpy.run_module('luqrun', run_name='__main__')"
     assert loaded_by("import luqrun", "luqrun.recipe('luq')") == set()
     assert loaded_by(help_command) == set()
-    assert loaded_by("import torchvision") >= {"torchvision"}  # the probe sees what it should
 
 
 def test_waiting_threads_sleep(tmp_path):

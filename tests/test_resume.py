@@ -173,15 +173,6 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, uninterrupted):
     assert_same_run(resumed, whole)
 
 
-def test_a_resumed_run_forgets_why_it_failed(tmp_path):
-    (tmp_path / "run").mkdir()
-    trainer.RunFolder(tmp_path / "run").update_run(status="failed", reason="interrupted", start="2026", end="2026")
-    run = train(tmp_path / "run")[1].run()
-    assert run["status"] == "finished"
-    assert run["start"] == "2026"
-    assert not run.get("reason")
-
-
 @pytest.mark.parametrize("call", [3, 4])
 def test_the_best_checkpoint_survives_an_interruption_beside_it(tmp_path, monkeypatch, call):
     accuracies = (10.0, 30.0, 20.0)

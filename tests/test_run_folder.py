@@ -20,6 +20,8 @@ SAME_RESULT = [
     "device=auto",
     "compile=true",
     "dataset.workers=3",
+    "schedule.finetune_lr=0.3",
+    "finetune.lr_base=0.3",
     "dataset.root=/somewhere",
     "tracking.log_every=7",
     "tracking.checkpoint_every=1",
@@ -40,6 +42,7 @@ OTHER_RESULT = [
     "schedule.epochs=2",
     "schedule.accumulate=2",
     "finetune=fnt1",
+    "finetune.epochs=4",
 ]
 
 

@@ -93,7 +93,7 @@ def test_histograms_of_the_gradient_are_sparse_and_whole(luq_run):
 
 def test_the_histogram_counts_exponents(tmp_path):
     folder = RunFolder(tmp_path)
-    tracker = Tracker(tiny("quant=fp32"), folder, first_step=0)
+    tracker = Tracker(tiny("quant=fp32"), folder, done=0)
     counts = torch.zeros(256, dtype=torch.int64)
     counts[0], counts[127 - 3], counts[127 - 1] = 50, 4, 2  # zeros and subnormals, [1/8, 1/4), [1/2, 1)
     tracker._exponent_histogram("layer", counts.numpy(), 7)

@@ -33,33 +33,17 @@ def test_summary_and_run_json_of_a_finished_run(tmp_path):
     assert summary["images_per_second"] == pytest.approx(4 * 256 / summary["train_seconds"])
     assert summary["peak_memory_bytes"] > 2**24
     run = folder.run()
-    assert run["status"] == "finished"
-    assert run.keys() >= {"command", "git_commit", "git_dirty", "versions", "device", "kernel_backend", "start", "end"}
-    assert run["device"] == "cpu"
+    assert (run["status"], run["device"]) == ("finished", "cpu")
     assert "numba" in run["kernel_backend"]
-    assert run["start"] <= run["end"]
-
-
-def test_status_is_running_while_it_runs(tmp_path, monkeypatch):
-    seen = []
-
-    def look(self):
-        seen.append((self.folder.run()["status"], self.folder.run()["end"], self.folder.summary()))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "fit", look)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run")
-    assert seen == [("running", None, None)]
 
 
 @pytest.mark.parametrize("quant", ["luq", "fp32"])
 def test_divergence_is_a_result(tmp_path, monkeypatch, caplog, quant):
-    # The second step sees an infinite weight; luq must not turn it into finite codes.
+    # The fifth step, whose health is not due, sees an infinite weight; luq must not turn it into finite codes.
     original = Trainer.train_step
 
     def poisoned(self, micro_batches):
-        if self.progress["step"] == 3:
+        if self.progress["step"] == 4:
             with torch.no_grad():
                 next(self.model.layer1.parameters())[0, 0] = math.inf
         return original(self, micro_batches)
@@ -67,12 +51,12 @@ def test_divergence_is_a_result(tmp_path, monkeypatch, caplog, quant):
     monkeypatch.setattr(Trainer, "train_step", poisoned)
     with caplog.at_level("WARNING"):
         summary, folder = train(tmp_path / "run", f"quant={quant}")
-    assert summary == {"diverged": 3}
+    assert summary == {"diverged": 4}
     assert folder.summary() is None
     run = folder.run()
-    assert (run["status"], run["diverged_at_step"]) == ("diverged", 3)
+    assert (run["status"], run["diverged_at_step"]) == ("diverged", 4)
     assert run["end"]
-    assert "the loss is nan at step 3" in caplog.text
+    assert "the loss is nan at step 4" in caplog.text
     logged = {record.getMessage().split(":")[0] for record in caplog.records}
     if quant == "luq":
         layers = ("layer1.0.conv1", "layer3.0.conv2")
