@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import io
-import pickle
-import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from luqrun.config import Config
+from luqrun.datasets import Data
 from luqrun.errors import UserError
 from luqrun.run_folder import what_decides_the_result, write_atomically
 
 VERSION = 1
-KEYS = {"version", "config", "num_classes", "model", "optimizer", "progress"}
+KEYS = {"version", "config", "num_classes", "num_images", "model", "optimizer", "progress"}
 
 
-def save(path: Path, config: Config, num_classes: int, model: dict, optimizer: dict, progress: dict) -> None:
+def save(
+    path: Path, config: Config, data: Data, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
+) -> None:
     """Write a checkpoint; on a full disk the old file stays."""
     content = {
         "version": VERSION,
         "config": what_decides_the_result(config),
-        "num_classes": num_classes,
+        "num_classes": len(data.classes),
+        "num_images": [len(data.train), len(data.val)],
         "model": model,
         "optimizer": optimizer,
         "progress": progress,
@@ -33,25 +36,21 @@ def save(path: Path, config: Config, num_classes: int, model: dict, optimizer: d
     write_atomically(path, buffer.getvalue())
 
 
-def copy(source: Path, target: Path) -> None:
-    """A second name for a checkpoint, replaced at once."""
-    temporary = target.with_name(f".{target.name}.copy")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
-
-
-def load(path: Path, config: Config, num_classes: int) -> dict:
-    """The content of a checkpoint that belongs to a run with this config.
+def load(path: Path, config: Config, data: Data) -> dict:
+    """The content of a checkpoint that belongs to a run with this config and data.
 
     Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one. Raises UserError,
     naming the file, for a missing, damaged or foreign one.
     """
     advice = "delete it to start over, or give resume= another checkpoint"
+    num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     if not path.is_file():
         raise UserError(f"resume={path}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler says of bytes that are no checkpoint
         raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({_line(error)}); {advice}") from None
     if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
         raise UserError(f"checkpoint {path} was not written by this version of luqrun; {advice}")
@@ -60,7 +59,11 @@ def load(path: Path, config: Config, num_classes: int) -> dict:
             f"checkpoint {path} has {content['num_classes']} classes, dataset={config.dataset.name} has {num_classes}; "
             f"{advice}"
         )
-    in_finetune = content["progress"]["epoch"] > config.schedule.epochs
+    if content["num_images"] != num_images:
+        theirs, ours = ("{} training and {} validation images".format(*n) for n in (content["num_images"], num_images))
+        raise UserError(f"checkpoint {path} was trained on {theirs}, dataset.root now has {ours}; {advice}")
+    epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
+    in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():
         if in_finetune or not key.startswith("finetune."):
             raise UserError(f"checkpoint {path} was trained with {key}={theirs}, this run has {key}={ours}; {advice}")

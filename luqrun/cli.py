@@ -5,7 +5,6 @@ Light to import: torch and the rest are loaded inside the job, so that --help an
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -16,21 +15,24 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from luqrun.closing import closing_table
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
-from luqrun.run_folder import RunFolder, now, run_id
+from luqrun.refusals import below_null, one_line
+from luqrun.run_folder import RunFolder, now, provenance, run_id, write_atomically
 from luqrun.validate import to_config, validate
 
 log = logging.getLogger("luqrun")
 
 
 class Refused(CompactHydraException):
-    """A user's mistake in one job of a sweep: Hydra prints its text without a traceback."""
+    """A user's mistake in one job of a sweep: the others go on."""
 
 
 def main() -> None:
@@ -38,9 +40,17 @@ def main() -> None:
     # Before torch loads its OpenMP: threads that wait by spinning stall each other wherever cores are shared, by ten
     # times and more, and gain next to nothing where they are not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(error)
+    except AssertionError as error:
+        if "Unexpected type for root" not in str(error):
+            raise
+        _refuse(UserError(below_null(sys.argv[1:])))
 
 
 def _resolve_run_id(*, _root_: DictConfig) -> str:
@@ -94,11 +104,12 @@ def job(composed: DictConfig) -> None:
         log.warning("interrupted; the same command continues from the last checkpoint in %s", folder.path)
         sys.exit(130)
     except (UserError, OSError) as error:
-        _mark_failed(folder, _one_line(error))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error("%s", _one_line(error))
-            raise Refused(_one_line(error)) from None
-        _refuse(error)
+        _mark_failed(folder, one_line(error))
+        if HydraConfig.get().mode == RunMode.RUN:
+            _refuse(error)
+        log.error("luqrun: %s", one_line(error))
+        folder.remove_if_never_started()
+        raise Refused(f"a job of the sweep was refused: {one_line(error)}") from None
     except Exception as error:
         _mark_failed(folder, f"{type(error).__name__}: {error}")
         log.exception("the run failed")
@@ -108,19 +119,19 @@ def job(composed: DictConfig) -> None:
 
 def _start_or_show(config: Config, folder: RunFolder) -> None:
     """Run, unless the folder already holds the result."""
-    # Imported before torchvision: see the module docstring.
-    from luqrun.closing import closing_table
-
     summary = folder.summary()
-    status = folder.run().get("status")
+    run = folder.run()
     if summary is not None:
-        log.info("this run is finished; study=NAME runs it again elsewhere")
-    elif status == "diverged":
-        summary = {"diverged": folder.run()["diverged_at_step"]}
+        log.info("this run is finished%s; study=NAME runs it again elsewhere", _other_root(config, folder))
+    elif run.get("status") == "diverged":
+        summary = {"diverged": run["diverged_at_step"]}
         log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
     else:
-        (folder.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        folder.update_run(overrides=list(HydraConfig.get().overrides.task))
+        write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        started = {"start": run.get("start", now()), "end": None, "reason": None}
+        overrides = list(HydraConfig.get().overrides.task)
+        folder.update_run(status="running", overrides=overrides, **started, **provenance())
+        # Here and not above: --help and typing errors do without torch.
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         from luqrun import trainer
@@ -128,6 +139,12 @@ def _start_or_show(config: Config, folder: RunFolder) -> None:
         with logging_redirect_tqdm():
             summary = trainer.run(config, folder)
     print(closing_table(config, summary, folder.path), flush=True)
+
+
+def _other_root(config: Config, folder: RunFolder) -> str:
+    """A hint where the finished run read its images from another place: the run id does not tell."""
+    root = OmegaConf.load(folder.path / "config.yaml").dataset.root
+    return f" (with dataset.root={root})" if root != config.dataset.root else ""
 
 
 def _mark_failed(folder: RunFolder, reason: str) -> None:
@@ -140,12 +157,5 @@ def _mark_failed(folder: RunFolder, reason: str) -> None:
 
 
 def _refuse(error: Exception) -> None:
-    print(f"luqrun: {_one_line(error)}", file=sys.stderr)
+    print(f"luqrun: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}: make room; the same command then continues from the last checkpoint"
-    return " ".join(str(error).split())

@@ -25,7 +25,7 @@ class ModelConfig:
 
 @dataclass
 class GlyphsConfig:
-    """How the generated glyph images are drawn; counts are images, `noise` is a standard deviation in [0, 1]."""
+    """How the generated glyph images are drawn; counts are images, `noise` is a standard deviation where white is 1."""
 
     train_images: int = 10000
     val_images: int = 4000
@@ -145,6 +145,12 @@ def check_at_least(key: str, value: float, least: float) -> None:
     """Raise UserError if value < least."""
     if value < least:
         raise UserError(f"{key}={value} is too small; it must be at least {least}")
+
+
+def check_at_most(key: str, value: float, most: float) -> None:
+    """Raise UserError if value > most."""
+    if value > most:
+        raise UserError(f"{key}={value} is too large; it must be at most {most}")
 
 
 def conf_dir() -> Path:

@@ -59,7 +59,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
             parent.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
         if isinstance(parent, nn.TransformerEncoder):
             parent.use_nested_tensor = False  # which only that path can take
-    log.info("quantized %d of %d layers", len(chosen), len(found))
+    log.debug("quantized %d of %d layers", len(chosen), len(found))
     return swapped.get(id(model), model)
 
 
@@ -77,9 +77,8 @@ def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
             matched = [name for name in names if fnmatchcase(name, entry)]
             if not matched:
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                raise UserError(
-                    f"skip: {entry!r} matches no layer; allowed: first, last, shortcut, or patterns of {shown}"
-                )
+                allowed = f"first, last, shortcut, or patterns of {shown}"
+                raise UserError(f"skip: {entry!r} (quant.skip) matches no layer; allowed: {allowed}")
         left.update(matched)
     return left
 

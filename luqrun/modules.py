@@ -118,7 +118,7 @@ class QuantLayer(nn.Module):
         if learning:
             self.stream[MICRO_STEP_FIELD] += 1
         else:
-            stream[STEP_FIELD] = EVALUATION_STEP
+            stream[STEP_FIELD], stream[MICRO_STEP_FIELD] = EVALUATION_STEP, 0
         streams = {}
         for number, operand in enumerate(OPERANDS):
             quantizer = getattr(self.recipe, operand)

@@ -137,7 +137,8 @@ class Quantizer:
             clip = torch.where(clip > 0, torch.minimum(clip, maximum), maximum)
         elif self.range == "hindsight" and hindsight is not None:
             clip = torch.where(hindsight > 0, hindsight.to(maximum.device), maximum)
-        signed = (negative > 0) | torch.tensor(self.form.logarithmic, device=x.device)
+        # No tensor is made from a Python value here: on a GPU that would be a copy that the host waits for.
+        signed = torch.ones_like(negative, dtype=torch.bool) if self.form.logarithmic else negative > 0
         scale = self._scale(clip, torch.where(signed, self.form.limit, self.form.unsigned_limit))
         return torch.where(maximum.isfinite(), scale, torch.nan), signed, maximum
 
@@ -177,11 +178,11 @@ def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
 
     Clipped: beyond the largest code. Underflow: of the non-zero elements, those that became zero.
     """
-    x = x.detach().float()
-    codes, scale = quantized.codes, quantized.scale
+    x = x.detach().double()  # squares of tiny and huge gradients leave float32
+    codes, scale = quantized.codes, quantized.scale.double()
     limit = torch.where(quantized.signed, quantized.form.limit, quantized.form.unsigned_limit)
     clipped = (x.abs() > scale * limit * (1 + 1e-6)).float().mean()
     nonzero = x != 0
     underflow = ((codes == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
-    error = (quantized.dequantize() - x).norm() / x.norm().clamp(min=SMALLEST)
-    return torch.stack([clipped, underflow, error])
+    error = (codes * scale - x).norm() / x.norm().clamp(min=SMALLEST)
+    return torch.stack([clipped, underflow, error.float()])

@@ -25,7 +25,9 @@ from luqrun.config import Config
 NOT_IN_RESULT = {
     "": ("study", "resume", "device", "compile", "tracking"),
     "dataset": ("root", "workers"),
+    "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
 }
+MAX_NAME = 200  # bytes; file systems take 255
 SUMMARY = "summary.json"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -37,6 +39,8 @@ def what_decides_the_result(config: Config) -> dict:
     for part, names in NOT_IN_RESULT.items():
         for name in names:
             (values[part] if part else values).pop(name)
+    if config.finetune.epochs == 0:
+        values["finetune"] = {"epochs": 0}
     if config.dataset.name == "folder" and config.dataset.root is not None:
         values["dataset"]["root"] = str(Path(config.dataset.root).resolve())  # here the root is the data set
     return values
@@ -48,7 +52,8 @@ def run_id(config: Config) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     names = [config.model.name, config.dataset.name, config.quant.name]
     names += [config.finetune.name] if config.finetune.epochs else []
-    return "-".join(re.sub(r"[^\w.]+", "_", str(name)) for name in [*names, f"seed{config.seed}", digest])
+    readable = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in [*names, f"seed{config.seed}"])
+    return f"{readable[:MAX_NAME]}-{digest}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -92,6 +97,12 @@ class RunFolder:
     def update_run(self, **fields) -> None:
         """Change fields of run.json."""
         self.write_json(RUN, {**self.run(), **fields})
+
+    def remove_if_never_started(self) -> None:
+        """Remove the folder where it holds nothing but its log."""
+        if [path.name for path in self.path.iterdir()] == ["run.log"]:
+            (self.path / "run.log").unlink()
+            self.path.rmdir()
 
     def append_metrics(self, row: dict) -> None:
         """Add a line to metrics.jsonl, at once on disk."""

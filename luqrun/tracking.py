@@ -18,12 +18,13 @@ HEALTH = ("clipped_share", "underflow_share", "relative_error")
 
 
 class Tracker:
-    """Writes to one run folder. first_step: curves from an interrupted run are cut off from there on."""
+    """Writes to one run folder. done: steps of the checkpoint that the run goes on from; later points are cut off."""
 
-    def __init__(self, config: Config, folder: RunFolder, first_step: int):
+    def __init__(self, config: Config, folder: RunFolder, done: int):
         self.config, self.folder = config, folder
-        self.writer = SummaryWriter(str(folder.path), purge_step=first_step or None)
-        if first_step == 0:
+        first_start = done == 0 or not any(folder.path.glob("events.out.tfevents.*"))
+        self.writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else 0)
+        if first_start:
             self._write_hyper_parameters()
 
     def _write_hyper_parameters(self) -> None:
@@ -37,8 +38,6 @@ class Tracker:
         self.folder.append_metrics({"kind": kind, "phase": phase, "epoch": epoch, "step": step, **metrics})
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        if kind == "epoch":
-            self.writer.flush()
 
     def health(self, step: int, model: nn.Module, histograms: bool) -> None:
         """The layers' health of the last pass as curves, with `histograms` the gradients' exponents too."""
@@ -69,6 +68,10 @@ class Tracker:
             bucket_counts=counts.tolist(),
             global_step=step,
         )
+
+    def flush(self) -> None:
+        """Bring the curves to disk: before a checkpoint, which must not be ahead of them."""
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from luqrun.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.errors import UserError
 from luqrun.models import build_model
 from luqrun.recipes import Recipe
-from luqrun.run_folder import SUMMARY, RunFolder, now, provenance
+from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
 from luqrun.tracking import Tracker, read_health
 
@@ -42,14 +42,11 @@ def run(config: Config, folder: RunFolder) -> dict:
     """Train, or continue, one run to its end and return its summary ({"diverged": step} for a diverged one)."""
     device = choose_device(config.device)
     reset_peak_memory(device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for matmul by default
     folder.update_run(
-        status="running",
-        **provenance(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         kernel_backend=kernels.describe(device.type),
         threads=torch.get_num_threads(),
-        start=folder.run().get("start", now()),
-        end=None,
     )
     trainer = Trainer(config, folder, device)
     try:
@@ -61,9 +58,15 @@ def run(config: Config, folder: RunFolder) -> dict:
     finally:
         trainer.tracker.close()
     summary = trainer.summarize()
-    folder.write_json(SUMMARY, summary)
     folder.update_run(status="finished", end=now())
+    folder.write_json(SUMMARY, summary)
     return summary
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    # Each quantized layer is a break in the graph, and each piece between two a compilation of its own.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    return torch.compile(model)
 
 
 class Trainer:
@@ -79,7 +82,7 @@ class Trainer:
         model = quantize_model(model, self.recipe, seed=config.seed)
         # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.network = torch.compile(self.model) if config.compile else self.model
+        self.network = _compiled(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)
         self.steps_per_epoch = self.batches // config.schedule.accumulate
@@ -92,7 +95,7 @@ class Trainer:
             "seconds": 0.0, "images": 0, "evaluations": [], "metrics_bytes": 0,
         }  # fmt: skip
         self._resume()
-        self.tracker = Tracker(config, folder, first_step=self.progress["step"])
+        self.tracker = Tracker(config, folder, done=self.progress["step"])
         log.info(
             "%s on %s, %s: %s", config.model.name, config.dataset.name, config.quant.name,
             f"{len(list(quantized_layers(self.model)))} quantized layers; {self.recipe}",
@@ -110,10 +113,12 @@ class Trainer:
             if wanted in ("auto", "never"):
                 self.folder.truncate_metrics(0)
                 return
-            path = type(path)(wanted)
+            path = Path(wanted).expanduser()
         elif wanted == "never":
             raise UserError(f"resume=never, but {path} exists: choose another study=, or delete the run folder")
-        content = checkpoint.load(path, self.config, len(self.data.classes))
+        elif wanted != "auto":
+            log.warning("this run has a checkpoint of its own: resume=%s is not needed any more", wanted)
+        content = checkpoint.load(path, self.config, self.data)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = content["progress"]
@@ -143,6 +148,8 @@ class Trainer:
             set_finetune(self.model, self.phase(epoch) == FINETUNE)
             self.train_epoch(epoch)
             metrics = {**self._train_metrics(), **self.evaluate()}
+            if not math.isfinite(metrics["val/loss"]):
+                self._report_divergence("validation loss", metrics["val/loss"])
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
             self.tracker.row("epoch", epoch + 1, self.progress["step"], self.phase(epoch), metrics)
             shown = [metrics[name] for name in ("train/loss", "train/top1", "val/loss", "val/top1")]
@@ -153,9 +160,9 @@ class Trainer:
             best = max(metrics["val/top1"], self.progress["best"])
             is_best = best > self.progress["best"]
             self.progress.update(epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=best)
+            if is_best:  # before last.pt: a run killed in between does this epoch again, and its best once more
+                self.save_checkpoint("best.pt")
             self.save_checkpoint()
-            if is_best:
-                checkpoint.copy(self.last_path, self.folder.checkpoints / "best.pt")
 
     def train_epoch(self, epoch: int) -> None:
         """The micro-batches of one epoch that are left, `accumulate` of them a step."""
@@ -163,10 +170,8 @@ class Trainer:
         self.model.train()
         loader = train_loader(self.data, self.config.dataset, self.config.seed, epoch, first_batch=progress["batch"])
         usable = self.steps_per_epoch * accumulate
-        bar = tqdm(
-            total=usable, initial=progress["batch"], desc=f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}",
-            unit="batch", disable=None, leave=False,
-        )  # fmt: skip
+        title = f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}"
+        bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=None, leave=False)
         batches = iter(loader)
         with bar:
             while progress["batch"] < usable:
@@ -178,16 +183,12 @@ class Trainer:
                 progress["step"] += 1
                 bar.update(accumulate)
                 step = progress["step"]
+                running = self._train_metrics()
+                speed = running["images_per_second"]
+                shown = f"loss {loss:.3f}, top-1 {running['train/top1']:.1f}, {speed:.0f} img/s"
+                bar.set_postfix_str(shown, refresh=False)
                 if tracking.log_every and step % tracking.log_every == 0:
-                    running = self._train_metrics()
-                    bar.set_postfix_str(
-                        f"loss {loss:.3f}, top-1 {running['train/top1']:.1f}, {running['images_per_second']:.0f} img/s"
-                    )
-                    row = {
-                        "loss": loss,
-                        "lr": self.learning_rate(step - 1),
-                        "images_per_second": running["images_per_second"],
-                    }
+                    row = {"loss": loss, "lr": self.learning_rate(step - 1), "images_per_second": speed}
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
                     self.save_checkpoint()
@@ -200,7 +201,8 @@ class Trainer:
         examine, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
         loss, correct, images = self.accumulate_gradients(micro_batches, examine or histograms)
         if not math.isfinite(loss):
-            self._report_divergence(micro_batches, loss)
+            self.accumulate_gradients(micro_batches, examine=True)  # once more, to see what each layer saw
+            self._report_divergence("loss", loss)
         if config.schedule.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.schedule.clip_grad_norm)
         self.optimizer.step()
@@ -230,6 +232,8 @@ class Trainer:
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
             (loss / len(micro_batches)).backward()
             total += loss.item()
+            if not math.isfinite(total):
+                break  # the layers' health is then that of the pass that failed
             correct += (logits.detach().argmax(1) == labels).sum().item()
             count += len(labels)
         return total / len(micro_batches), correct, count
@@ -240,7 +244,7 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         count = 0
-        for images, labels in val_loader(self.data, self.config.dataset):
+        for images, labels in tqdm(val_loader(self.data, self.config.dataset), "evaluation", disable=None, leave=False):
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 logits = self.network(images).float()
@@ -251,11 +255,13 @@ class Trainer:
         loss, top1, top5 = (sums / count).tolist()
         return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
 
-    def save_checkpoint(self) -> None:
-        """Write last.pt."""
+    def save_checkpoint(self, name: str = "last.pt") -> None:
+        """Write a checkpoint of where the run is."""
         self.progress["metrics_bytes"] = self.folder.metrics_size()
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        checkpoint.save(self.last_path, self.config, len(self.data.classes), model, optimizer, self.progress)
+        self.tracker.flush()
+        path = self.folder.checkpoints / name
+        checkpoint.save(path, self.config, self.data, model, optimizer, self.progress)
 
     def summarize(self) -> dict:
         """The content of summary.json."""
@@ -269,7 +275,6 @@ class Trainer:
             "train_seconds": self.progress["seconds"],
             "images_per_second": self.progress["images"] / self.progress["seconds"],
             "peak_memory_bytes": peak_memory(self.device),
-            "config": asdict(self.config),
         }
 
     def _train_metrics(self) -> dict[str, float]:
@@ -280,14 +285,16 @@ class Trainer:
             "images_per_second": self.progress["images"] / self.progress["seconds"],
         }
 
-    def _report_divergence(self, micro_batches: list[tuple[Tensor, Tensor]], loss: float) -> None:
-        """Log what each layer saw in the step that failed: repeated, it draws the same bits."""
-        self.accumulate_gradients(micro_batches, examine=True)
+    def _report_divergence(self, what: str, value: float) -> None:
+        """Log what is known of each layer's last pass, and raise Diverged."""
         for name, values in read_health(self.model).items():
-            log.warning("%s: %s", name, ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()))
-        raise Diverged(
-            f"diverged: the loss is {loss} at step {self.progress['step']} (epoch {self.progress['epoch'] + 1})"
-        )
+            log.warning("%s: %s", name, ", ".join(f"{metric} {number:.4g}" for metric, number in values.items()))
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 1 and parameter.grad is not None:
+                largest = [tensor.abs().max().item() for tensor in (parameter.detach(), parameter.grad)]
+                log.warning("%s: max|w| %.4g, max|gradient| %.4g", name, *largest)
+        step, epoch = self.progress["step"], self.progress["epoch"] + 1
+        raise Diverged(f"diverged: the {what} is {value} at step {step} (epoch {epoch})")
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress["step"] % every == 0

@@ -7,8 +7,9 @@ import re
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun.config import DEVICES, PRECISIONS, Config, check_at_least, check_choice
+from luqrun.config import DEVICES, PRECISIONS, Config, check_at_least, check_at_most, check_choice
 from luqrun.errors import UserError
+from luqrun.refusals import one_line
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -21,13 +22,7 @@ def to_config(composed: DictConfig) -> Config:
             raise UserError(f"not set: {', '.join(sorted(missing))}")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from None
-
-
-def _first_line(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None)
-    text = str(error).splitlines()[0]
-    return f"{key}: {text}" if key and key not in text else text
+        raise UserError(one_line(error)) from None
 
 
 def validate(config: Config) -> None:
@@ -42,16 +37,13 @@ def validate(config: Config) -> None:
         check_at_least(f"tracking.{key}", value, 0)
     # These pull in torch; `luqrun --help` does without.
     from luqrun.datasets import validate_dataset
+    from luqrun.models import MODELS, STEMS
     from luqrun.recipes import Recipe
     from luqrun.schedules import validate_finetune, validate_schedule
 
+    check_choice("model.name", config.model.name, MODELS)
+    check_choice("model.stem", config.model.stem, STEMS)
     Recipe.from_config(config.quant)
     validate_dataset(config.dataset)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
-
-
-def check_at_most(key: str, value: float, most: float) -> None:
-    """Raise UserError if value > most."""
-    if value > most:
-        raise UserError(f"{key}={value} is too large; it must be at most {most}")

@@ -16,7 +16,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from luqrun.formats import Format
-from luqrun.kernels.philox import KEY_INCREMENTS, MAX_SAMPLES, MULTIPLIERS, ROUNDS
+from luqrun.kernels.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SAMPLE_SLOTS
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 GROUPS = 256  # Philox calls a block: 4 KB of words and 4 KB of elements stay in the first-level cache
@@ -62,7 +62,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
 @njit(cache=True)
 def _stream_words(stream, sample):
     """philox.stream_words, as the uint32 array (4,) that the kernels take."""
-    c3 = u32(stream[5] * MAX_SAMPLES + sample)
+    c3 = u32(stream[5] * SAMPLE_SLOTS + sample)
     low, high = u32(stream[0]), u32(stream[0] >> 32)
     words = _philox(u32(stream[1] * 4 + stream[2]), u32(stream[3]), u32(stream[4]), c3, low, high)
     return np.array(words, dtype=np.uint32)

@@ -18,7 +18,7 @@ ROUNDS = 10
 MASK32 = 0xFFFFFFFF
 
 STREAM_FIELDS = ("seed", "layer", "operand", "step", "micro_step", "rank")
-MAX_SAMPLES = 2**16
+SAMPLE_SLOTS = 2**16
 
 
 def make_stream(seed: int = 0, layer: int = 0, operand: int = 0, step: int = 0, micro_step: int = 0, rank: int = 0):
@@ -45,9 +45,9 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 def stream_words(stream: Tensor, sample: int) -> tuple[Tensor, ...]:
     """The four 0-dim words that stand for (stream, sample)."""
-    assert 0 <= sample < MAX_SAMPLES
+    assert 0 <= sample < SAMPLE_SLOTS
     seed, layer, operand, step, micro_step, rank = stream.unbind()
-    counter = (layer * 4 + operand, step & MASK32, micro_step & MASK32, rank * MAX_SAMPLES + sample)
+    counter = (layer * 4 + operand, step & MASK32, micro_step & MASK32, rank * SAMPLE_SLOTS + sample)
     return philox(counter, (seed & MASK32, seed >> 32))
 
 
