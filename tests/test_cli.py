@@ -99,6 +99,11 @@ def test_a_mistake_is_one_line_and_no_run(luqrun, tmp_path, override, words):
         assert json.loads(path.read_text())["status"] == "failed"
 
 
+def test_a_setting_that_is_wrong_in_itself_leaves_no_folder(luqrun, tmp_path):
+    assert_refused(luqrun(*TINY, "precision=fp8"), tmp_path, "precision=fp8", "fp32, bf16")
+    assert os.listdir(tmp_path) == []
+
+
 def class_folders(root, size=20):
     for split in ("train", "val"):
         for label in ("cat", "dog"):
