@@ -48,9 +48,7 @@ def load(path: Path, config: Config, data: Data) -> dict:
         raise UserError(f"resume={path}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the unpickler says of bytes that are no checkpoint
+    except Exception as error:  # whatever the unpickler says of bytes that are no checkpoint, OSError among it
         raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({_line(error)}); {advice}") from None
     if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
         raise UserError(f"checkpoint {path} was not written by this version of luqrun; {advice}")

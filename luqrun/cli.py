@@ -40,6 +40,7 @@ def main() -> None:
     # Before torch loads its OpenMP: threads that wait by spinning stall each other wherever cores are shared, by ten
     # times and more, and gain next to nothing where they are not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.raiseExceptions = False  # run.log on a full disk: the error is told once, not at each line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
@@ -66,7 +67,7 @@ class Checks(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if _under_torchrun():
                 raise UserError("WORLD_SIZE > 1: training in several processes is not part of this version yet")
             validate(to_config(config))
             _make_folder(Path(config.hydra.run.dir))
@@ -75,11 +76,15 @@ class Checks(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if _under_torchrun():
                 raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
             _make_folder(Path(config.hydra.sweep.dir))
         except (UserError, OSError) as error:
             _refuse(error)
+
+
+def _under_torchrun() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _make_folder(path: Path) -> None:
@@ -104,6 +109,8 @@ def job(composed: DictConfig) -> None:
         log.warning("interrupted; the same command continues from the last checkpoint in %s", folder.path)
         sys.exit(130)
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder.path)  # a file that was open when the disk filled up
         _mark_failed(folder, one_line(error))
         if HydraConfig.get().mode == RunMode.RUN:
             _refuse(error)
@@ -152,8 +159,8 @@ def _mark_failed(folder: RunFolder, reason: str) -> None:
     try:
         if folder.run().get("status") == "running":
             folder.update_run(status="failed", reason=reason, end=now())
-    except OSError as error:
-        log.error("run.json could not be updated: %s", error)
+    except (OSError, UserError) as error:
+        log.error("run.json could not be updated: %s", one_line(error))
 
 
 def _refuse(error: Exception) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from luqrun import __version__
 from luqrun.config import Config
+from luqrun.errors import UserError
 
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
 NOT_IN_RESULT = {
@@ -86,10 +87,15 @@ class RunFolder:
         return self._read(RUN) or {}
 
     def _read(self, name: str) -> dict | None:
+        path = self.path / name
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads(path.read_text())
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({error}): delete it, and the run goes on from its checkpoint"
+            ) from None
 
     def write_json(self, name: str, content: dict) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())

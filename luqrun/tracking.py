@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +18,14 @@ from luqrun.run_folder import RunFolder, what_decides_the_result
 FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
 HEALTH = ("clipped_share", "underflow_share", "relative_error")
 
+_default_excepthook = threading.excepthook
+
+
+def _without_writer_threads(args) -> None:
+    """TensorBoard raises a writing thread's error again at the next call: its traceback on the console is noise."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        _default_excepthook(args)
+
 
 class Tracker:
     """Writes to one run folder. done: steps of the checkpoint that the run goes on from; later points are cut off."""
@@ -23,6 +33,7 @@ class Tracker:
     def __init__(self, config: Config, folder: RunFolder, done: int):
         self.config, self.folder = config, folder
         first_start = done == 0 or not any(folder.path.glob("events.out.tfevents.*"))
+        threading.excepthook = _without_writer_threads
         self.writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else 0)
         if first_start:
             self._write_hyper_parameters()

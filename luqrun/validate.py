@@ -31,8 +31,10 @@ def validate(config: Config) -> None:
     check_choice("precision", config.precision, PRECISIONS)
     check_at_least("seed", config.seed, 0)
     check_at_most("seed", config.seed, 2**31 - 1)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.study) or ".." in config.study.split("/"):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.study) or {".", ".."} & set(config.study.split("/")):
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
+    if not config.resume:
+        raise UserError("resume= is empty; allowed: auto, never, or the path of a checkpoint (.pt)")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     # These pull in torch; `luqrun --help` does without.
