@@ -1,58 +1,20 @@
-"""Quantized layers as modules: draws, evaluation, hindsight, checkpointing, copies, padding, attention."""
+"""Quantized layers as modules: draws, evaluation, hindsight, checkpointing, copies, padding."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import ALL_STOCHASTIC, BUFFERS, E3M0, HINDSIGHT, INT4, LUQ, NOTHING, mlp, quantize, same, train_step, values
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import luqrun
 from luqrun.convert import set_step
 from luqrun.errors import UserError
-from luqrun.modules import QuantConv2d, QuantLinear, QuantMultiheadAttention
+from luqrun.modules import QuantConv2d
 from luqrun.quantizer import Quantizer
 from luqrun.recipes import Recipe
-
-INT4 = Quantizer("int4", range="sawb")
-INT4_SR = Quantizer("int4", rounding="stochastic")
-E3M0 = Quantizer("e3m0", rounding="stochastic")
-LUQ = Recipe("luq", INT4, INT4, E3M0)
-NOTHING = Recipe("nothing")
-ALL_STOCHASTIC = Recipe("stochastic", INT4_SR, INT4_SR, E3M0)
-HINDSIGHT = Recipe(
-    "hindsight",
-    Quantizer("int4", range="hindsight"),
-    Quantizer("int4", range="hindsight"),
-    Quantizer("e3m0", range="hindsight", rounding="stochastic"),
-)
-BUFFERS = {"weight_hindsight", "activation_hindsight", "gradient_hindsight"}
-
-
-def quantize(model, recipe=LUQ, **options):
-    return luqrun.quantize_model(model, recipe, skip=(), **options)
-
-
-def mlp(recipe=LUQ, seed=0):
-    torch.manual_seed(1)
-    return quantize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), recipe, seed=seed)
-
-
-def train_step(model, x, loss=lambda y: (y * torch.arange(1, y.numel() + 1).view_as(y)).sin().sum()):
-    """Gradients of one training pass."""
-    model.zero_grad()
-    loss(model(x)).backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def same(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def values(x, quantizer=INT4):
-    return quantizer.quantize(x).dequantize()
-
 
 # Layers
 
@@ -329,148 +291,3 @@ def test_health_is_filled_by_a_training_pass():
     assert set(layer.health) == {"weight", "activation", "gradient", "gradient_exponents"}
     assert layer.health["weight"].shape == (3,)
     assert layer.health["gradient_exponents"].sum() == 15
-
-
-# Attention
-
-
-def attention_inputs(batch_first, length=5, source=7, batch=3, width=8):
-    query, memory = torch.randn(batch, length, width), torch.randn(batch, source, width)
-    return (query, memory) if batch_first else (query.transpose(0, 1), memory.transpose(0, 1))
-
-
-MASKS = {
-    "none": {},
-    "bool": {"attn_mask": "bool"},
-    "float": {"attn_mask": "float"},
-    "per head": {"attn_mask": "heads"},
-    "padding": {"key_padding_mask": "bool"},
-    "float padding": {"key_padding_mask": "float"},
-    "both": {"attn_mask": "bool", "key_padding_mask": "bool"},
-}
-
-
-def make_masks(kinds, length, source, batch=3, heads=2):
-    masks = {}
-    for name, kind in kinds.items():
-        shape = (batch, source) if name == "key_padding_mask" else (length, source)
-        shape = (batch * heads, length, source) if kind == "heads" else shape
-        mask = torch.rand(shape) < 0.3
-        mask[..., 0] = False  # no row without any key
-        masks[name] = mask if kind == "bool" else torch.randn(shape).masked_fill(mask, -torch.inf)
-    return masks
-
-
-@pytest.mark.parametrize("kinds", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_attention_without_quantizers_is_torchs(batch_first, cross, kinds):
-    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first)
-    nn.init.normal_(plain.in_proj_bias)
-    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
-    query, memory = attention_inputs(batch_first)
-    inputs = (query, memory, memory) if cross else (query, query, query)
-    masks = make_masks(kinds, 5, 7 if cross else 5)
-    for options in ({}, {"need_weights": False}, {"average_attn_weights": False}):
-        expected, found = plain(*inputs, **masks, **options), layer(*inputs, **masks, **options)
-        torch.testing.assert_close(found[0], expected[0])
-        assert (found[1] is None) == (expected[1] is None)
-        if found[1] is not None:
-            torch.testing.assert_close(found[1], expected[1])
-    expected[0].sin().sum().backward()
-    found[0].sin().sum().backward()
-    for left, right in zip(plain.parameters(), layer.parameters(), strict=True):
-        torch.testing.assert_close(right.grad, left.grad)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_attention_of_three_inputs_unbatched_and_causal(bias):
-    plain = nn.MultiheadAttention(8, 4, bias=bias)
-    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
-    query, key, value = torch.randn(3, 5, 8)
-    causal = nn.Transformer.generate_square_subsequent_mask(5)
-    for options in (
-        {},
-        {"attn_mask": causal, "is_causal": True},
-        {"attn_mask": causal, "is_causal": True, "need_weights": False},
-        {"key_padding_mask": torch.tensor([False, True, False, False, True])},
-        {"attn_mask": torch.randn(4, 5, 5)},
-    ):
-        expected, found = plain(query, key, value, **options), layer(query, key, value, **options)
-        torch.testing.assert_close(found[0], expected[0])
-        if expected[1] is not None:
-            torch.testing.assert_close(found[1], expected[1])
-    with pytest.raises(UserError, match=r"is_causal.*attn_mask"):
-        layer(query, key, value, is_causal=True)
-
-
-def test_dropout_of_attention_is_off_in_evaluation():
-    plain = nn.MultiheadAttention(8, 2, dropout=0.5)
-    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
-    query, memory = attention_inputs(False)
-    assert not torch.allclose(layer(query, memory, memory)[0], layer(query, memory, memory)[0])
-    torch.testing.assert_close(layer.eval()(query, memory, memory)[0], plain.eval()(query, memory, memory)[0])
-
-
-def with_quantized_weights(module, names):
-    """A copy whose named parameters hold the values of their int4 codes."""
-    module = copy.deepcopy(module)
-    with torch.no_grad():
-        for name in names:
-            parameter = module.get_parameter(name)
-            parameter.copy_(values(parameter))
-    return module
-
-
-def test_attention_keeps_its_keys_and_quantizes_its_projections():
-    plain = nn.MultiheadAttention(8, 2, batch_first=True)
-    layer = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4))
-    assert isinstance(layer, QuantMultiheadAttention)
-    assert isinstance(layer.out_proj, QuantLinear)
-    assert list(layer.state_dict()) == list(plain.state_dict())
-    query, _ = attention_inputs(True)
-    expected = with_quantized_weights(plain, ["in_proj_weight", "out_proj.weight"])(query, query, query)
-    found = layer(query, query, query)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found[0], plain(query, query, query)[0], rtol=1e-3)
-    # Activations: the input of the packed projection has int4 codes.
-    layer = quantize(copy.deepcopy(plain), Recipe("activations", activation=INT4))
-    plain.out_proj, layer.out_proj = nn.Identity(), nn.Identity()
-    plain.out_proj.weight, plain.out_proj.bias = nn.Parameter(torch.eye(8)), nn.Parameter(torch.zeros(8))
-    query_values = values(query)
-    torch.testing.assert_close(
-        layer(query, query, query)[0], plain(query_values, query_values, query_values)[0], rtol=1e-5, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_encoder_runs_quantized_in_evaluation(norm_first):
-    # torch has a fused path for evaluation without gradients that would read the weights past the layers.
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
-    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-    model = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4)).eval()
-    weights = [name for name, _ in plain.named_parameters() if "norm" not in name and name.endswith("weight")]
-    assert len(weights) == 8
-    expected_model = with_quantized_weights(plain, weights).eval()
-    plain.eval()
-    x = torch.randn(3, 5, 8)
-    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]])
-    for options in ({}, {"src_key_padding_mask": padding}):
-        with torch.no_grad():
-            expected, found, wrong = (each(x, **options) for each in (expected_model, model, plain))
-        kept = ~padding if options else torch.ones(3, 5, dtype=torch.bool)
-        torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found[kept], wrong[kept], rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(model(x, **options)[kept], found[kept], rtol=1e-4, atol=1e-5)
-
-
-def test_transformer_trains():
-    model = quantize(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
-    grads = train_step(model, torch.randn(3, 5, 8))
-    assert all(grad.isfinite().all() and grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("options", [{"kdim": 4}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
-def test_attention_that_cannot_be_quantized_is_refused(options):
-    with pytest.raises(UserError, match="skip"):
-        quantize(nn.ModuleList([nn.MultiheadAttention(8, 2, **options)]))
