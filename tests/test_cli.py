@@ -256,6 +256,8 @@ def test_ctrl_c_and_the_same_command_again(luqrun, tmp_path):
     command = subprocess.Popen(
         [sys.executable, "-m", "luqrun", *arguments, "tracking.checkpoint_every=2"],
         cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background job, and all that it starts, ignores SIGINT unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while command.poll() is None and not list(tmp_path.rglob("last.pt")):
         time.sleep(0.02)
