@@ -22,6 +22,10 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
+def __dir__():
+    return sorted(__all__)
+
+
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'luqrun' has no attribute {name!r}")

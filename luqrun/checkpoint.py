@@ -42,7 +42,7 @@ def load(path: Path, config: Config, data: Data) -> dict:
     Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one. Raises UserError,
     naming the file, for a missing, damaged or foreign one.
     """
-    advice = "delete it to start over, or give resume= another checkpoint"
+    advice = "give resume= another checkpoint, or study= another name"
     num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     if not path.is_file():
         raise UserError(f"resume={path}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)")
@@ -59,7 +59,9 @@ def load(path: Path, config: Config, data: Data) -> dict:
         )
     if content["num_images"] != num_images:
         theirs, ours = ("{} training and {} validation images".format(*n) for n in (content["num_images"], num_images))
-        raise UserError(f"checkpoint {path} was trained on {theirs}, dataset.root now has {ours}; {advice}")
+        raise UserError(
+            f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {advice}"
+        )
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():

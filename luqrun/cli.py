@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
@@ -48,6 +49,14 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(error)
+    except yaml.YAMLError as error:
+        _refuse(UserError(f"a YAML file cannot be read: {error}"))
+    except BrokenPipeError:  # `luqrun --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("luqrun: interrupted before the run began", file=sys.stderr)
+        sys.exit(130)
     except AssertionError as error:
         if "Unexpected type for root" not in str(error):
             raise
@@ -106,8 +115,12 @@ def job(composed: DictConfig) -> None:
         _start_or_show(config, folder)
     except KeyboardInterrupt:
         _mark_failed(folder, "interrupted")
-        log.warning("interrupted; the same command continues from the last checkpoint in %s", folder.path)
+        found = (folder.checkpoints / "last.pt").exists()
+        then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
+        log.warning("interrupted; the same command %s in %s", then, folder.path)
         sys.exit(130)
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(folder.path)  # a file that was open when the disk filled up
@@ -145,7 +158,7 @@ def _start_or_show(config: Config, folder: RunFolder) -> None:
 
         with logging_redirect_tqdm():
             summary = trainer.run(config, folder)
-    print(closing_table(config, summary, folder.path), flush=True)
+    print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:

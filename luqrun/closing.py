@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from luqrun.config import Config
 
 
-def closing_table(config: Config, summary: dict, folder: Path) -> str:
+def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequence[str] = ()) -> str:
     """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, places."""
     study = _shown(folder.parent)
-    where = [f"run folder   {_shown(folder)}", f"curves       tensorboard --logdir {_shown(folder.parent.parent)}"]
+    given = [f"settings     {' '.join(overrides)}"] if overrides else []
+    where = [
+        *given,
+        f"run folder   {_shown(folder)}",
+        f"curves       tensorboard --logdir {_shown(folder.parent.parent)}",
+    ]
     if "diverged" in summary:
         return "\n".join(
             ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]

@@ -34,6 +34,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
     layer. Raises UserError for a pattern that matches no layer. A subclass of these layers is left as it is, with a
     warning: it may compute something else.
     """
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"quantize_model takes a recipe, such as luqrun.recipe('luq'), not {recipe!r}")
     found = [(name, module) for name, module in model.named_modules() if type(module) in TWINS]
     if not recipe.quantizes:
         return model
@@ -42,7 +44,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
     chosen = [(name, module) for name, module in found if name not in left]
     first_index = sum(1 for _ in quantized_layers(model))  # of an earlier call: no two layers share their draws
     if not chosen:
-        warnings.warn(f"recipe {recipe.name}: every layer is skipped, nothing was quantized; see skip=()", stacklevel=2)
+        why = "every layer is skipped, see skip=()" if found else "there is no Conv2d, Linear or attention left to swap"
+        warnings.warn(f"recipe {recipe.name}: nothing was quantized, {why}", stacklevel=2)
     for name, module in model.named_modules():
         is_kin = isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
         if is_kin and type(module) not in TWINS and not isinstance(module, QuantLayer):

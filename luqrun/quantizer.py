@@ -27,7 +27,7 @@ SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64),
 SMALLEST = 2.0**-149  # the smallest positive float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedTensor:
     """codes * scale. codes: form.code_dtype, the shape of the source; scale: 0-dim float32; signed: 0-dim bool.
 
@@ -38,6 +38,9 @@ class QuantizedTensor:
     scale: Tensor
     signed: Tensor
     form: Format
+
+    def __repr__(self):
+        return f"QuantizedTensor({self.form.name}, shape={tuple(self.codes.shape)}, scale={self.scale.item():.6g})"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, in `dtype`."""

@@ -6,6 +6,7 @@ A recipe is one YAML under conf/quant/: a new scheme that mixes known parts need
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from luqrun.config import QuantConfig, conf_dir
 from luqrun.errors import UserError
@@ -47,7 +48,7 @@ class Recipe:
 
 
 def recipe(name: str, **overrides) -> Recipe:
-    """The recipe of conf/quant/<name>.yaml, with overrides as keywords.
+    """The recipe of conf/quant/<name>.yaml, or of a YAML file of one's own (a path), with overrides as keywords.
 
     Keywords are the keys of the file (weight, activation, gradient: None, or a dict of the keys to change; skip) and,
     for short, `samples` and `samples_scope` of the gradient. Raises UserError for unknown names, keys and values.
@@ -58,8 +59,9 @@ def recipe(name: str, **overrides) -> Recipe:
     from omegaconf.errors import OmegaConfBaseException
 
     known = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}")
+    path = Path(name) if name.endswith(".yaml") else conf_dir() / "quant" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}, or the path of a .yaml file")
     for key in ("samples", "samples_scope"):
         if key in overrides:
             if overrides.get("gradient", {}) is None:
@@ -70,7 +72,7 @@ def recipe(name: str, **overrides) -> Recipe:
             raise UserError(f"skip={overrides['skip']!r} must be a list, such as [first, last, shortcut]")
         overrides["skip"] = list(overrides["skip"])
     try:
-        config = OmegaConf.merge(QuantConfig, OmegaConf.load(conf_dir() / "quant" / f"{name}.yaml"), overrides)
+        config = OmegaConf.merge(QuantConfig, OmegaConf.load(path), overrides)
         return Recipe.from_config(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise UserError(f"recipe {name!r}: {str(error).splitlines()[0]}") from None

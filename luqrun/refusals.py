@@ -28,6 +28,8 @@ def one_line(error: BaseException) -> str:
         return _about_files(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; an override is key=value, such as schedule.epochs=3"
+    if "Ambiguous value for argument" in text:
+        return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1)"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     overridden = re.search(r"Could not (?:override|append) '?([^'\s=]+)", text)
     key = overridden[1] if overridden else getattr(cause, "full_key", None)

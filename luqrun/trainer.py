@@ -92,14 +92,16 @@ class Trainer:
         # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
-            "seconds": 0.0, "images": 0, "evaluations": [], "metrics_bytes": 0,
+            "seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0, "evaluations": [], "metrics_bytes": 0,
         }  # fmt: skip
+        self.warm, self.interval_seconds, self.interval_images = False, 0.0, 0
         self._resume()
         self.tracker = Tracker(config, folder, done=self.progress["step"])
-        log.info(
-            "%s on %s, %s: %s", config.model.name, config.dataset.name, config.quant.name,
-            f"{len(list(quantized_layers(self.model)))} quantized layers; {self.recipe}",
-        )  # fmt: skip
+        quantized = [name for name, _ in quantized_layers(self.model)]
+        log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
+        if quantized:
+            skipped = ", ".join(config.quant.skip) or "none"
+            log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, kernels.describe(device.type))
 
     @property
@@ -177,8 +179,7 @@ class Trainer:
             while progress["batch"] < usable:
                 started = time.perf_counter()
                 loss, images = self.train_step([next(batches) for _ in range(accumulate)])
-                progress["seconds"] += time.perf_counter() - started
-                progress["images"] += images
+                self._count_time(time.perf_counter() - started, images)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 bar.update(accumulate)
@@ -188,7 +189,9 @@ class Trainer:
                 shown = f"loss {loss:.3f}, top-1 {running['train/top1']:.1f}, {speed:.0f} img/s"
                 bar.set_postfix_str(shown, refresh=False)
                 if tracking.log_every and step % tracking.log_every == 0:
-                    row = {"loss": loss, "lr": self.learning_rate(step - 1), "images_per_second": speed}
+                    lately = self.interval_images / self.interval_seconds
+                    row = {"loss": loss, "lr": self.learning_rate(step - 1), "images_per_second": lately}
+                    self.interval_seconds, self.interval_images = 0.0, 0
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
                     self.save_checkpoint()
@@ -273,16 +276,32 @@ class Trainer:
             "finetune": [{name: row[name] for name in ("epoch", *shown)} for row in evaluations[epochs:]],
             "best_top1": self.progress["best"],
             "train_seconds": self.progress["seconds"],
-            "images_per_second": self.progress["images"] / self.progress["seconds"],
+            "images_per_second": self._speed(),
             "peak_memory_bytes": peak_memory(self.device),
         }
+
+    def _count_time(self, seconds: float, images: int) -> None:
+        # The first step of a process compiles and warms up: it is not part of the speed.
+        self.progress["seconds"] += seconds
+        self.progress["images"] += images
+        self.interval_seconds += seconds
+        self.interval_images += images
+        if self.warm:
+            self.progress["timed_seconds"] += seconds
+            self.progress["timed_images"] += images
+        self.warm = True
+
+    def _speed(self) -> float:
+        """Images per second of training; 0 while only first steps were done."""
+        seconds = self.progress["timed_seconds"]
+        return self.progress["timed_images"] / seconds if seconds else 0.0
 
     def _train_metrics(self) -> dict[str, float]:
         loss, correct, images = self.progress["sums"]
         return {
             "train/loss": loss / images,
             "train/top1": 100 * correct / images,
-            "images_per_second": self.progress["images"] / self.progress["seconds"],
+            "images_per_second": self._speed(),
         }
 
     def _report_divergence(self, what: str, value: float) -> None:

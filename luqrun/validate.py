@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,14 +36,20 @@ def validate(config: Config) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError("resume= is empty; allowed: auto, never, or the path of a checkpoint (.pt)")
+    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_file():
+        raise UserError(
+            f"resume={config.resume}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)"
+        )
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     # These pull in torch; `luqrun --help` does without.
     from luqrun.datasets import validate_dataset
+    from luqrun.devices import choose_device
     from luqrun.models import MODELS, STEMS
     from luqrun.recipes import Recipe
     from luqrun.schedules import validate_finetune, validate_schedule
 
+    choose_device(config.device)
     check_choice("model.name", config.model.name, MODELS)
     check_choice("model.stem", config.model.stem, STEMS)
     Recipe.from_config(config.quant)

@@ -30,7 +30,8 @@ def test_summary_and_run_json_of_a_finished_run(tmp_path):
         assert [row[name] for row in summary["finetune"]] == [row[name] for row in epochs[1:]]
         assert summary[name] == epochs[-1][name]
     assert summary["best_top1"] == max(row["val/top1"] for row in epochs)
-    assert summary["images_per_second"] == pytest.approx(4 * 256 / summary["train_seconds"])
+    # All steps but the first, of 32 images: that one compiles.
+    assert summary["images_per_second"] > (4 * 256 - 32) / summary["train_seconds"]
     assert summary["peak_memory_bytes"] > 2**24
     run = folder.run()
     assert (run["status"], run["device"]) == ("finished", "cpu")
