@@ -71,7 +71,7 @@ def load(path: Path, config: Config, data: Data) -> dict:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
 
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:
