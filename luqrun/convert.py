@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from luqrun.errors import UserError
-from luqrun.modules import QuantConv2d, QuantLayer, QuantLinear, QuantMultiheadAttention
+from luqrun.modules import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear, QuantMultiheadAttention
 from luqrun.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut
 def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | None = None, seed: int = 0) -> nn.Module:
     """Swap the Conv2d, Linear and MultiheadAttention layers of `model` for ones that compute in `recipe`, in place.
 
-    Parameters, hooks and state_dict keys stay (a hindsight range adds buffers). skip: overrides recipe.skip; `()`
+    Parameters, hooks and state_dict keys stay (a hindsight range adds buffers). A ReLU then keeps one bit an element
+    for its backward pass (modules.MaskedReLU), in any part of the model. skip: overrides recipe.skip; `()`
     quantizes every layer. seed: of the draws; parts of a model that are quantized on their own need seeds of their
     own, or they draw alike. Returns the model, or its replacement where the model itself is a
     layer. Raises UserError for a pattern that matches no layer. A subclass of these layers is left as it is, with a
@@ -54,6 +55,9 @@ def quantize_model(model: nn.Module, recipe: Recipe, *, skip: Sequence[str] | No
         id(module): TWINS[type(module)].from_module(module, recipe, seed, index)
         for index, (_, module) in enumerate(chosen, start=first_index)
     }
+    for module in model.modules():
+        if swapped and type(module) is nn.ReLU:
+            module.__class__ = MaskedReLU  # its output is not what the next layer keeps any more
     for parent in list(model.modules()) + list(swapped.values()):
         for name, child in parent._modules.items():
             if id(child) in swapped:

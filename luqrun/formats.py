@@ -38,6 +38,11 @@ class Format:
         """int8 where every code fits (all formats up to 4 bits), else int16."""
         return torch.int8 if max(self.limit, self.unsigned_limit) <= 127 else torch.int16
 
+    @property
+    def field_bits(self) -> int:
+        """Bits a code takes where it is kept for the backward pass: half a byte up to 4 bits, else a byte."""
+        return 4 if self.bits <= 4 else 8
+
     def levels(self, signed: bool = True) -> list[int]:
         """All codes in ascending order."""
         if not self.logarithmic:

@@ -11,28 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.errors import UserError
+from luqrun.gemms import ConvOp, LinearOp, use_int8
+from luqrun.kernels import fuses
+from luqrun.kernels.layout import dense
 from luqrun.kernels.philox import STREAM_FIELDS, make_stream
-from luqrun.qgemm import ConvOp, LinearOp, Plan, QuantizedGemm
+from luqrun.qgemm import MaskedReLUFunction, Plan, QuantizedGemm
 from luqrun.quantizer import update_hindsight
 from luqrun.recipes import OPERANDS, Recipe
 
-OPERAND_FIELD, STEP_FIELD, MICRO_STEP_FIELD, RANK_FIELD = (
-    STREAM_FIELDS.index(name) for name in ("operand", "step", "micro_step", "rank")
-)
+STEP_FIELD, MICRO_STEP_FIELD, RANK_FIELD = (STREAM_FIELDS.index(name) for name in ("step", "micro_step", "rank"))
 EVALUATION_STEP = 2**32 - 1
 
 
 class QuantLayer(nn.Module):
     """What a quantized layer has beyond its twin.
 
-    Draws: `stream` names the next training forward; each one advances its micro_step, `set_step` restarts it.
+    Draws: `streams`, a row an operand, name the next training forward; each one advances their micro_step, and
+    `set_step` restarts it.
     Evaluation draws (of recipes with a stochastic forward) are always the same. finetune: in training, only the
     weight is quantized (FNT); evaluation is the recipe's all the same. health: a dict to be filled by the next
     training pass, or None.
     """
 
     recipe: Recipe
-    stream: Tensor
+    streams: Tensor
     finetune: bool
     health: dict | None
 
@@ -43,12 +45,15 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health = recipe, False, None
-        layer.stream, layer.dry_forwards = make_stream(seed, layer=index), 0
-        for operand in OPERANDS:
-            quantizer = getattr(recipe, operand)
-            if quantizer is not None and quantizer.range == "hindsight":
-                maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
-                layer.register_buffer(f"{operand}_hindsight", maximum)
+        for device_type in {"cpu", next(module.parameters()).device.type}:
+            use_int8(device_type), fuses(device_type)  # loads the kernels, which a compiler cannot trace
+        streams = [make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))]
+        layer.streams, layer.dry_forwards = torch.stack(streams), 0
+        quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
+        layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
+        for operand in layer.remembers:
+            maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
+            layer.register_buffer(f"{operand}_hindsight", maximum)
         return layer
 
     def _apply(self, fn, recurse: bool = True):
@@ -60,10 +65,9 @@ class QuantLayer(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
-        self.stream[STEP_FIELD] = step
-        self.stream[MICRO_STEP_FIELD] = 0
+        self.streams[:, STEP_FIELD] = step
+        self.streams[:, MICRO_STEP_FIELD] = 0
 
-    @torch._disable_dynamo  # numba's kernels cannot be traced; this form imports the compiler only when called
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
         device_type = activation.device.type
@@ -75,8 +79,10 @@ class QuantLayer(nn.Module):
         return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
 
     def _plan(self, device: torch.device) -> Plan:
-        learning = self.training and torch.is_grad_enabled() and not self._is_repetition()
-        if self.training and not torch.is_grad_enabled():
+        # Compiled, a layer has no memory in Python: no health, and no activation checkpointing of its own.
+        compiling = torch.compiler.is_compiling()
+        learning = self.training and torch.is_grad_enabled() and (compiling or not self._is_repetition())
+        if self.training and not torch.is_grad_enabled() and not compiling:
             self.dry_forwards += 1
         high_precision = self.training and self.finetune
         return Plan(
@@ -84,9 +90,10 @@ class QuantLayer(nn.Module):
             activation=None if high_precision else self.recipe.activation,
             gradient=None if high_precision else self.recipe.gradient,
             streams=self._streams(device, learning),
-            hindsight={name: self._buffers[key] for name in OPERANDS if (key := f"{name}_hindsight") in self._buffers},
+            hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
             observe=self._observe if learning else None,
-            health=self.health if learning else None,
+            health=self.health if learning and not compiling else None,
+            keep=torch.is_grad_enabled(),
         )
 
     def _is_repetition(self) -> bool:
@@ -111,21 +118,16 @@ class QuantLayer(nn.Module):
         return False
 
     def _streams(self, device: torch.device, learning: bool) -> dict[str, Tensor]:
-        self.stream = self.stream.to(device)
+        if self.streams.device != device:
+            self.streams = self.streams.to(device)
         if dist.is_available() and dist.is_initialized():
-            self.stream[RANK_FIELD] = dist.get_rank()
-        stream = self.stream.clone()
+            self.streams[:, RANK_FIELD] = dist.get_rank()
+        streams = self.streams.clone()
         if learning:
-            self.stream[MICRO_STEP_FIELD] += 1
+            self.streams[:, MICRO_STEP_FIELD].add_(1)
         else:
-            stream[STEP_FIELD], stream[MICRO_STEP_FIELD] = EVALUATION_STEP, 0
-        streams = {}
-        for number, operand in enumerate(OPERANDS):
-            quantizer = getattr(self.recipe, operand)
-            if quantizer is not None:
-                streams[operand] = stream.clone() if quantizer.is_stochastic else stream
-                streams[operand][OPERAND_FIELD] = number
-        return streams
+            streams[:, STEP_FIELD], streams[:, MICRO_STEP_FIELD] = EVALUATION_STEP, 0
+        return dict(zip(OPERANDS, streams.unbind(), strict=True))
 
     def _observe(self, operand: str, maximum: Tensor) -> None:
         # One maximum for all ranks: their copies of the buffer stay equal.
@@ -160,6 +162,21 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         op = ConvOp(self.stride, padding, self.dilation, self.groups)
         output = self.quantized_gemm(op, batched, self.weight, self.bias)
         return output if input.dim() == 4 else output.squeeze(0)
+
+
+class MaskedReLU(nn.ReLU):
+    """nn.ReLU that keeps one bit an element for its backward pass, where nn.ReLU keeps its output.
+
+    The layer after it keeps packed codes instead of that output, so nothing else would hold it. Compiled, it is
+    nn.ReLU: there the compiler fuses it with its neighbours and chooses what to keep.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = input.dtype not in (torch.float32, torch.bfloat16) or not input.requires_grad
+        if plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(input)
+        inplace = self.inplace and dense(input) is input and not input._is_view()
+        return MaskedReLUFunction.apply(input, inplace)
 
 
 class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):

@@ -1,8 +1,9 @@
 """The three GEMMs of a layer on codes, as one autograd Function for linear and convolution alike.
 
 fprop: z = W a with INT4 x INT4 codes; dgrad: INT4 weight x FP4 gradient; wgrad: FP4 gradient x INT4 activation
-(Eqs. 1-3). Codes are exact in fp32, TF32 and bf16, and so is a sum of their products while it stays below 2^24;
-scales multiply afterwards. An operand without a quantizer enters its GEMMs in high precision.
+(Eqs. 1-3). Codes are exact in int8, fp32, TF32 and bf16, and so is a sum of their products (in floating point while
+it stays below 2^24); scales multiply afterwards. An operand without a quantizer enters its GEMMs in high precision.
+What is kept for the backward pass are packed codes: half a byte an element.
 """
 
 from __future__ import annotations
@@ -11,62 +12,61 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luqrun.formats import Format
+from luqrun.gemms import ConvOp, LinearOp, use_int8
+from luqrun.kernels import ops
+from luqrun.kernels.layout import dense, is_channels_last
 from luqrun.quantizer import QuantizedTensor, Quantizer, health
 
-EXACT_IN_BF16 = 256  # integers up to this have a bf16 of their own
-
-
-@dataclass(frozen=True)
-class LinearOp:
-    """a (..., in) and w (out, in) -> (..., out)."""
-
-    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
-        return F.linear(a, w)
-
-    def backward(self, g: Tensor, a: Tensor, w: Tensor, dgrad: bool, wgrad: bool):
-        """(gradient of a or None, gradient of w or None)."""
-        rows = g.reshape(-1, g.shape[-1])
-        return (g @ w if dgrad else None), (rows.t() @ a.reshape(-1, a.shape[-1]) if wgrad else None)
-
-
-@dataclass(frozen=True)
-class ConvOp:
-    """a (N, C, H, W) and w (K, C / groups, R, S) -> (N, K, H', W')."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
-        return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)
-
-    def backward(self, g: Tensor, a: Tensor, w: Tensor, dgrad: bool, wgrad: bool):
-        """(gradient of a or None, gradient of w or None)."""
-        grad_a, grad_w, _ = torch.ops.aten.convolution_backward(
-            g, a, w, None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups, (dgrad, wgrad, False)
-        )
-        return grad_a if dgrad else None, grad_w if wgrad else None
+EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
+MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
 
 
 class Operand(NamedTuple):
-    """What enters a GEMM: codes with scale and signedness, or a high-precision tensor and twice None."""
+    """What enters a GEMM: codes (a sum of draws, of which `others` are more) and their scale, or a high-precision
+    tensor and None."""
 
     values: Tensor
     scale: Tensor | None = None
-    signed: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
+
+    def has_int8(self) -> bool:
+        return self.scale is not None and self.values.dtype == torch.int8
+
+    def as_float(self, dtype: torch.dtype) -> Tensor:
+        """The values as `dtype`, all draws summed."""
+        total = self.values.to(dtype)
+        for other in self.others:
+            total = total + other.to(dtype)
+        return total
 
 
-def rescale(product: Tensor | None, *operands: Operand) -> Tensor | None:
+def rescale(product: Tensor, *operands: Operand) -> Tensor:
     """Multiply a GEMM's result by the scales of its operands: one pass, in place."""
     scales = [operand.scale for operand in operands if operand.scale is not None]
-    if product is not None and scales:
+    if scales:
         product.mul_(scales[0] if len(scales) == 1 else scales[0] * scales[1])
     return product
+
+
+class Kept(NamedTuple):
+    """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; or the tensor itself);
+    the rest says how to read them."""
+
+    tensors: tuple[Tensor, ...]
+    form: Format | None = None
+    shape: tuple[int, ...] = ()
+    channels_last: bool = False
+
+    def operand(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
+        """The operand again, its codes as `dtype`, from the tensors that autograd kept."""
+        if self.form is None:
+            return Operand(tensors[0])
+        fields, scale, signed = tensors
+        return Operand(ops.unpack(fields, self.shape, self.channels_last, signed, self.form.name, dtype), scale)
 
 
 @dataclass
@@ -74,7 +74,8 @@ class Plan:
     """What one call of a layer does: its quantizers (None: high precision), draws and memory.
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
-    the new ones and is None where they must not change. health: by operand, filled where it is a dict.
+    the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
+    a backward pass may follow.
     """
 
     weight: Quantizer | None
@@ -84,22 +85,27 @@ class Plan:
     hindsight: dict[str, Tensor]
     observe: object = None
     health: dict | None = None
+    keep: bool = True
 
-    def quantize(self, operand: str, x: Tensor) -> Operand:
-        """x as an Operand: one draw."""
+    def quantize(self, operand: str, x: Tensor, dtype: torch.dtype, packed: bool = False) -> tuple[Operand, Kept]:
+        """x as an Operand with codes of `dtype` (or float32 where that cannot hold them), and as what is kept of it
+        with `packed`: one draw."""
         quantizer = getattr(self, operand)
         if quantizer is None:
-            return Operand(x)
-        hindsight = self.hindsight.get(operand)
-        scale, signed, maximum = quantizer.measure(x, hindsight)
-        codes = quantizer.encode(x, scale, signed, self.streams[operand])
-        if hindsight is not None and self.observe is not None:
-            self.observe(operand, maximum)
+            return Operand(x), Kept((x,))
+        form = quantizer.form
+        if dtype == torch.int8 and max(form.limit, form.unsigned_limit) > EXACT[dtype]:
+            dtype = torch.float32
+        encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed)
+        if operand in self.hindsight and self.observe is not None:
+            self.observe(operand, encoded.maximum)
         if self.health is not None:
-            self.health[operand] = health(x, QuantizedTensor(codes, scale, signed, quantizer.form))
-        return Operand(codes, scale, signed)
+            quantized = QuantizedTensor(encoded.codes, encoded.scale, encoded.signed, form)
+            self.health[operand] = health(x, quantized)
+        kept = Kept((encoded.fields, encoded.scale, encoded.signed), form, x.shape, is_channels_last(x))
+        return Operand(encoded.codes, encoded.scale), kept
 
-    def quantize_gradient(self, g: Tensor) -> tuple[Operand, Operand]:
+    def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.
 
         With N samples the wgrad operand is the sum of N draws' codes, its scale divided by N: one GEMM gives the
@@ -107,32 +113,63 @@ class Plan:
         """
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
-        first = self.quantize("gradient", g)
+        first, kept = self.quantize("gradient", g, dtype)
         quantizer = self.gradient
         if quantizer is None or quantizer.samples == 1:
             return first, first
-        total = first.values.to(torch.float32)
-        for sample in range(1, quantizer.samples):
-            total += quantizer.encode(g, first.scale, first.signed, self.streams["gradient"], sample)
-        averaged = Operand(total, first.scale / quantizer.samples, first.signed)
+        total, scale, signed = first.values, first.scale, kept.tensors[2]
+        limit = quantizer.samples * max(quantizer.form.limit, quantizer.form.unsigned_limit)
+        others = ()
+        draws = (
+            quantizer.encode(g, scale, signed, self.streams["gradient"], sample, first.values.dtype)
+            for sample in range(1, quantizer.samples)
+        )
+        if total.dtype == torch.int8 and limit > EXACT[torch.int8] and quantizer.samples <= MAX_INT8_DRAWS:
+            others = tuple(draws)
+        else:
+            total = total.to(total.dtype if limit <= EXACT[total.dtype] else torch.float32, copy=True)
+            for codes in draws:
+                total += codes
+        averaged = Operand(total, scale / quantizer.samples, others)
         return (averaged if quantizer.samples_scope == "both" else first), averaged
-
-    def gemm_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """bf16 for bf16 results; fp32 for all others, since sums of codes leave fp16's range."""
-        return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-    def wgrad_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """As gemm_dtype, but fp32 where the sum of samples would not be exact in bf16."""
-        samples = 1 if self.gradient is None else self.gradient.samples
-        if samples > 1 and samples * max(self.gradient.form.limit, self.gradient.form.unsigned_limit) > EXACT_IN_BF16:
-            return torch.float32
-        return self.gemm_dtype(dtype)
 
 
 def exponent_counts(x: Tensor) -> Tensor:
     """How many elements of x have each float32 exponent: int64 (256,), bin e for 2^(e - 127) <= |x| < 2^(e - 126)."""
     exponents = (x.detach().float().reshape(-1).contiguous().view(torch.int32) >> 23) & 0xFF
     return torch.bincount(exponents, minlength=256)
+
+
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a floating-point GEMM runs in: bf16 for bf16 results, else fp32, since sums of codes leave fp16's range."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
+    if a.has_int8() and w.has_int8() and op.int8_pays(w.values.shape)[0]:
+        return op.int8_fprop(a.values, w.values, a.scale * w.scale, float_dtype(dtype))
+    compute = float_dtype(dtype)
+    return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
+
+
+def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if g.has_int8() and w.has_int8() and not g.others and op.int8_pays(w.values.shape)[1]:
+        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype))
+    compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
+    return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
+
+
+def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if g.has_int8() and a.has_int8() and op.int8_pays(w_shape)[2]:
+        return op.int8_wgrad([g.values, *g.others], a.values, w_shape).mul_(g.scale * a.scale)
+    # A sum of samples that bf16 does not hold comes as float32.
+    compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
+    return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
+
+
+def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
+    """What x's codes are best written as: what the GEMM takes."""
+    return torch.int8 if int8_pays and use_int8(x.device.type) else float_dtype(dtype)
 
 
 class QuantizedGemm(torch.autograd.Function):
@@ -143,35 +180,52 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
-        a, w = plan.quantize("activation", activation), plan.quantize("weight", weight)
-        ctx.save_for_backward(*a, *w)
-        ctx.op, ctx.plan, ctx.dtypes = op, plan, (activation.dtype, weight.dtype)
-        compute = plan.gemm_dtype(dtype)
+        codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
+        need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
+        a, kept_a = plan.quantize("activation", activation, codes, packed=need_a)
+        w, kept_w = plan.quantize("weight", weight, codes, packed=need_w)
+        ctx.save_for_backward(*(kept_a.tensors if need_a else ()), *(kept_w.tensors if need_w else ()))
+        # Without the tensors: autograd alone may hold them, so that they are freed with the graph.
+        ctx.kept_a, ctx.kept_w = kept_a._replace(tensors=()), kept_w._replace(tensors=())
+        ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(kept_a.tensors)
+        ctx.like_a, ctx.like_w = (activation.shape, activation.dtype), (weight.shape, weight.dtype)
         with torch.autocast(activation.device.type, enabled=False):
-            product = op.fprop(a.values.to(compute), w.values.to(compute))
-            return rescale(product, a, w).to(dtype)
+            return fprop(op, a, w, dtype).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
-        a, w = Operand(*saved[:3]), Operand(*saved[3:])
-        op, plan = ctx.op, ctx.plan
-        need_dgrad, need_wgrad = ctx.needs_input_grad[:2]
-        for_dgrad, for_wgrad = plan.quantize_gradient(grad_output)
-        dgrad_dtype, wgrad_dtype = plan.gemm_dtype(grad_output.dtype), plan.wgrad_dtype(grad_output.dtype)
-
-        def gemms(g: Operand, dtype: torch.dtype, dgrad: bool, wgrad: bool):
-            grads = op.backward(g.values.to(dtype), a.values.to(dtype), w.values.to(dtype), dgrad, wgrad)
-            return rescale(grads[0], g, w), rescale(grads[1], g, a)
-
+        need_a, need_w = ctx.needs
+        dtype = grad_output.dtype
+        (a_shape, a_dtype), (w_shape, w_dtype) = ctx.like_a, ctx.like_w
+        codes = code_dtype(grad_output, any(ctx.op.int8_pays(w_shape)[1:]), dtype)
+        for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
+        grad_a = grad_w = None
         with torch.autocast(grad_output.device.type, enabled=False):
-            if for_dgrad is for_wgrad:
-                grad_a, grad_w = gemms(for_wgrad, wgrad_dtype, need_dgrad, need_wgrad)
-            else:
-                grad_a = gemms(for_dgrad, dgrad_dtype, True, False)[0] if need_dgrad else None
-                grad_w = gemms(for_wgrad, wgrad_dtype, False, True)[1] if need_wgrad else None
-        activation_dtype, weight_dtype = ctx.dtypes
-        grad_a = None if grad_a is None else grad_a.to(activation_dtype)
-        grad_w = None if grad_w is None else grad_w.to(weight_dtype)
+            if need_w:
+                w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
+                grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(a_dtype)
+            if need_a:
+                a = ctx.kept_a.operand(saved[: ctx.split], codes)
+                grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None
+
+
+class MaskedReLUFunction(torch.autograd.Function):
+    """max(x, 0), keeping a mask of one bit an element."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, inplace: bool):
+        if inplace:
+            ctx.mark_dirty(x)
+        else:
+            x = dense(x).clone(memory_format=torch.preserve_format)
+        ctx.channels_last = is_channels_last(x)
+        ctx.save_for_backward(ops.relu_(x))
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        return ops.relu_backward(grad_output, *ctx.saved_tensors, ctx.channels_last), None

@@ -6,14 +6,15 @@ Immutable and without state: what a hindsight range remembers is a tensor that t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from luqrun import kernels
 from luqrun.config import GradientConfig, OperandConfig, check_at_least, check_choice
 from luqrun.errors import UserError
 from luqrun.formats import Format, get_format, pack
+from luqrun.kernels import fuses, ops
 from luqrun.kernels.philox import make_stream
 
 RANGES = ("absmax", "sawb", "hindsight")
@@ -49,6 +50,17 @@ class QuantizedTensor:
     def packed(self) -> Tensor:
         """The codes in row-major order at form.bits bits each: uint8, ceil(numel * bits / 8) bytes (formats.pack)."""
         return pack(self.form.to_fields(self.codes), self.form.bits)
+
+
+class Encoded(NamedTuple):
+    """What one quantization gives: codes (x's shape), scale and signed (0-dim) as in QuantizedTensor; fields, the
+    packed codes (uint8, memory order; empty unless asked for); maximum, max|x| as 0-dim float32."""
+
+    codes: Tensor
+    scale: Tensor
+    signed: Tensor
+    fields: Tensor
+    maximum: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ class Quantizer:
 
         hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used).
         """
-        largest, negative, sum1, sum2 = kernels.backend_for(x.device.type).statistics(x, self.range == "sawb").unbind()
+        largest, negative, sum1, sum2 = ops.statistics(x, self.range == "sawb").unbind()
         maximum = clip = largest.float()
         if self.range == "sawb":
             c1, c2 = SAWB[self.form.bits]
@@ -139,7 +151,7 @@ class Quantizer:
             clip = (c1 * (sum2 / count).sqrt() - c2 * (sum1 / count)).float()
             clip = torch.where(clip > 0, torch.minimum(clip, maximum), maximum)
         elif self.range == "hindsight" and hindsight is not None:
-            clip = torch.where(hindsight > 0, hindsight.to(maximum.device), maximum)
+            clip = torch.where(hindsight > 0, hindsight, maximum)
         # No tensor is made from a Python value here: on a GPU that would be a copy that the host waits for.
         signed = torch.ones_like(negative, dtype=torch.bool) if self.form.logarithmic else negative > 0
         scale = self._scale(clip, torch.where(signed, self.form.limit, self.form.unsigned_limit))
@@ -157,10 +169,46 @@ class Quantizer:
             scale = torch.where(fits, power, power / 2)
         return scale
 
-    def encode(self, x: Tensor, scale: Tensor, signed: Tensor, stream: Tensor, sample: int = 0) -> Tensor:
-        """Codes of x for a scale from `measure`; stream names the draw (luqrun.kernels.philox)."""
-        backend = kernels.backend_for(x.device.type)
-        return backend.encode(x, scale, signed, self.form, self.rounding, self.underflow, stream, sample)
+    def encode(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        signed: Tensor,
+        stream: Tensor,
+        sample: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Codes of x for a scale from `measure`, as `dtype` (default form.code_dtype).
+
+        stream, sample: name the draw (luqrun.kernels.philox).
+        """
+        return self._encode(x, scale, signed, stream, sample, dtype or self.form.code_dtype)[0]
+
+    def _encode(self, x, scale, signed, stream, sample, dtype, packed=False, observe=False):
+        how = self.format, self.rounding, self.underflow
+        return ops.encode(x, scale, signed, *how, stream, sample, dtype, packed, observe)
+
+    def run(
+        self, x: Tensor, stream: Tensor, hindsight: Tensor | None, dtype: torch.dtype, packed: bool = False
+    ) -> Encoded:
+        """Measure and encode x in as few passes as the range allows, the first sample of the draw `stream`.
+
+        hindsight: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
+        """
+        if fuses(x.device.type):
+            sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
+            how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
+            return Encoded(*ops.quantize(x, *how, stream, dtype, packed))
+        if self.range == "hindsight" and self.form.logarithmic and hindsight is not None:
+            first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
+            scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self.form.limit)
+            signed = torch.ones_like(negative, dtype=torch.bool)
+            codes, fields, maximum = self._encode(x, scale, signed, stream, 0, dtype, packed, observe=True)
+            scale = torch.where(maximum.isfinite(), scale, torch.nan)
+        else:
+            scale, signed, maximum = self.measure(x, hindsight)
+            codes, fields, _ = self._encode(x, scale, signed, stream, 0, dtype, packed)
+        return Encoded(codes, scale, signed, fields, maximum)
 
     def quantize(self, x: Tensor, seed: int = 0, sample: int = 0) -> QuantizedTensor:
         """Quantize x (any shape, any floating dtype, taken as float32). The draw is that of (seed, sample)."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from luqrun import checkpoint, kernels
+from luqrun import checkpoint, gemms
 from luqrun.config import Config
 from luqrun.convert import quantize_model, quantized_layers, set_finetune, set_step
 from luqrun.datasets import build_dataset
@@ -45,7 +45,7 @@ def run(config: Config, folder: RunFolder) -> dict:
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for matmul by default
     folder.update_run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        kernel_backend=kernels.describe(device.type),
+        kernel_backend=gemms.describe(device.type),
         threads=torch.get_num_threads(),
     )
     trainer = Trainer(config, folder, device)
@@ -102,7 +102,7 @@ class Trainer:
         if quantized:
             skipped = ", ".join(config.quant.skip) or "none"
             log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
-        log.info("device %s, precision %s, kernels: %s", device, config.precision, kernels.describe(device.type))
+        log.info("device %s, precision %s, kernels: %s", device, config.precision, gemms.describe(device.type))
 
     @property
     def last_path(self):

@@ -2,15 +2,17 @@
 
 import os
 
-# Before anything imports triton or torchvision: the Triton kernels then run in its interpreter, without a GPU.
-os.environ["TRITON_INTERPRET"] = "1"
-# Threads that wait must sleep: torch's and numba's OpenMP pools, spinning for the same cores, cost 8 ms a call.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait must soon sleep, as in cli.py: tests share the cores with others.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from statistics import NormalDist
 
 import pytest
 import torch
+
+# Before anything imports triton or torchvision: without a GPU, the Triton kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""The kernels: one set of functions, `statistics` and `encode`, in several backends.
+"""The kernels: one set of functions (see luqrun.kernels.reference) in several backends.
 
-reference is plain torch and runs anywhere; cpu is numba. `backend_for` chooses by the tensor's device, once and
-visibly: `describe` says what a run uses. LUQRUN_KERNELS=reference forces the oracle.
+reference is plain torch and runs anywhere; cpu is numba; cuda is Triton. `backend_for` chooses by the tensor's
+device, once and visibly: `describe` says what a run uses. LUQRUN_KERNELS=reference forces the oracle.
 """
 
 from __future__ import annotations
@@ -13,19 +13,42 @@ from types import ModuleType
 
 from luqrun.errors import UserError
 
-BACKENDS = {"cpu": "cpu", "cuda": "reference"}
+BACKENDS = {"cpu": "cpu", "cuda": "cuda"}  # by device; others have the reference
+KNOWN = ("reference", "cpu", "cuda")
 
 
 @functools.cache
 def backend_for(device_type: str) -> ModuleType:
-    """The module that serves tensors of this device type."""
+    """The module that serves tensors of this device type.
+
+    UserError where LUQRUN_KERNELS names no backend or one for another device, or where triton is not installed.
+    """
     forced = os.environ.get("LUQRUN_KERNELS")
-    if forced not in (None, "reference", "cpu"):
-        raise UserError(f"LUQRUN_KERNELS={forced} is not known; allowed: reference, cpu")
+    if forced is not None and forced not in KNOWN:
+        raise UserError(f"LUQRUN_KERNELS={forced} is not known; allowed: {', '.join(KNOWN)}")
     name = forced or BACKENDS.get(device_type, "reference")
-    if name == "cpu" and device_type != "cpu":
-        raise UserError(f"LUQRUN_KERNELS=cpu cannot serve tensors on {device_type}; unset it or use reference")
-    return importlib.import_module(f"luqrun.kernels.{name}")
+    interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # then it runs on CPU tensors
+    if name != "reference" and device_type != name and not interpreted:
+        raise UserError(f"LUQRUN_KERNELS={name} cannot serve tensors on {device_type}; unset it or use reference")
+    try:
+        return importlib.import_module(f"luqrun.kernels.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise UserError(
+            "the kernels for a GPU need triton, which is not installed: install it (pip install triton), "
+            "or set LUQRUN_KERNELS=reference to run without, slowly"
+        ) from None
+
+
+_fuses: dict[str, bool] = {}  # not functools.cache: torch.compile reads a dictionary, and cannot trace an import
+
+
+def fuses(device_type: str) -> bool:
+    """Whether this device's kernels have `quantize`, all of a quantization in one call."""
+    if device_type not in _fuses:
+        _fuses[device_type] = hasattr(backend_for(device_type), "quantize")
+    return _fuses[device_type]
 
 
 def describe(device_type: str) -> str:

@@ -5,27 +5,35 @@ Every backend has these functions with these signatures and returns the same cod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from luqrun.formats import Format
+from luqrun.formats import pack as pack_fields
+from luqrun.formats import unpack as unpack_fields
+from luqrun.kernels.layout import dense, from_memory_order, in_memory_order
 from luqrun.kernels.philox import random_words
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def statistics(x: Tensor, moments: bool) -> Tensor:
+def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
     """What ranges need of x (any shape, floating): float64 tensor (4,) of max|x|, any negative, sum|x|, sum x^2.
 
     A NaN in x makes the maximum NaN, an Inf makes it Inf. Without `moments` the two sums are 0. Empty: zeros.
+    unless: a 0-dim float; where it is positive nothing is read, and zeros come back.
     """
+    zeros = torch.zeros(4, dtype=torch.float64, device=x.device)
     if x.numel() == 0:
-        return torch.zeros(4, dtype=torch.float64, device=x.device)
+        return zeros
     x = x.detach().float()
     magnitude = x.abs()
-    zero = torch.zeros((), dtype=torch.float64, device=x.device)
-    sums = (magnitude.sum(dtype=torch.float64), x.double().square().sum()) if moments else (zero, zero)
-    return torch.stack([magnitude.max().double(), (x < 0).any().double(), *sums])
+    sums = (magnitude.sum(dtype=torch.float64), x.double().square().sum()) if moments else (zeros[2], zeros[3])
+    found = torch.stack([magnitude.max().double(), (x < 0).any().double(), *sums])
+    return found if unless is None else torch.where(unless > 0, zeros, found)
 
 
 def encode(
@@ -34,11 +42,18 @@ def encode(
     signed: Tensor,
     form: Format,
     rounding: str,
-    underflow: str,
+    underflow: str | None,
     stream: Tensor,
     sample: int = 0,
-) -> Tensor:
-    """Codes of x / scale in `form` (x's shape and memory format; form.code_dtype).
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    observe: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, fields, maximum): the codes of x / scale in `form`, and what else one pass over x can give.
+
+    codes: x's shape and memory format, as `dtype` (default form.code_dtype; every floating type holds them exactly
+    down to bf16). fields: with `packed`, `pack(codes)`, else empty. maximum: with `observe`, max|x| as 0-dim float32
+    (NaN where x has a NaN), else empty.
 
     scale: 0-dim float32; 0 and NaN give zero codes, so the values become 0 and NaN. signed: 0-dim bool, for
     integer formats. rounding: nearest (linear domain; ties to even for integers, away from zero for powers of two,
@@ -46,7 +61,7 @@ def encode(
     (Eq. 10). stream, sample: see luqrun.kernels.philox; read only where something is stochastic. Values beyond the
     largest code are clipped to it, non-finite ones get code 0: the quantizer makes their scale NaN.
     """
-    x = x.detach().float()
+    x = dense(x.detach()).float()
     draws = None
     if "stochastic" in (rounding, underflow if form.logarithmic else None):
         draws = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
@@ -59,7 +74,43 @@ def encode(
         limit = torch.where(signed, form.limit, form.unsigned_limit)
         ratio = torch.where(usable, x / scale, 0.0).clamp(torch.where(signed, -limit, 0), limit)
         codes = ratio.round() if rounding == "nearest" else _stochastic_round(ratio, draws)
-    return codes.to(form.code_dtype)
+    codes = codes.to(form.code_dtype)
+    fields = pack(codes, form) if packed else torch.empty(0, dtype=torch.uint8, device=x.device)
+    maximum = statistics(x, False)[0].float() if observe else x.new_empty(0)
+    return codes.to(dtype or form.code_dtype), fields, maximum
+
+
+def pack(codes: Tensor, form: Format) -> Tensor:
+    """Codes (any floating or integer dtype) as fields of form.field_bits bits, in memory order: flat uint8.
+
+    At 4 bits the first of two neighbours is the low half of its byte; the last byte is filled up with a zero.
+    """
+    return pack_fields(form.to_fields(in_memory_order(codes).reshape(-1)), form.field_bits)
+
+
+def unpack(
+    fields: Tensor, shape: Sequence[int], channels_last: bool, signed: Tensor, form: Format, dtype: torch.dtype
+) -> Tensor:
+    """The codes of `pack`, as `dtype`, in this shape and memory format. signed: as in `encode`."""
+    flat = form.from_fields(unpack_fields(fields, form.field_bits, math.prod(shape)), signed)
+    return from_memory_order(flat.to(dtype), shape, channels_last)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """x <- max(x, 0) in place, for x dense in contiguous or channels_last memory; returns the mask for its backward.
+
+    The mask has a bit for each element in memory order, 0 where x <= 0: flat uint8, bit i being bit i % 8 of byte
+    i // 8. NaN stays NaN and has bit 1.
+    """
+    mask = pack_fields((~(in_memory_order(x) <= 0)).to(torch.int32), 1)
+    x.clamp_(min=0)
+    return mask
+
+
+def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    """grad where the mask of `relu_` has a bit, 0 elsewhere; the mask is of a tensor in that memory format."""
+    bits = from_memory_order(unpack_fields(mask, 1, grad.numel()), grad.shape, channels_last)
+    return torch.where(bits > 0, grad, 0)
 
 
 def _log_magnitude(ratio: Tensor, rounding: str, underflow: str, draws: Tensor | None) -> Tensor:

@@ -1,0 +1,132 @@
+"""The GEMMs of linear layers and convolutions: in floating point, and in integers where the units are faster.
+
+fprop: a x w; dgrad: g x w; wgrad: g x a. The floating-point ones take what torch's take. The integer ones take int8
+codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for groups, and for the dgrad
+of a convolution with a stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luqrun import kernels
+from luqrun.kernels import backend_for, int8, ops
+from luqrun.kernels.layout import empty, is_channels_last
+
+ONE, NONE = (1, 1), (0, 0)
+LEAST_COLUMNS = 32  # columns of a patch matrix's product below which writing the patches costs more than it saves
+
+
+_int8_devices: dict[str, bool] = {}  # see kernels._fuses
+
+
+def use_int8(device_type: str) -> bool:
+    """Whether GEMMs on two operands of codes run on int8 units."""
+    if device_type not in _int8_devices:
+        numba = device_type == "cpu" and backend_for("cpu").__name__ == "luqrun.kernels.cpu"
+        _int8_devices[device_type] = numba and int8.is_fast()
+    return _int8_devices[device_type]
+
+
+def describe(device_type: str) -> str:
+    """What the log and run.json say: the kernels that serve this device type, and the units that multiply codes."""
+    return f"{kernels.describe(device_type)}, GEMMs in {'int8' if use_int8(device_type) else 'floating point'}"
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """a (..., in) and w (out, in) -> (..., out)."""
+
+    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.linear(a, w)
+
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+        return g @ w
+
+    def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        return _rows(g).t() @ _rows(a)
+
+    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
+        return True, True, True
+
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._product(a, w.t(), scale, dtype)
+
+    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._product(g, w, scale, dtype)
+
+    def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        images = [_rows(g)[..., None, None] for g in grads]
+        return ops.int8_conv_wgrad(images, _rows(a)[..., None, None], ONE, ONE, NONE, ONE).view(w_shape)
+
+    def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False)
+        return out.view(*a.shape[:-1], matrix.shape[1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class ConvOp:
+    """a (N, C, H, W) and w (K, C / groups, R, S) -> (N, K, H', W')."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+        # Only the shape of the other tensor counts; but one without memory of its own would be copied into some.
+        a = empty(a_shape, _format(g, w), g.dtype, g.device)
+        return self._backward(g, a, w, (True, False, False))[0]
+
+    def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        w = empty(w_shape, _format(a, g), g.dtype, g.device)
+        return self._backward(g, a, w, (False, True, False))[1]
+
+    def _backward(self, g: Tensor, a: Tensor, w: Tensor, wanted: tuple[bool, bool, bool]):
+        how = self.stride, self.padding, self.dilation, False, NONE, self.groups
+        return torch.ops.aten.convolution_backward(g, a, w, None, *how, wanted)
+
+    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""
+        out_channels, in_channels, *kernel = w_shape
+        if self.groups > 1:
+            return False, False, False
+        least = 1 if tuple(kernel) == ONE else LEAST_COLUMNS
+        wide = out_channels >= least
+        return wide, self.stride == ONE and in_channels >= least, wide
+
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix = w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
+        how = w.shape[2:], self.stride, self.padding, self.dilation
+        return ops.int8_conv(a, matrix, scale, *how, dtype, _format(a, w))
+
+    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        # Without a stride the adjoint of a convolution is one with the kernel turned round.
+        out_channels, in_channels, *kernel = w.shape
+        ends = zip(self.dilation, kernel, self.padding, strict=True)
+        padding = [dilation * (size - 1) - padding for dilation, size, padding in ends]
+        taps = w.permute(2, 3, 0, 1).reshape(-1, out_channels * in_channels)
+        turned = taps.index_select(0, torch.arange(len(taps) - 1, -1, -1, device=w.device))
+        how = kernel, ONE, padding, self.dilation
+        return ops.int8_conv(g, turned.view(-1, in_channels), scale, *how, dtype, _format(g, w))
+
+    def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)
+
+
+def _format(x: Tensor, w: Tensor) -> bool:
+    """Whether torch's convolution of x and w comes out channels_last."""
+    return is_channels_last(x) or is_channels_last(w)

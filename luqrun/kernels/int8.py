@@ -1,0 +1,128 @@
+"""Convolutions and linear layers on int8 codes with int32 sums: exact whatever the order, and on a CPU with VNNI
+instructions faster than the bf16 units, let alone fp32's.
+
+A convolution is a GEMM on its patches (im2col), made a few images' rows at a time so that they stay in the cache; a
+linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to the floating-point units.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luqrun.kernels.layout import empty
+
+CHUNK_BYTES = 1 << 21  # of patches at a time
+CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
+
+
+@functools.cache
+def is_fast() -> bool:
+    """Whether this CPU multiplies int8 by itself (VNNI), through oneDNN."""
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return torch.backends.mkldnn.is_available() and has_vnni()
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output pixels of a convolution along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+_memory = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory for a block of patches, each thread's own: fresh memory would cost more than filling it."""
+    if getattr(_memory, "block", None) is None or _memory.block.numel() < size:
+        _memory.block = torch.empty(max(size, CHUNK_BYTES), dtype=torch.int8)
+    return _memory.block[:size]
+
+
+class _Patches:
+    """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C))."""
+
+    def __init__(self, a: Tensor, kernel, stride, padding, dilation):
+        images, channels, height, width = a.shape
+        self.size = images, height, width, channels
+        self.geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
+        ends = zip((height, width), *self.geometry, strict=True)
+        self.out_height, self.out_width = (out_size(*end) for end in ends)
+        self.lines = images * self.out_height
+        self.depth = kernel[0] * kernel[1] * channels
+        self.a = a.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1)
+
+    def __iter__(self):
+        if self.lines == 0 or self.depth == 0:
+            return
+        line = max(self.out_width, 1)
+        step = max(1, min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line))
+        step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
+        pointwise = self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
+        for first in range(0, self.lines, step):
+            count = min(step, self.lines - first)
+            rows = slice(first * line, (first + count) * line)
+            if pointwise:
+                yield rows, self.a[rows.start * self.depth : rows.stop * self.depth].view(-1, self.depth)
+            else:
+                block = _scratch(count * line * self.depth)
+                self._fill(block, first)
+                yield rows, block.view(-1, self.depth)
+
+    def _fill(self, block: Tensor, first: int) -> None:
+        from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
+
+        out_size = self.out_height, self.out_width
+        address = block.data_ptr(), self.a.data_ptr()
+        numba_loops.patches(block.numel(), *address, first, self.size, out_size, *self.geometry)
+
+
+def conv(
+    a: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """scale * conv2d(a, w), rounded once: (N, K, H', W') of `dtype`, in channels_last or contiguous memory.
+
+    a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32.
+    """
+    patches = _Patches(a, kernel, stride, padding, dilation)
+    channels = matrix.shape[1]
+    out = empty((a.shape[0], channels, patches.out_height, patches.out_width), True, dtype, a.device)
+    flat = out.permute(0, 2, 3, 1).reshape(-1, channels)
+    if patches.depth == 0:
+        out.zero_()
+    for rows, block in patches:
+        torch.mul(torch._int_mm(block, matrix), scale, out=flat[rows])
+    return out if channels_last else out.contiguous()
+
+
+def conv_wgrad(
+    grads: Sequence[Tensor],
+    a: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The weight gradient of conv2d, summed over `grads`: float32 (K, C, R, S), the exact integer rounded once.
+
+    grads: int8 (N, K, H', W') each; a: int8 (N, C, H, W). Where stride leaves pixels over, they have no gradient.
+    """
+    patches = _Patches(a, kernel, stride, padding, dilation)
+    flat = [g.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, g.shape[1]) for g in grads]
+    total = torch.zeros(grads[0].shape[1], patches.depth, dtype=torch.int64)
+    for rows, block in patches:
+        for g in flat:
+            total += torch._int_mm(g[rows].t(), block)
+    shape = (grads[0].shape[1], *kernel, a.shape[1])
+    return total.float().view(shape).permute(0, 3, 1, 2)

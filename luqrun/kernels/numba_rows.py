@@ -1,0 +1,282 @@
+"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: Philox, encoding,
+packing, and the ReLU's mask. luqrun.kernels.numba_loops drives them over whole tensors, on all cores.
+
+`bits` is always the bit pattern of the floats: int32 of float32, or uint16 of bf16.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import njit
+
+from luqrun.kernels.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SAMPLE_SLOTS
+
+u8, u16, u32, u64, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32, np.float64
+LOW = u64(0xFFFFFFFF)
+NEAREST, STOCHASTIC, FLUSH, UNUSED = 0, 1, 2, 3
+ABSMAX, SAWB, HINDSIGHT, GIVEN = 0, 1, 2, 3  # where the scale comes from
+MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNUSED}
+# Multiplying eight 0 / 1 bytes by this moves byte j's bit to bit j of the highest byte; SPREAD is the way back.
+GATHER = u64(0x0102040810204080)
+REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
+
+# No fastmath: rounding must be IEEE's and NaN must survive. Flags are arguments: LLVM moves their tests out of loops.
+row_loop = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
+
+
+@njit(inline="always", error_model="numpy")
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint64, of which only the low halves count: so the products need no other instructions."""
+    for _ in range(ROUNDS):
+        product0, product1 = u64(MULTIPLIERS[0]) * (c0 & LOW), u64(MULTIPLIERS[1]) * (c2 & LOW)
+        c0, c2 = (product1 >> u64(32)) ^ c1 ^ k0, (product0 >> u64(32)) ^ c3 ^ k1
+        c1, c3 = product1, product0
+        k0, k1 = (k0 + u64(KEY_INCREMENTS[0])) & LOW, (k1 + u64(KEY_INCREMENTS[1])) & LOW
+    return c0, c1, c2, c3
+
+
+@njit(cache=True)
+def stream_words(stream, sample):
+    """philox.stream_words, as the uint64 array (4,) that the loops take."""
+    c3 = u64(stream[5] * SAMPLE_SLOTS + sample)
+    low, high = u64(stream[0]) & LOW, u64(stream[0]) >> u64(32)
+    words = _philox(u64(stream[1] * 4 + stream[2]), u64(stream[3]), u64(stream[4]), c3, low, high)
+    return np.array(words, dtype=np.uint64) & LOW
+
+
+@row_loop()
+def fill_words(words, group, count, name):
+    """Random words of elements 4 group and up, two to a uint64: word k of Philox counter group + j is 4 j + k."""
+    k0, k1, c2, c3 = name[0], name[1], name[2], name[3]
+    for j in range(count):
+        counter = u64(group) + u64(j)
+        w0, w1, w2, w3 = _philox(counter, counter >> u64(32), c2, c3, k0, k1)
+        words[2 * j], words[2 * j + 1] = (w0 & LOW) | (w1 << u64(32)), (w2 & LOW) | (w3 << u64(32))
+
+
+@row_loop()
+def _draw(counters, w0, w1, w2, w3, c2, c3, k0, k1):
+    for j in range(counters.size):
+        a, b, c, d = _philox(counters[j], counters[j] >> u64(32), c2, c3, k0, k1)
+        w0[j], w1[j], w2[j], w3[j] = u32(a), u32(b), u32(c), u32(d)
+
+
+@row_loop()
+def fill_pixels(drawn, counters, words, group, step, name):
+    """Random words of drawn (pixels, channels): four neighbouring pixels of a channel are the words of one counter.
+
+    Pixel 0 of channel 0 is counter `group`, channels are `step` counters apart. counters uint64 and words (4, n)
+    uint32 are scratch for n >= pixels / 4 * channels counters: one long loop, however few the channels.
+    """
+    channels, rows = u64(drawn.shape[1]), u64(drawn.shape[0] // 4)
+    for row in range(rows):
+        for channel in range(channels):
+            counters[row * channels + channel] = u64(group) + row + channel * u64(step)
+    _draw(counters[: rows * channels], words[0], words[1], words[2], words[3], name[2], name[3], name[0], name[1])
+    flat, source = drawn.reshape(-1), words.reshape(-1)
+    stride = u64(words.shape[1])
+    for row in range(rows):
+        for k in range(u64(4)):
+            to, at = (u64(4) * row + k) * channels, k * stride + row * channels
+            for channel in range(channels):
+                flat[to + channel] = source[at + channel]
+
+
+@row_loop()
+def transpose(word, drawn, pixels):
+    """drawn[pixel, channel] = word[channel * pixels + pixel]."""
+    flat = drawn.reshape(-1)
+    channels = u64(drawn.shape[1])
+    for pixel in range(u64(drawn.shape[0])):
+        for channel in range(channels):
+            flat[pixel * channels + channel] = word[channel * u64(pixels) + pixel]
+
+
+@row_loop()
+def patterns(bits, buffer):
+    """float32 bit patterns of a row of bf16's: those are their upper halves."""
+    for j in range(bits.size):
+        buffer[j] = i32(u32(bits[j]) << u32(16))
+    return buffer[: bits.size]
+
+
+@row_loop()
+def copy(source, target):
+    for j in range(source.size):
+        target[j] = source[j]
+
+
+@row_loop()
+def to_bf16(codes, target):
+    """Codes as bit patterns of bf16, which holds them exactly."""
+    floats = codes.astype(np.float32)
+    bits = floats.view(np.int32)
+    for j in range(codes.size):
+        target[j] = u16(bits[j] >> i32(16))
+
+
+@row_loop()
+def as_float(pattern):
+    """The float32 with this bit pattern."""
+    return np.array([pattern], np.int32).view(np.float32)[0]
+
+
+@row_loop()
+def clip(kind, found, count, c1, c2, hindsight):
+    """Quantizer.measure's clip, from (-, -, max|x|, -, sum|x|, sum x^2) of `count` elements."""
+    maximum = f32(found[2])
+    if kind == SAWB:
+        value = f32(c1 * np.sqrt(found[5] / max(count, 1)) - c2 * (found[4] / max(count, 1)))
+        return min(value, maximum) if value > 0 else maximum
+    return f32(hindsight) if kind == HINDSIGHT and hindsight > 0 else maximum
+
+
+@row_loop()
+def scale(clip, limit, pow2_scale):
+    """Quantizer._scale, bit for bit."""
+    value = f32(clip / limit)
+    if f64(value) * f64(limit) < f64(clip) and value < f32(2.0**-126):
+        value = f32(value + f32(2.0**-149))
+    if pow2_scale:
+        pattern = np.array([value], np.float32).view(np.int32)[0]
+        power = as_float(i32(i32(pattern + i32(0x7FFFFF)) & i32(0x7F800000)))
+        fits = f64(power) * f64(limit) <= f64(f32(3.4028234663852886e38)) or not np.isfinite(clip)
+        value = power if fits else f32(power / f32(2))
+    return value
+
+
+@row_loop()
+def extremes(bits):
+    """(bit pattern of max|x|, a number below 0 if any x is): patterns of non-negative floats order like integers,
+    and NaN comes out above Inf. The casts keep numba from widening to 64 bits."""
+    largest, negative = i32(0), i32(0)
+    for j in range(bits.size):
+        magnitude = i32(bits[j] & i32(0x7FFFFFFF))
+        largest = max(largest, magnitude)
+        negative = i32(negative | i32(bits[j] & i32(-magnitude)))  # both sign bits: negative, and not -0
+    return largest, negative
+
+
+@row_loop(fastmath={"reassoc"})
+def moments(x):
+    """(sum |x|, sum x^2) in float64; free to reassociate, so that it vectorises."""
+    sum1, sum2 = 0.0, 0.0
+    for j in range(x.size):
+        value = np.float64(abs(x[j]))
+        sum1 += value
+        sum2 += value * value
+    return sum1, sum2
+
+
+@row_loop()
+def encode(bits, out, words, ratio, scale, low, high, logarithmic, rounding, underflow):
+    """Encode one row: all 1-D; words and ratio, which is scratch, may be longer."""
+    if not scale > f32(0):
+        out[:] = 0
+        return
+    x, ratio_bits = bits.view(np.float32), ratio.view(np.int32)
+    if logarithmic:
+        for j in range(x.size):
+            ratio[j] = min(abs(x[j]) / scale, high)
+        for j in range(x.size):
+            carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
+            # A shift by more than 31 is undefined; below 1 its result is not used.
+            power = i32(i32(1) << i32(i32(i32(i32(ratio_bits[j] + carry) >> i32(23)) - i32(127)) & i32(31)))
+            if underflow == STOCHASTIC:
+                below = i32(i32(words[j] >> u32(1)) < i32(ratio[j] * f32(2147483648)))
+            elif underflow == NEAREST:
+                below = i32(ratio[j] >= f32(0.5))
+            else:
+                below = i32(0)
+            magnitude = power if ratio[j] >= f32(1) else below
+            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
+            magnitude = magnitude if finite else i32(0)
+            out[j] = i32(-magnitude) if bits[j] < i32(0) else magnitude
+    else:
+        for j in range(x.size):
+            value = min(max(x[j] / scale, low), high)
+            if rounding == NEAREST:
+                code = i32(np.rint(value))
+            else:
+                # Of the magnitude: there the fraction is exact, also for a tiny negative value.
+                floor = np.floor(abs(value))
+                code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
+                code = -code if bits[j] < i32(0) else code
+            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
+            out[j] = code if finite else i32(0)
+
+
+@row_loop()
+def to_fields(codes, fields, magnitude, logarithmic, bits):
+    """Format.to_fields of a row; magnitude is float32 scratch."""
+    sign, every = i32(i32(1) << i32(bits - 1)), i32(i32(i32(1) << i32(bits)) - i32(1))
+    if logarithmic:
+        exponents = magnitude.view(np.int32)
+        for j in range(codes.size):
+            magnitude[j] = f32(abs(i32(codes[j])))
+        for j in range(codes.size):
+            exponent = max(i32(i32(exponents[j] >> i32(23)) - i32(126)), i32(0))
+            fields[j] = u8(i32(exponent | (sign if codes[j] < 0 else i32(0))))
+    else:
+        for j in range(codes.size):
+            fields[j] = u8(i32(codes[j]) & every)
+
+
+@row_loop()
+def from_fields(fields, codes, signed, logarithmic, bits):
+    """Format.from_fields of a row."""
+    top = i32(i32(1) << i32(bits - 1))
+    if logarithmic:
+        for j in range(codes.size):
+            exponent = i32(i32(fields[j]) & i32(top - i32(1)))
+            magnitude = i32(i32(i32(1) << exponent) >> i32(1))  # 0 for 0
+            codes[j] = i32(-magnitude) if i32(i32(fields[j]) & top) != i32(0) else magnitude
+    else:
+        flip = top if signed else i32(0)
+        for j in range(codes.size):
+            codes[j] = i32(i32(i32(fields[j]) ^ flip) - flip)
+
+
+@row_loop()
+def join(fields, packed):
+    """Two fields to a byte, the first one low."""
+    for j in range(fields.size // 2):
+        packed[j] = u8(u32(fields[2 * j]) | (u32(fields[2 * j + 1]) << u32(4)))
+    if fields.size % 2:
+        packed[fields.size // 2] = fields[fields.size - 1]
+
+
+@row_loop()
+def split(packed, fields):
+    """The inverse of _join."""
+    for j in range(fields.size // 2):
+        byte = u32(packed[j])
+        fields[2 * j], fields[2 * j + 1] = u8(byte & u32(15)), u8(byte >> u32(4))
+    if fields.size % 2:
+        fields[fields.size - 1] = packed[fields.size // 2] & u8(15)
+
+
+@row_loop()
+def rectify(bits, keep, mask, infinity, sign):
+    for j in range(bits.size):
+        # Positive, or NaN of either sign.
+        pattern = i32(bits[j])
+        positive = (pattern > i32(0)) & (pattern <= sign)
+        keep[j] = u8(positive | (i32(pattern & sign) > infinity))
+    for j in range(bits.size):
+        bits[j] = bits[j] if keep[j] != u8(0) else 0
+    keep[bits.size :] = 0
+    eight = keep.view(np.uint64)
+    for j in range(mask.size):
+        mask[j] = u8((eight[j] * GATHER) >> u64(56))
+
+
+@row_loop()
+def apply_mask(grad, mask, keep, out):
+    eight = keep.view(np.uint64)
+    for j in range(mask.size):
+        eight[j] = (u64(mask[j]) * REPEAT) & SPREAD
+    for j in range(grad.size):
+        out[j] = grad[j] if keep[j] != u8(0) else 0

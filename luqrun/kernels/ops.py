@@ -1,0 +1,127 @@
+"""The kernels as operators of torch: torch.ops.luqrun.*, with the shapes that torch.compile needs.
+
+Each runs on the backend that `backend_for` chooses for its tensor's device; see luqrun.kernels.reference for what
+each computes. They are opaque to the compiler and without gradients: luqrun.qgemm has the autograd Functions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from luqrun.formats import get_format
+from luqrun.kernels import backend_for, int8
+from luqrun.kernels.layout import dense, empty
+
+_library = torch.library.Library("luqrun", "DEF")
+
+
+def _operator(schema: str):
+    """Register the decorated class's `run` under `schema`, and its `fake` for tensors without data."""
+
+    def register(cls):
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, cls.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"luqrun::{name}", cls.fake, lib=_library)
+        return getattr(torch.ops.luqrun, name)
+
+    return register
+
+
+@_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
+class statistics:
+    def run(x, moments, unless=None):
+        return backend_for(x.device.type).statistics(x, moments, unless)
+
+    def fake(x, moments, unless=None):
+        return x.new_empty(4, dtype=torch.float64)
+
+
+@_operator(
+    "encode(Tensor x, Tensor scale, Tensor signed, str format, str rounding, str? underflow, Tensor stream, "
+    "int sample, ScalarType dtype, bool packed=False, bool observe=False) -> (Tensor, Tensor, Tensor)"
+)
+class encode:
+    def run(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
+        form = get_format(format)
+        backend = backend_for(x.device.type)
+        return backend.encode(x, scale, signed, form, rounding, underflow, stream, sample, dtype, packed, observe)
+
+    def fake(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
+        size = (x.numel() * get_format(format).field_bits + 7) // 8 if packed else 0
+        maximum = x.new_empty(() if observe else 0, dtype=torch.float32)
+        return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8), maximum
+
+
+@_operator(
+    "quantize(Tensor x, str format, str rounding, str? underflow, str range, bool pow2_scale, float c1, float c2, "
+    "Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+class quantize:
+    """Of the CPU only: elsewhere Quantizer.run composes it, and the compiler may fuse what is between the kernels."""
+
+    def run(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
+        how = get_format(format), rounding, underflow, range, pow2_scale, (c1, c2), hindsight
+        return backend_for(x.device.type).quantize(x, *how, stream, dtype, packed)
+
+    def fake(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
+        size = (x.numel() * get_format(format).field_bits + 7) // 8 if packed else 0
+        scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
+        codes = torch.empty_like(dense(x), dtype=dtype)
+        return codes, scale, signed, x.new_empty(size, dtype=torch.uint8), maximum
+
+
+@_operator(
+    "unpack(Tensor fields, int[] shape, bool channels_last, Tensor signed, str format, ScalarType dtype) -> Tensor"
+)
+class unpack:
+    def run(fields, shape, channels_last, signed, format, dtype):
+        backend = backend_for(fields.device.type)
+        return backend.unpack(fields, shape, channels_last, signed, get_format(format), dtype)
+
+    def fake(fields, shape, channels_last, signed, format, dtype):
+        return empty(shape, channels_last, dtype, fields.device)
+
+
+@_operator("relu_(Tensor(a!) x) -> Tensor")
+class relu_:
+    def run(x):
+        return backend_for(x.device.type).relu_(x)
+
+    def fake(x):
+        return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@_operator("relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor")
+class relu_backward:
+    def run(grad, mask, channels_last):
+        return backend_for(grad.device.type).relu_backward(grad, mask, channels_last)
+
+    def fake(grad, mask, channels_last):
+        return empty(grad.shape, channels_last, grad.dtype, grad.device)
+
+
+@_operator(
+    "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "ScalarType dtype, bool channels_last) -> Tensor"
+)
+class int8_conv:
+    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last):
+        return int8.conv(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last)
+
+    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last):
+        ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
+        size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
+        return empty(size, channels_last, dtype, a.device)
+
+
+@_operator(
+    "int8_conv_wgrad(Tensor[] grads, Tensor a, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+)
+class int8_conv_wgrad:
+    def run(grads, a, kernel, stride, padding, dilation):
+        return int8.conv_wgrad(grads, a, kernel, stride, padding, dilation)
+
+    def fake(grads, a, kernel, stride, padding, dilation):
+        shape = (grads[0].shape[1], a.shape[1], *kernel)
+        return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)

@@ -1,0 +1,88 @@
+"""Compile the Triton kernels for an H100 that need not be there, and print what came out as JSON.
+
+A script of its own: in the test process Triton interprets. Tensors are without data and may be of any size.
+"""
+
+import json
+import re
+
+import torch
+from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from luqrun.formats import FORMATS
+from luqrun.kernels import cuda
+
+
+class H100:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def widths(ptx: str, instruction: str) -> list[int]:
+    """Bytes that each global load or store of a thread moves."""
+    found = re.findall(rf"\b{instruction}\.global\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    return sorted(int(count or 1) * int(bits) // 8 for count, bits in found)
+
+
+def compile_kernel(kernel, *arguments, grid, warmup, **options):
+    """Instead of a launch."""
+    code = run(kernel, *arguments, grid=grid, warmup=True, **options)
+    ptx = code.asm["ptx"]
+    facts = {
+        "kernel": kernel.__name__,
+        "case": case,
+        "inexact": re.findall(r"\S*\.(?:ftz|approx|full)\b\S*", ptx) + re.findall(r"fma\.\S+", ptx),
+        "rearranged": code.asm["ttgir"].count("ttg.convert_layout"),
+        "loads": widths(ptx, "ld"),
+        "stores": widths(ptx, "st"),
+        "spilled": ".local" in ptx,
+    }
+    compiled.append(facts)
+
+
+def tensor(*shape, dtype=torch.bfloat16, channels_last=False):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def encode(x, form, rounding, underflow, dtype, packed, observe):
+    names = FORMATS[form], rounding, underflow
+    cuda.encode(x, scale, signed, *names, stream, 3, dtype, packed, observe)
+
+
+compiled, case = [], ""
+scale, signed, stream = tensor(dtype=torch.float32), tensor(dtype=torch.bool), tensor(6, dtype=torch.int64)
+bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
+image, odd = tensor(64, 96, 28, 28, channels_last=True), tensor(8, 5, 7, 7, dtype=fp32, channels_last=True)
+bits = tensor(2**16, dtype=torch.uint8)
+CASES = {
+    "gradient": lambda: encode(tensor(2**20), "e3m0", "stochastic", "stochastic", bf16, False, True),
+    "gradient image": lambda: encode(image, "e3m0", "stochastic", "stochastic", bf16, True, True),
+    "odd image": lambda: encode(odd, "int4", "stochastic", None, int8, True, False),
+    "activation": lambda: encode(image, "int4", "nearest", None, bf16, True, False),
+    "bytes": lambda: encode(tensor(2**20, dtype=fp32), "e3m0_div128", "nearest", "flush", torch.float16, True, False),
+    "beyond 2^31": lambda: encode(tensor(2**32), "int4", "stochastic", None, int8, False, False),
+    "unpack": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["e3m0"], bf16),
+    "unpack int4": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["int4"], int8),
+    "moments": lambda: cuda.statistics(tensor(2**32), True),
+    "maximum": lambda: cuda.statistics(tensor(2**16, dtype=fp32), False, scale),
+    "relu": lambda: cuda.relu_(tensor(2**16)),
+    "relu backward": lambda: cuda.relu_backward(tensor(2**19), bits, False),
+}
+
+if __name__ == "__main__":
+    driver.set_active(H100())
+    run, JITFunction.run = JITFunction.run, compile_kernel
+    for case, call in CASES.items():  # noqa: B007
+        call()
+    print(json.dumps(compiled))
