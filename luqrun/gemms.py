@@ -19,7 +19,6 @@ from luqrun.kernels import backend_for, int8, ops
 from luqrun.kernels.layout import empty, is_channels_last
 
 ONE, NONE = (1, 1), (0, 0)
-LEAST_COLUMNS = 32  # columns of a patch matrix's product below which writing the patches costs more than it saves
 
 
 _int8_devices: dict[str, bool] = {}  # see kernels._fuses
@@ -101,12 +100,7 @@ class ConvOp:
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""
-        out_channels, in_channels, *kernel = w_shape
-        if self.groups > 1:
-            return False, False, False
-        least = 1 if tuple(kernel) == ONE else LEAST_COLUMNS
-        wide = out_channels >= least
-        return wide, self.stride == ONE and in_channels >= least, wide
+        return self.groups == 1, self.groups == 1 and self.stride == ONE, self.groups == 1
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         matrix = w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()

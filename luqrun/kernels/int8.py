@@ -17,6 +17,8 @@ from torch import Tensor
 from luqrun.kernels.layout import empty
 
 CHUNK_BYTES = 1 << 21  # of patches at a time
+DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
+SMALLEST_SCALE = 2.0**-100
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
 
 
@@ -49,11 +51,16 @@ class _Patches:
         images, channels, height, width = a.shape
         self.size = images, height, width, channels
         self.geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
+        self.pointwise = self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
         ends = zip((height, width), *self.geometry, strict=True)
         self.out_height, self.out_width = (out_size(*end) for end in ends)
         self.lines = images * self.out_height
         self.depth = kernel[0] * kernel[1] * channels
         self.a = a.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1)
+
+    def bytes(self) -> int:
+        """The size of the whole im2col matrix; 0 for a pointwise convolution, which needs none."""
+        return 0 if self.pointwise else self.lines * self.out_width * self.depth
 
     def __iter__(self):
         if self.lines == 0 or self.depth == 0:
@@ -61,11 +68,10 @@ class _Patches:
         line = max(self.out_width, 1)
         step = max(1, min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line))
         step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
-        pointwise = self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
         for first in range(0, self.lines, step):
             count = min(step, self.lines - first)
             rows = slice(first * line, (first + count) * line)
-            if pointwise:
+            if self.pointwise:
                 yield rows, self.a[rows.start * self.depth : rows.stop * self.depth].view(-1, self.depth)
             else:
                 block = _scratch(count * line * self.depth)
@@ -78,6 +84,29 @@ class _Patches:
         out_size = self.out_height, self.out_width
         address = block.data_ptr(), self.a.data_ptr()
         numba_loops.patches(block.numel(), *address, first, self.size, out_size, *self.geometry)
+
+
+@functools.cache
+def has_direct_conv() -> bool:
+    """Whether this torch has oneDNN's int8 convolution, of which there is no public promise, and it does what it did."""
+    a, w = torch.tensor([-3, 5, 7, 1]).view(1, 4, 1, 1).char(), torch.tensor([2, -7, 1, 0]).view(1, 4, 1, 1).char()
+    try:
+        return _direct_conv(a, w, torch.tensor(0.5), ((1, 1), (0, 0), (1, 1)), torch.float32).item() == -17.0
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype) -> Tensor:
+    """As `conv`, without patches: oneDNN's, which takes unsigned activations with a zero point."""
+    stride, padding, dilation = ([int(size) for size in pair] for pair in geometry)
+    shift = 128 if a.numel() and a.min() < 0 else 0
+    shifted = a.view(torch.uint8)
+    shifted = shifted ^ shift if shift else shifted  # a + 128
+    ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
+    onednn = torch.ops.onednn
+    packed = onednn.qconv_prepack(w, ones, 1.0, 0, stride, padding, dilation, 1, None)
+    how = packed, ones, zeros, None, stride, padding, dilation, 1, 1.0, 0, dtype, "none", [], None
+    return onednn.qconv2d_pointwise(shifted, scale.item(), shift, *how)
 
 
 def conv(
@@ -97,6 +126,11 @@ def conv(
     """
     patches = _Patches(a, kernel, stride, padding, dilation)
     channels = matrix.shape[1]
+    # oneDNN's own scaling loses subnormal bf16 results.
+    if patches.bytes() > DIRECT_BYTES and has_direct_conv() and not scale.item() < SMALLEST_SCALE:
+        weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
+        out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype)
+        return out if channels_last else out.contiguous()
     out = empty((a.shape[0], channels, patches.out_height, patches.out_width), True, dtype, a.device)
     flat = out.permute(0, 2, 3, 1).reshape(-1, channels)
     if patches.depth == 0:

@@ -159,7 +159,7 @@ def extremes(bits):
     return largest, negative
 
 
-@row_loop(fastmath={"reassoc"})
+@row_loop(fastmath={"reassoc", "contract"})
 def moments(x):
     """(sum |x|, sum x^2) in float64; free to reassociate, so that it vectorises."""
     sum1, sum2 = 0.0, 0.0
