@@ -1,4 +1,4 @@
-"""The kernels on the CPU: the torch side of luqrun.kernels.numba_loops.
+"""The kernels on the CPU: the torch side of luqrun.kernels.numba_quantize and numba_loops.
 
 Same functions, signatures and codes as luqrun.kernels.reference. Element order is row-major whatever the memory
 format, so a channels_last tensor needs no copy and gets the codes of its contiguous twin. `quantize` does in one call
@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from luqrun.formats import Format
+from luqrun.kernels import numba_driver, numba_quantize
 from luqrun.kernels import numba_loops as loops
 from luqrun.kernels.layout import dense, empty, is_channels_last
 from luqrun.kernels.numba_rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 
 KINDS = {
-    torch.int8: loops.INT8,
-    torch.int16: loops.INT16,
-    torch.float32: loops.FLOAT32,
-    torch.bfloat16: loops.BF16,
+    torch.int8: numba_driver.INT8,
+    torch.int16: numba_driver.INT16,
+    torch.float32: numba_driver.FLOAT32,
+    torch.bfloat16: numba_driver.BF16,
 }
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 
 def describe() -> str:
     """What run.json records: the backend and its threads."""
-    return f"numba {numba.__version__}, {loops.threads_for(sys.maxsize)} thread(s)"
+    return f"numba {numba.__version__}, {numba_driver.threads_for(sys.maxsize)} thread(s)"
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -41,13 +42,13 @@ def _loadable(x: Tensor) -> Tensor:
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
-    """The layout that loops.quantize takes."""
+    """The layout that numba_quantize.quantize takes."""
     images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
     return int(x.dtype == torch.bfloat16), images, height * width, channels
 
 
 def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """The form that loops.quantize takes."""
+    """The form that numba_quantize.quantize takes."""
     return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
 
 
@@ -62,7 +63,7 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     x, found = _loadable(x), torch.zeros(6, dtype=torch.float64)
     how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
     address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
-    loops.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
+    numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
     return found[2:]
 
 
@@ -116,8 +117,8 @@ def encode(
 
 
 def _encode(x, addresses, form, rounding, underflow, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
-    """loops.quantize: its codes and fields. addresses: of results and of outputs, whose tensors the caller holds;
-    how: range, moments (for GIVEN: the maximum), pow2_scale, sample."""
+    """The codes and fields of numba_quantize.quantize. addresses: of results and outputs, whose tensors the caller
+    holds; how: range, moments (for GIVEN: the maximum), pow2_scale, sample."""
     wanted, count = dtype, x.numel()
     modes = MODES[rounding], MODES[underflow if form.logarithmic else None]
     layout = _layout(x)
@@ -132,7 +133,7 @@ def _encode(x, addresses, form, rounding, underflow, stream, how, numbers, dtype
         how = int(form.logarithmic), *modes, *how
         limits = form.limit, form.unsigned_limit
         address = x.data_ptr(), *outputs, stream.data_ptr()
-        loops.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers)
+        numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers)
     if later:
         _pack(codes, fields, form)
     return codes.to(wanted), fields

@@ -88,7 +88,7 @@ class _Patches:
 
 @functools.cache
 def has_direct_conv() -> bool:
-    """Whether this torch has oneDNN's int8 convolution, of which there is no public promise, and it does what it did."""
+    """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does what it did."""
     a, w = torch.tensor([-3, 5, 7, 1]).view(1, 4, 1, 1).char(), torch.tensor([2, -7, 1, 0]).view(1, 4, 1, 1).char()
     try:
         return _direct_conv(a, w, torch.tensor(0.5), ((1, 1), (0, 0), (1, 1)), torch.float32).item() == -17.0

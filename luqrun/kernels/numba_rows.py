@@ -6,7 +6,8 @@ packing, and the ReLU's mask. luqrun.kernels.numba_loops drives them over whole 
 
 from __future__ import annotations
 
-import functools
+import hashlib
+from pathlib import Path
 
 import numpy as np
 from numba import njit
@@ -22,8 +23,20 @@ MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNU
 GATHER = u64(0x0102040810204080)
 REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
 
-# No fastmath: rounding must be IEEE's and NaN must survive. Flags are arguments: LLVM moves their tests out of loops.
-row_loop = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
+_sources = sorted(Path(__file__).parent.glob("numba_*.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:8]
+
+
+def row_loop(**options):
+    """Compile a loop. No fastmath by default: rounding must be IEEE's and NaN must survive. Flags that a loop depends
+    on are arguments: LLVM moves their tests out of it."""
+
+    def compiled(function):
+        # numba's cache knows the file of a function, not those of the functions that it calls.
+        function.__qualname__ = f"{function.__name__}_{_DIGEST}"
+        return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+
+    return compiled
 
 
 @njit(inline="always", error_model="numpy")
@@ -37,7 +50,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True)
+@row_loop()
 def stream_words(stream, sample):
     """philox.stream_words, as the uint64 array (4,) that the loops take."""
     c3 = u64(stream[5] * SAMPLE_SLOTS + sample)

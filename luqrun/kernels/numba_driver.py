@@ -1,0 +1,158 @@
+"""How compiled loops (numba) run on torch's threads and read torch's memory.
+
+The loops take addresses (Tensor.data_ptr()) of dense memory and plain numbers: views and small tensors made on the
+way would cost more than the work itself where layers are small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import types
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from numba import carray
+from numba.core import cgutils
+from numba.core import types as nb
+from numba.extending import intrinsic
+
+from luqrun.kernels import numba_rows as rows
+from luqrun.kernels.numba_rows import f32, row_loop
+
+ROW = 1024  # elements: their words, patterns, ratios and codes take 16 KB
+CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
+INT8, INT16, FLOAT32, BF16 = 0, 1, 2, 3  # what the codes are stored as
+
+
+def _openmp_found() -> bool:
+    # torch brings an OpenMP library of its own. With its symbols global, numba's threads are torch's, and need not be
+    # woken (50 to 300 us a call) when work passes from one to the other.
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
+# numba's own workqueue aborts when two Python threads enter it and sleeps between tasks: OpenMP, or one thread.
+THREADED = _openmp_found()
+if THREADED:
+    numba.config.THREADING_LAYER = "omp"
+
+# Only the loops written as prange: any other array expression would be a round of waking threads of its own.
+_ELSE_SERIAL = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+_PARALLEL = {"prange": True, **dict.fromkeys(_ELSE_SERIAL, False)}
+_home = os.getpid()  # OpenMP's threads do not survive a fork: a DataLoader's worker works alone
+
+
+class driver:
+    """A loop over tasks, compiled for torch's threads and for one. The first argument says how many elements it has."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        # A name of its own: numba's cache does not tell parallel code from serial code.
+        twin = types.FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
+        twin.__module__ = function.__module__
+        self.serial = row_loop()(function)
+        self.parallel = row_loop(parallel=_PARALLEL)(twin) if THREADED else self.serial
+
+    def __call__(self, elements, *rest):
+        threads = threads_for(elements)
+        if threads == 1:
+            return self.serial(elements, *rest)
+        numba.set_num_threads(threads)
+        return self.parallel(elements, *rest)
+
+
+def threads_for(elements: int) -> int:
+    """Threads that a loop over so many elements gets: torch's, where it has work for two."""
+    if not THREADED or elements <= CHUNK or os.getpid() != _home:
+        return 1
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+
+@intrinsic
+def pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return nb.voidptr(address), codegen
+
+
+@row_loop()
+def uint8s(address, count):
+    return carray(pointer(address), (count,), np.uint8)
+
+
+@row_loop()
+def int8s(address, count):
+    return carray(pointer(address), (count,), np.int8)
+
+
+@row_loop()
+def int16s(address, count):
+    return carray(pointer(address), (count,), np.int16)
+
+
+@row_loop()
+def halves(address, count):
+    return carray(pointer(address), (count,), np.uint16)
+
+
+@row_loop()
+def int32s(address, count):
+    return carray(pointer(address), (count,), np.int32)
+
+
+@row_loop()
+def int64s(address, count):
+    return carray(pointer(address), (count,), np.int64)
+
+
+@row_loop()
+def set_float(address, value):
+    carray(pointer(address), (1,), np.float32)[0] = f32(value)
+
+
+@row_loop()
+def floats(address, count):
+    return carray(pointer(address), (count,), np.float32)
+
+
+@row_loop()
+def load(x, half, start, count, buffer):
+    """The float32 bit patterns of `count` elements: of bf16, the upper halves."""
+    if half:
+        return rows.patterns(halves(x + 2 * start, count), buffer)
+    return int32s(x + 4 * start, count)
+
+
+@row_loop()
+def store(codes, target, kind, start):
+    """Codes (int32) as int8, int16, float32 or bf16."""
+    count = codes.size
+    if kind == INT8:
+        rows.copy(codes, int8s(target + start, count))
+    elif kind == INT16:
+        rows.copy(codes, int16s(target + 2 * start, count))
+    elif kind == FLOAT32:
+        rows.copy(codes, floats(target + 4 * start, count))
+    else:
+        rows.to_bf16(codes, halves(target + 2 * start, count))
+
+
+@row_loop()
+def fields_row(codes, fields, first, form, split, scratch):
+    count = codes.size
+    if form[1]:
+        rows.to_fields(codes, split[:count], scratch, form[3], form[0])
+        rows.join(split[:count], uint8s(fields + first // 2, (count + 1) // 2))
+    else:
+        rows.to_fields(codes, uint8s(fields + first, count), scratch, form[3], form[0])
