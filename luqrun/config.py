@@ -109,12 +109,13 @@ class FinetuneConfig:
 
 @dataclass
 class TrackingConfig:
-    """How often things are written, in optimizer steps (0: never)."""
+    """How often things are written, in optimizer steps (0: never); and how many steps are profiled."""
 
     log_every: int = 20
     health_every: int = 100
     histogram_every: int = 500
     checkpoint_every: int = 500
+    profile_steps: int = 0
 
 
 @dataclass

@@ -39,7 +39,7 @@ def describe(device_type: str) -> str:
 
 @dataclass(frozen=True)
 class LinearOp:
-    """a (..., in) and w (out, in) -> (..., out)."""
+    """a (..., in) and w (out, in) -> (..., out). signed, in the integer GEMMs: whether a's or g's codes have a sign."""
 
     def fprop(self, a: Tensor, w: Tensor) -> Tensor:
         return F.linear(a, w)
@@ -54,18 +54,18 @@ class LinearOp:
         """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
         return True, True, True
 
-    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._product(a, w.t(), scale, dtype)
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        return self._product(a, w.t(), scale, dtype, signed)
 
-    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._product(g, w, scale, dtype)
+    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        return self._product(g, w, scale, dtype, signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
         images = [_rows(g)[..., None, None] for g in grads]
         return ops.int8_conv_wgrad(images, _rows(a)[..., None, None], ONE, ONE, NONE, ONE).view(w_shape)
 
-    def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False)
+    def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
         return out.view(*a.shape[:-1], matrix.shape[1])
 
 
@@ -102,12 +102,12 @@ class ConvOp:
         """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""
         return self.groups == 1, self.groups == 1 and self.stride == ONE, self.groups == 1
 
-    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         matrix = w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
         how = w.shape[2:], self.stride, self.padding, self.dilation
-        return ops.int8_conv(a, matrix, scale, *how, dtype, _format(a, w))
+        return ops.int8_conv(a, matrix, scale, *how, dtype, _format(a, w), signed)
 
-    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         # Without a stride the adjoint of a convolution is one with the kernel turned round.
         out_channels, in_channels, *kernel = w.shape
         ends = zip(self.dilation, kernel, self.padding, strict=True)
@@ -115,7 +115,7 @@ class ConvOp:
         taps = w.permute(2, 3, 0, 1).reshape(-1, out_channels * in_channels)
         turned = taps.index_select(0, torch.arange(len(taps) - 1, -1, -1, device=w.device))
         how = kernel, ONE, padding, self.dilation
-        return ops.int8_conv(g, turned.view(-1, in_channels), scale, *how, dtype, _format(g, w))
+        return ops.int8_conv(g, turned.view(-1, in_channels), scale, *how, dtype, _format(g, w), signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
         return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)

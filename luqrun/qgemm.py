@@ -26,11 +26,12 @@ MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating p
 
 
 class Operand(NamedTuple):
-    """What enters a GEMM: codes (a sum of draws, of which `others` are more) and their scale, or a high-precision
-    tensor and None."""
+    """What enters a GEMM: codes (a sum of draws, of which `others` are more), their scale and signedness, or a
+    high-precision tensor and twice None."""
 
     values: Tensor
     scale: Tensor | None = None
+    signed: Tensor | None = None
     others: tuple[Tensor, ...] = ()
 
     def has_int8(self) -> bool:
@@ -66,7 +67,7 @@ class Kept(NamedTuple):
         if self.form is None:
             return Operand(tensors[0])
         fields, scale, signed = tensors
-        return Operand(ops.unpack(fields, self.shape, self.channels_last, signed, self.form.name, dtype), scale)
+        return Operand(ops.unpack(fields, self.shape, self.channels_last, signed, self.form.name, dtype), scale, signed)
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Plan:
             quantized = QuantizedTensor(encoded.codes, encoded.scale, encoded.signed, form)
             self.health[operand] = health(x, quantized)
         kept = Kept((encoded.fields, encoded.scale, encoded.signed), form, x.shape, is_channels_last(x))
-        return Operand(encoded.codes, encoded.scale), kept
+        return Operand(encoded.codes, encoded.scale, encoded.signed), kept
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.
@@ -113,11 +114,11 @@ class Plan:
         """
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
-        first, kept = self.quantize("gradient", g, dtype)
+        first, _ = self.quantize("gradient", g, dtype)
         quantizer = self.gradient
         if quantizer is None or quantizer.samples == 1:
             return first, first
-        total, scale, signed = first.values, first.scale, kept.tensors[2]
+        total, scale, signed, _ = first
         limit = quantizer.samples * max(quantizer.form.limit, quantizer.form.unsigned_limit)
         others = ()
         draws = (
@@ -130,7 +131,7 @@ class Plan:
             total = total.to(total.dtype if limit <= EXACT[total.dtype] else torch.float32, copy=True)
             for codes in draws:
                 total += codes
-        averaged = Operand(total, scale / quantizer.samples, others)
+        averaged = Operand(total, scale / quantizer.samples, signed, others)
         return (averaged if quantizer.samples_scope == "both" else first), averaged
 
 
@@ -147,14 +148,14 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
     if a.has_int8() and w.has_int8() and op.int8_pays(w.values.shape)[0]:
-        return op.int8_fprop(a.values, w.values, a.scale * w.scale, float_dtype(dtype))
+        return op.int8_fprop(a.values, w.values, a.scale * w.scale, float_dtype(dtype), a.signed)
     compute = float_dtype(dtype)
     return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if g.has_int8() and w.has_int8() and not g.others and op.int8_pays(w.values.shape)[1]:
-        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype))
+        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype), g.signed)
     compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
     return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
 

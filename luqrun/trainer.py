@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from luqrun import checkpoint, gemms
@@ -24,6 +25,7 @@ from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
 from luqrun.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.errors import UserError
 from luqrun.models import build_model
+from luqrun.profiling import DATA, StepProfiler
 from luqrun.recipes import Recipe
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
@@ -64,8 +66,8 @@ def run(config: Config, folder: RunFolder) -> dict:
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    # Each quantized layer is a break in the graph, and each piece between two a compilation of its own.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(model)
 
 
@@ -96,6 +98,7 @@ class Trainer:
         }  # fmt: skip
         self.warm, self.interval_seconds, self.interval_images = False, 0.0, 0
         self._resume()
+        self.profiler = StepProfiler(folder.path, config.tracking.profile_steps, device)
         self.tracker = Tracker(config, folder, done=self.progress["step"])
         quantized = [name for name, _ in quantized_layers(self.model)]
         log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
@@ -178,7 +181,10 @@ class Trainer:
         with bar:
             while progress["batch"] < usable:
                 started = time.perf_counter()
-                loss, images = self.train_step([next(batches) for _ in range(accumulate)])
+                with record_function(DATA):
+                    micro_batches = [next(batches) for _ in range(accumulate)]
+                loss, images = self.train_step(micro_batches)
+                self.profiler.step()
                 self._count_time(time.perf_counter() - started, images)
                 progress["batch"] += accumulate
                 progress["step"] += 1
@@ -224,6 +230,7 @@ class Trainer:
         """
         step = self.progress["step"]
         torch.manual_seed((self.config.seed << 32) + step)  # dropout
+        network = self.model if examine else self.network  # what a layer records, a compiled one cannot
         set_step(self.model, step)
         self._examine(examine)
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,7 +238,7 @@ class Trainer:
         for images, labels in micro_batches:
             images, labels = self._to_device(images, labels)
             with self._autocast():
-                logits = self.network(images)
+                logits = network(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
             (loss / len(micro_batches)).backward()
             total += loss.item()

@@ -91,17 +91,16 @@ def has_direct_conv() -> bool:
     """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does what it did."""
     a, w = torch.tensor([-3, 5, 7, 1]).view(1, 4, 1, 1).char(), torch.tensor([2, -7, 1, 0]).view(1, 4, 1, 1).char()
     try:
-        return _direct_conv(a, w, torch.tensor(0.5), ((1, 1), (0, 0), (1, 1)), torch.float32).item() == -17.0
+        return _direct_conv(a, w, torch.tensor(0.5), ((1, 1), (0, 0), (1, 1)), torch.float32, True).item() == -17.0
     except (AttributeError, RuntimeError, TypeError):
         return False
 
 
-def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype) -> Tensor:
+def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype, signed: bool) -> Tensor:
     """As `conv`, without patches: oneDNN's, which takes unsigned activations with a zero point."""
     stride, padding, dilation = ([int(size) for size in pair] for pair in geometry)
-    shift = 128 if a.numel() and a.min() < 0 else 0
-    shifted = a.view(torch.uint8)
-    shifted = shifted ^ shift if shift else shifted  # a + 128
+    shift = 128 if signed else 0
+    shifted = a.view(torch.uint8) ^ shift if signed else a.view(torch.uint8)  # a + shift
     ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
     onednn = torch.ops.onednn
     packed = onednn.qconv_prepack(w, ones, 1.0, 0, stride, padding, dilation, 1, None)
@@ -119,17 +118,19 @@ def conv(
     dilation: Sequence[int],
     dtype: torch.dtype,
     channels_last: bool,
+    signed: Tensor,
 ) -> Tensor:
     """scale * conv2d(a, w), rounded once: (N, K, H', W') of `dtype`, in channels_last or contiguous memory.
 
-    a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32.
+    a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
+    signed: 0-dim bool, false where no element of a is negative.
     """
     patches = _Patches(a, kernel, stride, padding, dilation)
     channels = matrix.shape[1]
     # oneDNN's own scaling loses subnormal bf16 results.
     if patches.bytes() > DIRECT_BYTES and has_direct_conv() and not scale.item() < SMALLEST_SCALE:
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
-        out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype)
+        out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype, signed.item())
         return out if channels_last else out.contiguous()
     out = empty((a.shape[0], channels, patches.out_height, patches.out_width), True, dtype, a.device)
     flat = out.permute(0, 2, 3, 1).reshape(-1, channels)

@@ -103,13 +103,13 @@ class relu_backward:
 
 @_operator(
     "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-    "ScalarType dtype, bool channels_last) -> Tensor"
+    "ScalarType dtype, bool channels_last, Tensor signed) -> Tensor"
 )
 class int8_conv:
-    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last):
-        return int8.conv(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last)
+    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
+        return int8.conv(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed)
 
-    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last):
+    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
         ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
         size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
         return empty(size, channels_last, dtype, a.device)
