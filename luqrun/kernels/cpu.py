@@ -7,6 +7,7 @@ what Quantizer.run composes of them.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
     return int(x.dtype == torch.bfloat16), images, height * width, channels
 
 
+@functools.cache
 def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The form that numba_quantize.quantize takes."""
     return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
@@ -84,11 +86,11 @@ def quantize(
 
     sawb: the coefficients of the format; hindsight: the estimate of the maximum, 0-dim, or None.
     """
-    x, results = _loadable(x), torch.zeros(6, dtype=torch.float64)
+    x = _loadable(x)
     how = RANGES[range], int(range == "sawb"), int(pow2_scale), 0
     estimate = 0.0 if hindsight is None else hindsight.item()
     scale, signed, maximum = (torch.empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
-    addresses = results.data_ptr(), (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
+    addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
     codes, fields = _encode(x, addresses, form, rounding, underflow, stream, how, (*sawb, estimate), dtype, packed)
     return codes, scale, signed, fields, maximum
 

@@ -85,7 +85,9 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum.
     """
     half, images, pixels, channels = layout
-    ends, found = np.empty(3, np.float32), carray(pointer(results), (6,), np.float64)
+    ends, found = np.empty(3, np.float32), np.empty(6, np.float64)
+    if results != 0:
+        found = carray(pointer(results), (6,), np.float64)
     # With an estimate from before, one pass does: the maximum is found while encoding.
     once = how[3] == HINDSIGHT and how[0] and numbers[2] > 0
     tasks = max(1, (elements + CHUNK - 1) // CHUNK)
@@ -131,4 +133,5 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     if outputs[0] != 0:
         set_float(outputs[0], found[0])
         uint8s(outputs[1], 1)[0] = found[1] > 0
+    if outputs[2] != 0:
         set_float(outputs[2], found[2])

@@ -1,0 +1,1 @@
+"""The benchmark of scripts/benchmark.py; nothing else in luqrun imports it. Read run.py first."""

@@ -1,0 +1,233 @@
+"""What is compared: kernels, layers and whole training steps, as callables that do one unit of work."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luqrun import gemms, kernels, qgemm, quantizer
+from luqrun.bench.formulas import formula_model, luq, sawb_int4
+from luqrun.bench.timing import Contender
+from luqrun.config import ModelConfig, ScheduleConfig
+from luqrun.convert import quantize_model
+from luqrun.formats import get_format
+from luqrun.kernels import ops, reference
+from luqrun.kernels.philox import make_stream
+from luqrun.models import build_model
+from luqrun.qgemm import code_dtype
+from luqrun.quantizer import Quantizer
+from luqrun.recipes import recipe
+from luqrun.schedules import build_optimizer
+
+E3M0 = Quantizer("e3m0", "absmax", "stochastic")
+E3M0_HINDSIGHT = Quantizer("e3m0", "hindsight", "stochastic")
+INT4 = Quantizer("int4", "sawb", "nearest")
+SGD = ScheduleConfig(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+@contextmanager
+def oracle(device_type: str) -> Iterator[None]:
+    """Within, the reference serves this device in place of its kernels, as with LUQRUN_KERNELS=reference."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ops, "backend_for", lambda device_type: reference))
+        stack.enter_context(mock.patch.dict(kernels._fuses, {device_type: False}))
+        stack.enter_context(mock.patch.dict(gemms._int8_devices, {device_type: False}))
+        yield
+
+
+@contextmanager
+def transparent(device_type: str) -> Iterator[None]:
+    """Within, quantized layers are torch operations that a compiler sees through and may fuse with their neighbours.
+
+    The operators of luqrun.kernels.ops are opaque to it, whatever backend computes them.
+    """
+
+    def encode(x, scale, signed, format, *rest):
+        return reference.encode(x, scale, signed, get_format(format), *rest)
+
+    def unpack(fields, shape, channels_last, signed, format, dtype):
+        return reference.unpack(fields, shape, channels_last, signed, get_format(format), dtype)
+
+    seen_through = SimpleNamespace(
+        statistics=reference.statistics,
+        encode=encode,
+        unpack=unpack,
+        relu_=reference.relu_,
+        relu_backward=reference.relu_backward,
+    )
+    with oracle(device_type), mock.patch.object(quantizer, "ops", seen_through), mock.patch.object(
+        qgemm, "ops", seen_through
+    ):
+        yield
+
+
+def floating_point(device_type: str):
+    """Within, GEMMs on codes run in floating point also where int8 units would be taken."""
+    return mock.patch.dict(gemms._int8_devices, {device_type: False})
+
+
+def _as_it_is(device_type: str):
+    return nullcontext()
+
+
+def encoders(x: Tensor) -> tuple[list[Contender], dict[str, int]]:
+    """Contenders that quantize x (1-d, float32 or bf16), beside copies of it, and the bytes that they move at least.
+
+    Codes are written as the GEMMs take them. `int4 packed` writes the packed codes that a layer keeps, too.
+    """
+    device, dtype = x.device, code_dtype(x, True, x.dtype)
+    stream, target = make_stream(1).to(device), torch.empty_like(x)
+    hindsight = x.abs().max().float()
+
+    def run(quantize: Quantizer, packed: bool = False) -> Callable:
+        estimate = hindsight if quantize.range == "hindsight" else None
+        return lambda: quantize.run(x, stream, estimate, dtype, packed)
+
+    def by_oracle(quantize: Quantizer) -> Callable:
+        def call():
+            with oracle(device.type):
+                quantize.run(x, stream, None, dtype)
+
+        return call
+
+    contenders = [
+        Contender("clone", lambda: x.clone()),
+        Contender("copy", lambda: target.copy_(x)),
+        Contender("e3m0", run(E3M0)),
+        Contender("e3m0 hindsight", run(E3M0_HINDSIGHT)),
+        Contender("int4", run(INT4)),
+        Contender("int4 packed", run(INT4, packed=True)),
+        Contender("e3m0 formulas", lambda: luq(x), every=3),
+        Contender("int4 formulas", lambda: sawb_int4(x), every=3),
+        Contender("e3m0 reference", by_oracle(E3M0), every=10),
+        Contender("int4 reference", by_oracle(INT4), every=10),
+    ]
+    read, written = x.numel() * x.element_size(), x.numel() * dtype.itemsize
+    moved = {
+        "copy": 2 * read,
+        "e3m0": 2 * read + written,
+        "e3m0 hindsight": read + written,
+        "int4": 2 * read + written,
+        "int4 packed": 2 * read + written + x.numel() // 2,
+    }
+    return contenders, moved
+
+
+def layer_passes(layer: nn.Module, x: Tensor) -> list[Contender]:
+    """Forward and backward passes of a float32 layer on x, in each precision; bf16 ones have x and gradient in bf16."""
+    device_type, recipes = x.device.type, recipe("luq", skip=())
+    variants = {
+        "fp32": (layer, False),
+        "bf16": (layer, True),
+        "luq fp32": (quantize_model(copy.deepcopy(layer), recipes), False),
+        "luq bf16": (quantize_model(copy.deepcopy(layer), recipes), True),
+        "formulas fp32": (formula_model(copy.deepcopy(layer), recipes), False),
+    }
+
+    def make(module: nn.Module, half: bool) -> Callable:
+        a = x.detach().to(torch.bfloat16 if half else torch.float32).requires_grad_()
+        with torch.no_grad(), torch.autocast(device_type, torch.bfloat16, enabled=half):
+            g = torch.randn_like(module(a))
+
+        def run():
+            a.grad = None
+            module.zero_grad()
+            with torch.autocast(device_type, torch.bfloat16, enabled=half):
+                output = module(a)
+            output.backward(g)
+
+        return run
+
+    slow = {"formulas fp32": 3}
+    return [Contender(name, make(*each), slow.get(name, 1)) for name, each in variants.items()]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and a batch of its images."""
+
+    model: str
+    channels: int
+    size: int
+    batch: int
+    classes: int
+
+
+class Training:
+    """A network with its optimizer and one batch; calling it does a training step.
+
+    scheme: plain (unquantized), luq or formulas; half: bf16 autocast; within: entered around each step.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        scheme: str,
+        half: bool,
+        compiled: bool = False,
+        within: Callable = _as_it_is,
+    ):
+        torch.manual_seed(0)
+        self.device, self.half, self.within = device, half, within
+        w = workload
+        model = build_model(ModelConfig(w.model), w.classes, w.channels, w.size)
+        if scheme == "luq":
+            model = quantize_model(model, recipe("luq"))
+        elif scheme == "formulas":
+            model = formula_model(model, recipe("luq"))
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.network = torch.compile(self.model) if compiled else self.model
+        self.optimizer = build_optimizer(self.model, SGD)
+        images = torch.randn(w.batch, w.channels, w.size, w.size, device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(w.classes, (w.batch,), device=device)
+
+    def loss(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.network(self.images)
+        return F.cross_entropy(logits.float(), self.labels)
+
+    def __call__(self) -> None:
+        with self.within(self.device.type):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss().backward()
+            self.optimizer.step()
+
+    def state_bytes(self) -> int:
+        """Bytes that live from step to step: parameters, buffers, the optimizer's state and the batch."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.images, self.labels]
+        tensors += [each for state in self.optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def steps(device: torch.device) -> dict[str, tuple[dict, int]]:
+    """The contenders of a training step: by name, the options of Training, and every how many rounds it is timed."""
+    if device.type == "cuda":
+        plain, quantized, formulas = ({"scheme": scheme, "half": True} for scheme in ("plain", "luq", "formulas"))
+        return {
+            "bf16": (plain, 1),
+            "bf16 compiled": ({**plain, "compiled": True}, 1),
+            "luq bf16": (quantized, 1),
+            "luq bf16 compiled": ({**quantized, "compiled": True}, 1),
+            "luq bf16 compiled, fused": ({**quantized, "compiled": True, "within": transparent}, 1),
+            "formulas bf16": (formulas, 3),
+            "formulas bf16 compiled": ({**formulas, "compiled": True}, 3),
+        }
+    found = {
+        f"{prefix}{precision}": ({"scheme": scheme, "half": precision == "bf16"}, 1)
+        for prefix, scheme in (("", "plain"), ("luq ", "luq"))
+        for precision in ("fp32", "bf16")
+    }
+    if gemms.use_int8(device.type):
+        for name in ("luq fp32", "luq bf16"):
+            found[f"{name}, float GEMMs"] = ({**found[name][0], "within": floating_point}, 1)
+    return {**found, "formulas fp32": ({"scheme": "formulas", "half": False}, 3)}

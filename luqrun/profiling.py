@@ -1,0 +1,93 @@
+"""What kind of work a profiled step spends its time on: torch.profiler's operators and GPU kernels, sorted by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+DATA = "luqrun: data"  # the record_function around what makes the batches
+OTHER = "other"
+
+# kind: the names (of operators, autograd nodes, regions, GPU kernels) that are of it; the first that matches counts.
+# What the compiler fused (triton_poi_..., triton_red_...) is never the GEMM, though it may be named after one.
+KINDS = {
+    "GEMM": r"^(?!triton_(poi|red|per)_).*((?<!quantized)gemm|conv(?!ert)|(?<!co)mm(backward\d*)?(_out)?$|matmul"
+    r"|linear(backward\d*)?$|attention|flash|nvjet|cutlass|xmma|triton_(tem|mm)_)",
+    "quantize": r"luqrun::(quantize|encode)|quantizedgemm",
+    "statistics": r"luqrun::statistics",
+    "unpack": r"luqrun::unpack",
+    "normalisation": r"(batch|layer|group)_?norm",
+    "ReLU": r"relu|threshold_backward",
+    "optimizer": r"^optimizer\.|_foreach_|_fused_(sgd|adamw?)|multi_tensor_apply",
+    "data": rf"^{DATA}$|dataloader",
+}
+_PATTERNS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in KINDS.items()}
+_WHOLE = ("optimizer", "data")  # all that happens inside of one is part of it, whatever its name
+_ENGINE = "autograd::engine::"  # named after a node, but what it does beside running the node is summing gradients
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of an operator, region or kernel of this name; None where the name does not say."""
+    if name.startswith(_ENGINE):
+        return None
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(name)), None)
+
+
+def by_kind(profile: torch.profiler.profile) -> dict[str, float]:
+    """Seconds by kind, of all kinds and "other", in a finished profile.
+
+    Self times: on the CPU, or where the profile recorded kernels of a GPU, theirs. An operator whose name says nothing
+    counts as part of the nearest one around it that does. What happens in Python between operators is in the
+    self time of the region around it: put `record_function` around a step, and it is "other".
+    """
+    return _sum(profile.events())
+
+
+def _sum(events: Iterable) -> dict[str, float]:
+    seconds = dict.fromkeys((*KINDS, OTHER), 0.0)
+    on_gpu = any(_kernels(event) for event in events)
+    kinds: dict[int, str] = {}
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # the kernels once more, as events of their own
+        around = _kind_around(event, kinds)
+        if not on_gpu:
+            seconds[around] += event.self_cpu_time_total / 1e6
+        for kernel in _kernels(event):
+            own = None if around in _WHOLE else kind_of(kernel.name)
+            seconds[own or around] += kernel.duration / 1e6
+    return seconds
+
+
+def _kernels(event) -> list:
+    """The GPU kernels that this operator launched; a region is mirrored on the GPU under its own name."""
+    return [kernel for kernel in event.kernels if kernel.name != event.name]
+
+
+def _kind_around(event, known: dict[int, str]) -> str:
+    """The kind of a CPU event: that of a data or optimizer region around it, its own name's, or its parent's."""
+    if id(event) not in known:
+        outer = OTHER if event.cpu_parent is None else _kind_around(event.cpu_parent, known)
+        known[id(event)] = outer if outer in _WHOLE else kind_of(event.name) or outer
+    return known[id(event)]
+
+
+def kinds_table(contenders: Mapping[str, Mapping[str, float]], steps: int = 1) -> str:
+    """Markdown: a row a kind, and for each contender (name: what `by_kind` returned) milliseconds a step and share.
+
+    Kinds that took no time anywhere are left out.
+    """
+    lines = ["| kind | " + " | ".join(f"{name}, ms" for name in contenders) + " |"]
+    lines.append("|---|" + "---:|" * len(contenders))
+    totals = {name: sum(seconds.values()) for name, seconds in contenders.items()}
+    for kind in (*KINDS, OTHER):
+        if any(seconds[kind] for seconds in contenders.values()):
+            cells = [
+                f"{1e3 * seconds[kind] / steps:.2f} ({seconds[kind] / totals[name]:.0%})" if totals[name] else "-"
+                for name, seconds in contenders.items()
+            ]
+            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    lines.append("| all | " + " | ".join(f"{1e3 * total / steps:.2f}" for total in totals.values()) + " |")
+    return "\n".join(lines) + "\n"
