@@ -1,12 +1,17 @@
-"""What kind of work a profiled step spends its time on: torch.profiler's operators and GPU kernels, sorted by name."""
+"""Where a step's time goes: torch.profiler's operators and GPU kernels by kind; and the runner's option for it."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
+log = logging.getLogger(__name__)
+
+WARM_UP = 3  # steps that are not looked at: they compile, and fill caches
 DATA = "luqrun: data"  # the record_function around what makes the batches
 OTHER = "other"
 
@@ -15,7 +20,7 @@ OTHER = "other"
 KINDS = {
     "GEMM": r"^(?!triton_(poi|red|per)_).*((?<!quantized)gemm|conv(?!ert)|(?<!co)mm(backward\d*)?(_out)?$|matmul"
     r"|linear(backward\d*)?$|attention|flash|nvjet|cutlass|xmma|triton_(tem|mm)_)",
-    "quantize": r"luqrun::(quantize|encode)|quantizedgemm",
+    "quantize": r"luqrun::(quantize|encode)|^quantized",
     "statistics": r"luqrun::statistics",
     "unpack": r"luqrun::unpack",
     "normalisation": r"(batch|layer|group)_?norm",
@@ -91,3 +96,42 @@ def kinds_table(contenders: Mapping[str, Mapping[str, float]], steps: int = 1) -
             lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     lines.append("| all | " + " | ".join(f"{1e3 * total / steps:.2f}" for total in totals.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+class StepProfiler:
+    """Profiles `steps` training steps of a run, after WARM_UP ones: profile/trace.json (for chrome://tracing or
+    Perfetto) and profile/kinds.md in the run folder. Call `step` after each training step; steps 0 does nothing."""
+
+    def __init__(self, folder: Path, steps: int, device: torch.device):
+        self.folder, self.steps, self.done, self.profile = folder / "profile", steps, 0, None
+        self.activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            self.activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def step(self) -> None:
+        """Count a step; start after the warm-up, and write when there were enough."""
+        if self.done > WARM_UP + self.steps or not self.steps:
+            return
+        self.done += 1
+        if self.done == WARM_UP:
+            self.profile = torch.profiler.profile(activities=self.activities)
+            self.profile.start()
+        elif self.done == WARM_UP + self.steps:
+            self._write()
+
+    def close(self) -> None:
+        """Write what there is of a profile that the run's end cut short."""
+        if self.profile is not None:
+            self.steps = self.done - WARM_UP
+            self._write()
+
+    def _write(self) -> None:
+        self.profile.stop()
+        profile, self.profile = self.profile, None
+        if self.steps == 0:
+            return
+        self.folder.mkdir(exist_ok=True)
+        table = kinds_table({f"{self.steps} steps": by_kind(profile)}, self.steps)
+        (self.folder / "kinds.md").write_text(table)
+        profile.export_chrome_trace(str(self.folder / "trace.json"))
+        log.info("profile of %d steps: %s", self.steps, self.folder)

@@ -58,6 +58,7 @@ def run(config: Config, folder: RunFolder) -> dict:
         log.warning("%s", diverged)
         return {"diverged": trainer.progress["step"]}
     finally:
+        trainer.profiler.close()
         trainer.tracker.close()
     summary = trainer.summarize()
     folder.update_run(status="finished", end=now())

@@ -1,192 +1,23 @@
-"""Philox against published vectors and NumPy; the numba kernels against the reference, bit for bit."""
+"""The kernels of the CPU (numba) against the reference, bit for bit."""
 
-from itertools import combinations, product
+from itertools import product
 
-import numpy as np
 import pytest
 import torch
+from kernel_inputs import LAST, assert_identical, modes, normal, tensors
 
 from luqrun import kernels
 from luqrun.errors import UserError
-from luqrun.formats import FORMATS
-from luqrun.kernels import cpu, philox, reference
-from luqrun.kernels.philox import STREAM_FIELDS, make_stream, random_words, stream_words
+from luqrun.formats import FORMATS, pack
+from luqrun.kernels import cpu, reference
+from luqrun.kernels.layout import in_memory_order, is_channels_last
+from luqrun.kernels.numba_driver import CHUNK, ROW
+from luqrun.kernels.philox import make_stream
 
-MASK = np.uint64(0xFFFFFFFF)
-
-# Random123 (Salmon et al. 2011), kat_vectors: philox4x32 10.
-KNOWN_ANSWERS = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
-
-
-def words_of(text):
-    return [int(word, 16) for word in text.split()]
-
-
-def numpy_philox(counter, key):
-    """Philox4x32-10 after the paper, on uint64 arrays: 4 counter words and 2 key words -> 4 words."""
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = (int(word) for word in key)
-    for round_number in range(10):
-        if round_number:
-            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-        left, right = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (right >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
-            right & MASK,
-            (left >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
-            left & MASK,
-        )
-    return c0, c1, c2, c3
-
-
-def torch_philox(counter, key):
-    as_tensors = [torch.tensor(word, dtype=torch.int64) for word in (*counter, *key)]
-    return [word.tolist() for word in philox.philox(tuple(as_tensors[:4]), tuple(as_tensors[4:]))]
-
-
-def numba_rows(first, count, name):
-    """The words of Philox counters first .. first + count - 1, a row each, as the flat numba kernel draws them."""
-    words = np.empty(4 * count, np.uint32)
-    cpu._fill_words(words, np.int64(first), count, np.array(name, np.uint32))
-    return words.reshape(count, 4)
-
-
-def numba_columns(first, step, count, name):
-    """The words of counters first + j * step, a row each, as the channels_last kernel draws them."""
-    words = np.empty((4, count), np.uint32)
-    cpu._fill_pixels(*words, np.int64(first), step, np.array(name, np.uint32))
-    return words.T
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_known_answers(counter, key, answer):
-    counter, key, answer = words_of(counter), words_of(key), words_of(answer)
-    assert torch_philox(counter, key) == answer
-    assert [int(word) for word in numpy_philox(counter, key)] == answer
-
-
-@pytest.mark.parametrize("numel", [0, 1, 4, 103])
-def test_words_of_a_draw_follow_the_documented_counters(numel):
-    seed, layer, operand, step, micro_step, rank, sample = 2**61 + 12345, 77, 2, 2**31 + 5, 3, 9, 41
-    stream = make_stream(seed, layer, operand, step, micro_step, rank)
-    low, high = seed % 2**32, seed >> 32
-    name = numpy_philox((layer * 4 + operand, step, micro_step, rank * 2**16 + sample), (low, high))
-    assert [int(word) for word in stream_words(stream, sample)] == [int(word) for word in name]
-    k0, k1, c2, c3 = (int(word) for word in name)
-    group = np.arange((numel + 3) // 4, dtype=np.uint64)
-    words = np.stack(np.broadcast_arrays(*numpy_philox((group, 0 * group, c2, c3), (k0, k1))), 1).reshape(-1)[:numel]
-    assert random_words(stream, sample, numel).tolist() == words.tolist()
-
-
-def test_numba_draws_the_words_of_the_reference():
-    name = [int(word) for word in stream_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6), 17)]
-    assert cpu._stream_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6).numpy(), 17).tolist() == name
-    expected = random_words(make_stream(2**62 + 3, 5, 1, 8, 2, 6), 17, 40).view(10, 4)
-    assert numba_rows(0, 10, name).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("first", [2**32 - 2, 2**32, 5 * 2**32 + 7])
-def test_counters_beyond_32_bits_carry_into_the_second_word(first):
-    name = [0x12345678, 0x9ABCDEF0, 0xDEADBEEF, 0xFFFFFFFE]
-
-    def expected(step):
-        group = first + step * np.arange(4, dtype=np.uint64)
-        counter = (group & MASK, group >> np.uint64(32), name[2], name[3])
-        words = [word.tolist() for word in numpy_philox(counter, name[:2])]
-        assert torch_philox([np.asarray(word).astype(np.int64) for word in counter], name[:2]) == words
-        return words
-
-    assert numba_rows(first, 4, name).T.tolist() == expected(1)
-    assert numba_columns(first, 3, 4, name).T.tolist() == expected(3)
-
-
-@pytest.mark.parametrize("offset", [2**32 - 2, 3 * 2**32])
-def test_elements_beyond_2_to_the_34_take_their_own_counters(offset, monkeypatch):
-    stream, arange = make_stream(5), torch.arange
-    k0, k1, c2, c3 = (int(word) for word in stream_words(stream, 0))
-    group = np.arange(4, dtype=np.uint64) + np.uint64(offset)
-    expected = np.stack(np.broadcast_arrays(*numpy_philox((group & MASK, group >> np.uint64(32), c2, c3), (k0, k1))), 1)
-    # Number the elements as if they lay behind 4 * offset others.
-    monkeypatch.setattr(torch, "arange", lambda *arguments, **options: arange(*arguments, **options) + offset)
-    assert random_words(stream, 0, 16).view(4, 4).tolist() == expected.tolist()
-
-
-def test_every_part_of_a_name_changes_every_word():
-    base = dict.fromkeys(STREAM_FIELDS, 1)
-    draws = [random_words(make_stream(**base), 1, 64), random_words(make_stream(**base), 2, 64)]
-    draws += [random_words(make_stream(**{**base, field: 2}), 1, 64) for field in STREAM_FIELDS]
-    draws.append(random_words(make_stream(**{**base, "seed": 1 + 2**40}), 1, 64))
-    # Two words of 32 bits are equal by chance once in 2^32: false-alarm rate 36 * 64 / 2^32 < 1e-6 for the family.
-    assert all((a != b).all() for a, b in combinations(draws, 2))
-
-
-def test_names_of_one_seed_never_share_words():
-    values = {"layer": 3, "operand": 3, "step": 3, "micro_step": 3, "rank": 2}
-    names = [
-        tuple(int(word) for word in stream_words(make_stream(5, **dict(zip(values, fields, strict=True))), sample))
-        for *fields, sample in product(*map(range, values.values()), range(3))
-    ]
-    assert len(set(names)) == len(names) == 3**4 * 2 * 3
-
-
-def test_words_are_uniform():
-    # Mean of 2^16 uniform words: standard error 1 / sqrt(12 * 2^16); |z| > 5 by chance at a rate below 1e-6.
-    words = random_words(make_stream(0), 0, 2**16).double() / 2**32
-    assert abs(words.mean() - 0.5) * (12 * 2**16) ** 0.5 < 5
-    assert words.min() >= 0
-    assert words.max() < 1
-
-
-def tensors():
-    """Name -> a tensor of each kind that kernels meet."""
-    g = torch.Generator().manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=g) * torch.rand(shape, generator=g) ** 4
-
-    odd = normal(301)
-    odd[::7], odd[3], odd[5], odd[6] = 0.0, float("nan"), float("inf"), -float("inf")
-    odd[8] = -0.0
-    last = torch.channels_last
-    return {
-        "vector": normal(1031),
-        "unsigned": normal(257).abs(),
-        "aligned": normal(2, 5, 4, 6).to(memory_format=last),
-        "unaligned": normal(3, 5, 3, 7).to(memory_format=last),
-        "pixel": normal(3, 7, 1, 1).to(memory_format=last),
-        "one channel": normal(2, 1, 3, 3).to(memory_format=last),
-        "image of many": normal(4, 3, 6, 6).to(memory_format=last)[1:3],
-        "cropped": normal(2, 3, 6, 6).to(memory_format=last)[:, :, 1:, :5],
-        "fewer channels": normal(2, 6, 4, 4).to(memory_format=last)[:, :3],
-        "slice": normal(40, 9)[:, ::2],
-        "transposed": normal(31, 17).t(),
-        "expanded": normal(5, 1).expand(5, 6),
-        "permuted": normal(2, 3, 4, 5, 2).permute(4, 0, 3, 1, 2),
-        "one": normal(1),
-        "scalar": normal(1)[0],
-        "empty": normal(0),
-        "empty images": normal(0, 3, 4, 4).to(memory_format=last),
-        "zeros": torch.zeros(13),
-        "half": normal(55).half(),
-        "bfloat16": normal(2, 3, 5, 5).bfloat16().to(memory_format=last),
-        "double": normal(55).double(),
-        "subnormal": normal(99) * 2.0**-140,
-        "huge": normal(99) / normal(99).abs().max() * 3e37,
-        "non-finite": odd,
-    }
-
-
-def assert_same_codes(x, scale, form, rounding, underflow, sample=0):
-    signed = (x < 0).any() | form.logarithmic
-    arguments = (x, scale, signed, form, rounding, underflow, make_stream(11, 3, 2, 7, 1, 4), sample)
-    expected, codes = reference.encode(*arguments), cpu.encode(*arguments)
-    assert codes.dtype == expected.dtype == form.code_dtype
-    assert torch.equal(codes, expected)
-    return codes
+STREAM = make_stream(11, 3, 2, 7, 1, 4)
+INT4, E3M0 = FORMATS["int4"], FORMATS["e3m0"]
+SIZES = [*range(10), ROW - 1, ROW, ROW + 1, 3 * ROW + 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + ROW + 3]
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 
 
 def largest_code_at_maximum(x, form):
@@ -194,39 +25,89 @@ def largest_code_at_maximum(x, form):
     return finite.abs().max() / form.limit if finite.numel() else torch.tensor(1.0)
 
 
+def assert_same_encoding(
+    x, scale, form, rounding, underflow=None, sample=0, signed=None, dtype=None, packed=True, observe=True
+):
+    """All that encode returns."""
+    signed = (x < 0).any() | form.logarithmic if signed is None else torch.tensor(signed)
+    how = x, scale, signed, form, rounding, underflow, STREAM, sample, dtype, packed, observe
+    expected, found = reference.encode(*how), cpu.encode(*how)
+    assert expected[0].dtype == (dtype or form.code_dtype)
+    for left, right in zip(found, expected, strict=True):
+        assert_identical(left, right, how[4:])
+    return found[0]
+
+
+# Encoding
+
+
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
-def test_numba_gives_the_codes_of_the_reference(form):
-    underflows = ("flush", "nearest", "stochastic") if form.logarithmic else (None,)
-    variants = list(product(("nearest", "stochastic"), underflows))
-    for x in tensors().values():
+def test_every_rounding_of_every_format(form):
+    for name, x in tensors().items():
         scale = largest_code_at_maximum(x, form)
-        for rounding, underflow in variants:
-            codes = assert_same_codes(x, scale, form, rounding, underflow)
-            assert set(codes.unique().tolist()) <= set(form.levels()) | set(form.levels(False))
-    x = tensors()["vector"]
+        for rounding, underflow in modes(form):
+            codes = assert_same_encoding(x, scale, form, rounding, underflow)
+            assert set(codes.unique().tolist()) <= set(form.levels()) | set(form.levels(False)), name
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_every_scale_of_every_format(form):
+    x = torch.cat([normal(1031), tensors()["non-finite"], tensors()["smallest"], tensors()["huge"]])
     ties = torch.tensor([0.25, 0.5, 0.75, 1, 1.5, 2.5, 3, 6, 12, 24, 48, 96, form.limit])
-    for rounding, underflow in variants:
-        assert_same_codes(torch.cat([ties, -ties]), torch.tensor(1.0), form, rounding, underflow)
-        for factor in (0.3, 1e-30, 1e30):
-            assert_same_codes(x, largest_code_at_maximum(x, form) * factor, form, rounding, underflow, sample=5)
-        for void in (0.0, torch.nan):
-            assert not assert_same_codes(x, torch.tensor(void), form, rounding, underflow).any()
+    for rounding, underflow in modes(form):
+        for signed in (True, False):  # negative elements of what has none are clipped to 0
+            assert_same_encoding(torch.cat([ties, -ties]), torch.tensor(1.0), form, rounding, underflow, signed=signed)
+        for factor in (0.3, 1e-45, 2.0**-126, 1e-30, 1e30, 3e38):
+            assert_same_encoding(x, torch.tensor(factor), form, rounding, underflow, sample=5)
+        for void in (0.0, torch.nan, -1.0, torch.inf):
+            assert not assert_same_encoding(x, torch.tensor(void), form, rounding, underflow).any()
 
 
-@pytest.mark.parametrize("name", ["int4", "e3m0"])
-def test_numba_gives_the_codes_of_the_reference_across_tasks(name):
-    form = FORMATS[name]
-    x = torch.randn(2, cpu.CHUNK // 2 + 333)
-    assert_same_codes(x, largest_code_at_maximum(x, form), form, "stochastic", "stochastic")
+@pytest.mark.parametrize("form", [INT4, E3M0], ids=lambda form: form.name)
+def test_sizes_around_rows_and_tasks(form):
+    for size in SIZES:
+        x = normal(size)
+        assert_same_encoding(x, largest_code_at_maximum(x, form), form, "stochastic", "stochastic", sample=2**16 - 1)
+        assert_same_encoding(x.bfloat16(), torch.tensor(0.1), form, "nearest", "flush", observe=False)
+    images = normal(3, 5, 120, 75)  # several rows an image, and more than one task
+    for x in (images.to(memory_format=LAST), images[..., :31].to(memory_format=LAST)):
+        assert_same_encoding(x, torch.tensor(0.03), form, "stochastic", "stochastic")
+        assert_same_encoding(x.bfloat16(), torch.tensor(0.03), form, "nearest", "nearest")
 
 
-def test_non_finite_elements_get_code_0():
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
-    for backend, form in product((reference, cpu), (FORMATS["int4"], FORMATS["e3m0"])):
-        codes = backend.encode(
-            x, torch.tensor(1.0), torch.tensor(True), form, "stochastic", "stochastic", make_stream()
-        )
-        assert codes.tolist() == [0, 0, 0, 1]
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
+def test_codes_of_every_dtype(dtype):
+    kinds = tensors()
+    for form, name in product((INT4, E3M0), ("vector", "aligned", "unaligned", "half image", "bfloat16", "empty")):
+        for packed, observe in product((True, False), repeat=2):
+            how = {"dtype": dtype, "packed": packed, "observe": observe}
+            assert_same_encoding(kinds[name], torch.tensor(0.02), form, "stochastic", "stochastic", **how)
+            assert_same_encoding(kinds[name], torch.tensor(0.02), form, "nearest", "flush", **how)
+
+
+@BACKENDS
+def test_non_finite_elements_get_code_0(backend):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -torch.nan])
+    for form in (INT4, E3M0):
+        how = torch.tensor(1.0), torch.tensor(True), form, "stochastic", "stochastic", STREAM
+        assert backend.encode(x, *how)[0].tolist() == [0, 0, 0, 1, 0]
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (3, 7, 5, 3), (1, 2, 1, 3)])
+def test_channels_last_gives_the_codes_of_its_contiguous_twin(backend, shape):
+    x = torch.randn(shape)
+    for form in (INT4, E3M0):
+        how = x.abs().max() / form.limit, torch.tensor(True), form, "stochastic", "stochastic", make_stream(3)
+        twin, *_ = backend.encode(x, *how)
+        codes, *_ = backend.encode(x.to(memory_format=LAST), *how)
+        assert torch.equal(codes, twin)
+        assert codes.is_contiguous(memory_format=LAST)
+
+
+# Statistics
 
 
 @pytest.mark.parametrize("name", list(tensors()))
@@ -239,7 +120,15 @@ def test_numba_gives_the_statistics_of_the_reference(name):
         torch.testing.assert_close(found[2:], expected[2:], rtol=1e-12, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
+def test_statistics_of_sizes_around_rows_and_tasks():
+    for size in SIZES[1:]:
+        x = normal(size)
+        x[-1] = -1e4  # every element counts, the last one too
+        for each in (x, x.bfloat16()):
+            torch.testing.assert_close(cpu.statistics(each, True), reference.statistics(each, True), rtol=1e-12, atol=0)
+
+
+@BACKENDS
 def test_statistics_are_what_they_say(backend):
     x = torch.tensor([[1.0, -3.0], [0.5, -0.0]])
     assert backend.statistics(x, True).tolist() == [3.0, 1.0, 4.5, 10.25]
@@ -248,45 +137,107 @@ def test_statistics_are_what_they_say(backend):
     assert backend.statistics(torch.tensor([-0.0]), True).tolist() == [0.0] * 4
     assert backend.statistics(torch.tensor([1.0, torch.nan, torch.inf]), False)[0].isnan()
     assert backend.statistics(torch.tensor([1.0, -torch.inf]), False)[0].isinf()
+    # Not read where there is an estimate.
+    assert backend.statistics(x, True, torch.tensor(2.0)).tolist() == [0.0] * 4
+    for none_yet in (0.0, torch.nan):
+        assert backend.statistics(x, True, torch.tensor(none_yet)).tolist() == [3.0, 1.0, 4.5, 10.25]
 
 
-@pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
-@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (3, 7, 5, 3), (1, 2, 1, 3)])
-def test_channels_last_gives_the_codes_of_its_contiguous_twin(backend, shape):
-    x = torch.randn(shape)
-    for form, signed in ((FORMATS["int4"], True), (FORMATS["e3m0"], True)):
-        scale = x.abs().max() / form.limit
-        rest = (scale, torch.tensor(signed), form, "stochastic", "stochastic", make_stream(3))
-        twin = backend.encode(x, *rest)
-        codes = backend.encode(x.to(memory_format=torch.channels_last), *rest)
-        assert torch.equal(codes, twin)
-        assert codes.is_contiguous(memory_format=torch.channels_last)
+# Packing
 
 
-def test_codes_do_not_depend_on_the_number_of_threads():
-    import numba
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_packing_and_unpacking(form):
+    for signed, (images, channels, height, width) in product(
+        (True, False), ((1, 1, 1, 1), (1, 3, 1, 1), (3, 5, 7, 5), (2, 8, 4, 4), (2, 5, 30, 41), (0, 3, 2, 2))
+    ):
+        levels = torch.tensor(form.levels(signed))
+        contiguous = levels[torch.randint(len(levels), (images, channels, height, width))].to(form.code_dtype)
+        for codes in (contiguous, contiguous.to(memory_format=LAST), contiguous.flatten(), contiguous[..., ::2]):
+            fields = reference.pack(codes, form)
+            in_order = form.to_fields(in_memory_order(codes).reshape(-1))
+            assert torch.equal(fields, pack(in_order, form.field_bits))
+            for dtype in (form.code_dtype, torch.float32):
+                assert_identical(cpu.pack(codes.to(dtype), form), fields)
+            last = is_channels_last(codes)
+            for dtype in (torch.int8, torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32):
+                if dtype == torch.int8 and form.code_dtype != torch.int8:
+                    continue
+                how = fields, codes.shape, last, torch.tensor(signed), form, dtype
+                found = cpu.unpack(*how)
+                assert_identical(found, reference.unpack(*how))
+                assert torch.equal(found, codes.to(dtype))
 
-    x = torch.randn(200_000)
-    arguments = (x, x.abs().max() / 64, torch.tensor(True), FORMATS["e3m0"], "stochastic", "stochastic", make_stream(1))
-    threads = numba.get_num_threads()
-    codes, found = cpu.encode(*arguments), cpu.statistics(x, True)
-    numba.set_num_threads(1)
-    try:
-        assert torch.equal(cpu.encode(*arguments), codes)
-        assert torch.equal(cpu.statistics(x, True), found)
-    finally:
-        numba.set_num_threads(threads)
+
+def test_packing_of_sizes_around_rows_and_tasks():
+    for size, form in product(SIZES, (INT4, FORMATS["e3m0_div128"])):
+        levels = torch.tensor(form.levels())
+        codes = levels[torch.randint(len(levels), (size,))].to(form.code_dtype)
+        fields = cpu.pack(codes, form)
+        assert_identical(fields, reference.pack(codes, form))
+        assert torch.equal(cpu.unpack(fields, (size,), False, torch.tensor(True), form, form.code_dtype), codes)
+
+
+# ReLU
+
+
+RELU_EDGES = [0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 2.0**-149, -(2.0**-149), 3e38, -3e38, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_and_its_backward(dtype):
+    images = normal(3, 5, 7, 5)
+    for values in (
+        *(normal(size) for size in SIZES),
+        torch.tensor(RELU_EDGES),
+        torch.tensor(RELU_EDGES).repeat(ROW // 4)[: ROW + 13],
+        normal(1)[0],
+        images,
+        images.to(memory_format=LAST),
+        images.transpose(0, 1).contiguous()[1:],
+    ):
+        x = values.to(dtype)
+        expected, found = x.clone(), x.clone()
+        mask = cpu.relu_(found)
+        assert_identical(mask, reference.relu_(expected))
+        assert torch.equal(found.isnan(), x.isnan())
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, torch.relu(x), rtol=0, atol=0, equal_nan=True)
+        grad, last = normal(*x.shape, seed=2).to(dtype), is_channels_last(x)
+        for each in (grad, grad.to(memory_format=LAST) if x.dim() == 4 else grad, grad[..., :1].expand(x.shape)) if (
+            x.dim()
+        ) else (grad,):
+            backward = cpu.relu_backward(each, mask, last)
+            assert_identical(backward, reference.relu_backward(each.to(memory_format=LAST) if last else each, mask, last))
+            assert torch.equal(backward, torch.where(x <= 0, 0, each))
+
+
+def test_relu_leaves_its_neighbours_alone():
+    for dtype in (torch.float32, torch.bfloat16):
+        base = -torch.ones(40, dtype=dtype)
+        cpu.relu_(base[3:32])
+        assert base.tolist() == [-1.0] * 3 + [0.0] * 29 + [-1.0] * 8
+
+
+# What goes with them
 
 
 def test_inputs_stay_as_they_are():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    before = x.detach().clone()
-    for backend in (reference, cpu):
-        stream = make_stream(1)
-        codes = backend.encode(x, torch.tensor(0.1), torch.tensor(True), FORMATS["int4"], "stochastic", None, stream, 0)
+    before, stream, scale = x.detach().clone(), make_stream(1), torch.tensor(0.1)
+    for backend, form in product((reference, cpu), (INT4, E3M0)):
+        how = form, "stochastic", "stochastic", stream
+        codes, fields, _ = backend.encode(x, scale, torch.tensor(True), *how, 0, torch.float32, True, True)
         assert not codes.requires_grad
         assert not backend.statistics(x, True).requires_grad
-        assert torch.equal(stream, make_stream(1))
+        kept, fields_kept = codes.clone(), fields.clone()
+        backend.pack(codes, form)
+        backend.unpack(fields, x.shape, False, torch.tensor(True), form, torch.float32)
+        backend.relu_backward(codes, torch.zeros(12, dtype=torch.uint8), False)
+        assert torch.equal(codes, kept)
+        assert torch.equal(fields, fields_kept)
+    assert torch.equal(stream, make_stream(1))
+    assert scale == 0.1
     assert torch.equal(x, before)
 
 

@@ -91,7 +91,7 @@ def test_divergence_in_the_very_last_step_is_seen_in_the_evaluation(tmp_path, mo
 
 def used_quantizers(monkeypatch):
     """Counts (training pass or evaluation, fine-tune phase, quantizer) of every quantization."""
-    used, encode = Counter(), Quantizer.encode
+    used, run = Counter(), Quantizer.run
     state = {}
     original_step, original_evaluate = Trainer.accumulate_gradients, Trainer.evaluate
 
@@ -104,11 +104,11 @@ def used_quantizers(monkeypatch):
 
     def spy(self, *arguments, **keywords):
         used[(*state["now"], self.format, self.range)] += 1
-        return encode(self, *arguments, **keywords)
+        return run(self, *arguments, **keywords)
 
     monkeypatch.setattr(Trainer, "accumulate_gradients", during("train", original_step))
     monkeypatch.setattr(Trainer, "evaluate", during("evaluate", original_evaluate))
-    monkeypatch.setattr(Quantizer, "encode", spy)
+    monkeypatch.setattr(Quantizer, "run", spy)
     return used
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import torch
@@ -33,11 +33,15 @@ INT4 = Quantizer("int4", "sawb", "nearest")
 SGD = ScheduleConfig(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
+def _reference_for(device_type: str) -> ModuleType:
+    return reference
+
+
 @contextmanager
 def oracle(device_type: str) -> Iterator[None]:
     """Within, the reference serves this device in place of its kernels, as with LUQRUN_KERNELS=reference."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "backend_for", lambda device_type: reference))
+        stack.enter_context(mock.patch.object(ops, "backend_for", _reference_for))
         stack.enter_context(mock.patch.dict(kernels._fuses, {device_type: False}))
         stack.enter_context(mock.patch.dict(gemms._int8_devices, {device_type: False}))
         yield
@@ -63,8 +67,10 @@ def transparent(device_type: str) -> Iterator[None]:
         relu_=reference.relu_,
         relu_backward=reference.relu_backward,
     )
-    with oracle(device_type), mock.patch.object(quantizer, "ops", seen_through), mock.patch.object(
-        qgemm, "ops", seen_through
+    with (
+        oracle(device_type),
+        mock.patch.object(quantizer, "ops", seen_through),
+        mock.patch.object(qgemm, "ops", seen_through),
     ):
         yield
 

@@ -58,7 +58,7 @@ def sawb_int4(x: Tensor) -> Tensor:
     return (codes * scale).to(x.dtype)
 
 
-class _Int4(torch.autograd.Function):
+class QuantizedOperand(torch.autograd.Function):
     """Straight-through: the gradient passes as it is."""
 
     @staticmethod
@@ -70,7 +70,7 @@ class _Int4(torch.autograd.Function):
         return grad_output
 
 
-class _QuantizedGradient(torch.autograd.Function):
+class QuantizedGradient(torch.autograd.Function):
     """The identity, whose gradient is quantized."""
 
     @staticmethod
@@ -84,7 +84,7 @@ class _QuantizedGradient(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output = _QuantizedGradient.apply(F.linear(_Int4.apply(x), _Int4.apply(weight)))
+    output = QuantizedGradient.apply(F.linear(QuantizedOperand.apply(x), QuantizedOperand.apply(weight)))
     return output if bias is None else output + bias.to(output.dtype)
 
 
@@ -99,8 +99,8 @@ class FormulaConv2d(nn.Conv2d):
     """nn.Conv2d with fake-quantized operands."""
 
     def forward(self, input: Tensor) -> Tensor:
-        product = self._conv_forward(_Int4.apply(input), _Int4.apply(self.weight), None)
-        output = _QuantizedGradient.apply(product)
+        product = self._conv_forward(QuantizedOperand.apply(input), QuantizedOperand.apply(self.weight), None)
+        output = QuantizedGradient.apply(product)
         return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
 
 
@@ -108,7 +108,9 @@ class FormulaAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention with fake-quantized projections: self-attention, batch first, without masks."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, None]:
-        assert query is key is value and self.batch_first and not options.get("need_weights", True)
+        assert query is key is value
+        assert self.batch_first
+        assert not options.get("need_weights", True)
         projected = _linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2) for x in projected)
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)

@@ -65,9 +65,9 @@ def interleave(
 ) -> Timings:
     """Time every contender once a round, each round starting with the next one.
 
-    calls: how many calls in a row one time is the mean of; settle: untimed calls before them, which fill the caches
-    with the contender's own data; warm_up: untimed calls before the first round. A contender that does not fit into
-    the GPU's memory is left out.
+    calls: how many calls in a row one time is of, their median, or on a GPU, where they overlap, their mean; settle:
+    untimed calls before them, after which caches and allocator are as the contender itself leaves them; warm_up:
+    untimed calls before the first round. A contender that does not fit into the GPU's memory is left out.
     """
     timings, taking_part = Timings(), []
     for contender in contenders:
@@ -100,12 +100,18 @@ def interleave(
 def _time(run: Callable[[], object], calls: int, settle: int, device: torch.device) -> float:
     for _ in range(settle):
         run()
+    if device.type != "cuda":
+        return statistics.median(_stretch(run, 1, device) for _ in range(calls))
+    return _stretch(run, calls, device) / calls
+
+
+def _stretch(run: Callable[[], object], calls: int, device: torch.device) -> float:
     _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
     _wait(device)
-    return (time.perf_counter() - started) / calls
+    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:

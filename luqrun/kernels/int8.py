@@ -128,8 +128,9 @@ def conv(
     """
     patches = _Patches(a, kernel, stride, padding, dilation, CHUNK_BYTES)
     channels = matrix.shape[1]
-    # oneDNN's own scaling loses subnormal bf16 results.
-    if patches.bytes() > DIRECT_BYTES and has_direct_conv() and not scale.item() < SMALLEST_SCALE:
+    # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
+    possible = min(padding) >= 0 and not scale.item() < SMALLEST_SCALE
+    if patches.bytes() > DIRECT_BYTES and possible and has_direct_conv():
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
         out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype, signed.item())
         return out if channels_last else out.contiguous()

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib
 import os
+import threading
 import types
 from pathlib import Path
 
@@ -53,7 +54,8 @@ _home = os.getpid()  # OpenMP's threads do not survive a fork: a DataLoader's wo
 
 
 class driver:
-    """A loop over tasks, compiled for torch's threads and for one. The first argument says how many elements it has."""
+    """A loop over tasks on torch's threads; the first argument says how many elements it has. A process that was forked
+    has a version without threads, compiled when it is first needed."""
 
     def __init__(self, function):
         functools.update_wrapper(self, function)
@@ -65,10 +67,15 @@ class driver:
 
     def __call__(self, elements, *rest):
         threads = threads_for(elements)
-        if threads == 1:
+        if not THREADED or os.getpid() != _home:
             return self.serial(elements, *rest)
-        numba.set_num_threads(threads)
+        if getattr(_mask, "threads", 0) != threads:
+            numba.set_num_threads(threads)
+            _mask.threads = threads
         return self.parallel(elements, *rest)
+
+
+_mask = threading.local()  # what each thread last told numba, which takes its time to hear it
 
 
 def threads_for(elements: int) -> int:

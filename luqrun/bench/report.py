@@ -1,0 +1,217 @@
+"""The benchmark's record as Markdown: the numbers to reach first, then every ratio, then the times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from luqrun.profiling import kinds_table
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A ratio that has to be reached: at most `required` (at_least: at least), and better `aim`.
+
+    device, section, case, name, against: where the ratio is found in a record.
+    """
+
+    device: str
+    what: str
+    section: str
+    case: str
+    name: str
+    against: str
+    required: float
+    aim: float
+    at_least: bool = False
+
+    def found(self, record: dict) -> dict | None:
+        """Its ratio in a record, or None where it was not measured."""
+        if record["machine"]["device"] != self.device:
+            return None
+        wanted = (self.section, self.case, self.name, self.against)
+        same = (r for r in record["ratios"] if (r["section"], r["case"], r["what"], r["against"]) == wanted)
+        return next(same, None)
+
+    def reached(self, ratio: dict) -> bool:
+        return ratio["median"] >= self.required if self.at_least else ratio["median"] <= self.required
+
+    def limit(self, value: float) -> str:
+        return f"{'≥' if self.at_least else '≤'} {value:g}"
+
+
+def _cpu(*arguments, **options) -> Requirement:
+    return Requirement("cpu", *arguments, **options)
+
+
+def _gpu(*arguments, **options) -> Requirement:
+    return Requirement("cuda", *arguments, **options)
+
+
+def _bandwidth(what: str) -> Requirement:
+    text = f"{what} encode, bf16: share of a device copy's bandwidth, bytes counted"
+    name = what.partition(" ")[0].lower()
+    return _gpu(text, "encode", "bf16", f"{name}, bytes/s", "copy, bytes/s", 0.8, 0.9, at_least=True)
+
+
+WHERE = {"cpu": "2 CPU cores", "cuda": "one H100 / H200"}
+REQUIREMENTS = (
+    _cpu(
+        "E3M0 stochastic encode with its absolute maximum, against a clone", "encode", "fp32", "e3m0", "clone", 4, 2.5
+    ),
+    _cpu("SAWB INT4 encode, against a clone", "encode", "fp32", "int4", "clone", 4, 2.5),
+    _cpu(
+        *("the formulas in torch operations against E3M0 encode", "encode", "fp32", "e3m0 formulas", "e3m0"),
+        *(40, 80, True),
+    ),
+    *(
+        _cpu(f"{model} step, LUQ fp32 against fp32", "step", model, "luq fp32", "fp32", 1.12, 1.0)
+        for model in ("resnet8", "resnet18")
+    ),
+    _cpu("resnet18 step, LUQ bf16 against fp32", "step", "resnet18", "luq bf16", "fp32", 0.8, 0.6),
+    *(
+        _cpu(f"{model} step, LUQ bf16 against bf16", "step", model, "luq bf16", "bf16", 1.25, 1.0)
+        for model in ("resnet8", "resnet18")
+    ),
+    *(
+        _cpu(
+            *(f"bytes kept for the backward pass by quantized layers, {precision}: per element", "memory", "resnet18"),
+            *(f"luq {precision}, bytes kept by layers", "element", 0.55, 0.5),
+        )
+        for precision in ("fp32", "bf16")
+    ),
+    _cpu(
+        *("peak memory of the resnet18 step, LUQ fp32 against fp32", "memory", "resnet18"),
+        *("luq fp32, peak", "fp32, peak", 0.85, 0.6),
+    ),
+    *(_bandwidth(what) for what in ("E3M0 stochastic", "INT4 SAWB")),
+    *(
+        _gpu(
+            *(f"{model} step, compiled, LUQ bf16 against bf16", "step", model),
+            *("luq bf16 compiled", "bf16 compiled", required, 1.0),
+        )
+        for model, required in (("resnet50", 1.25), ("vit_b_16", 1.15))
+    ),
+    *(
+        _gpu(
+            *(f"{model} step, the formulas in torch operations against LUQ bf16, compiled", "step", model),
+            *("formulas bf16", "luq bf16 compiled", 4, 8, True),
+        )
+        for model in ("resnet50", "vit_b_16")
+    ),
+    *(
+        _gpu(
+            *(f"peak memory of the {model} step, compiled, LUQ bf16 against bf16", "memory", model),
+            *("luq bf16 compiled, peak", "bf16 compiled, peak", 0.9, 0.6),
+        )
+        for model in ("resnet50", "vit_b_16")
+    ),
+)
+
+
+def requirements(record: dict) -> list[dict]:
+    """A row for each requirement: device, what, required, aim, measured (median, min or None), reached (or None)."""
+    rows = []
+    for each in REQUIREMENTS:
+        found = each.found(record)
+        measured = found and {key: found[key] for key in ("median", "min")}
+        limits = {"required": each.limit(each.required), "aim": each.limit(each.aim)}
+        reached = each.reached(found) if found else None
+        rows.append({"device": each.device, "what": each.what, **limits, "measured": measured, "reached": reached})
+    return rows
+
+
+def markdown(record: dict, picture: str | None = None) -> str:
+    """The whole report; picture: the file name of the step's breakdown."""
+    parts = [f"# Benchmark\n\n{_heading(record)}", f"## Numbers to reach\n\n{_requirement_table(record)}"]
+    parts.append(f"## All ratios\n\n{_ratio_table(record)}")
+    if "step" in record["sections"]:
+        parts.append(f"## Where a step's time goes\n\n{_kinds(record, picture)}")
+    parts.append(f"## Times\n\n{_time_tables(record)}")
+    if "memory" in record["sections"]:
+        parts.append(f"## Memory\n\n{_memory_tables(record)}")
+    return "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def _heading(record: dict) -> str:
+    machine, versions = record["machine"], record["versions"]
+    commit = record["git_commit"] or "unknown"
+    commit += " with changes" if record["git_dirty"] else ""
+    lines = [
+        f"{machine['name']} ({machine['isa']}), {machine['threads']} threads, kernels: {machine['kernels']}.",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"Commit {commit}, {record['date']}.",
+        "",
+        "Contenders take turns within a run. A ratio is the median over rounds of the ratio within a round, and in "
+        "brackets that of the shortest times.",
+    ]
+    if record["quick"]:
+        lines += ["", "**A quick run: the sizes are too small for the numbers to say anything.**"]
+    return "\n".join(lines)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _ratio(ratio: dict) -> str:
+    median, shortest = (f"{ratio[key]:.3g}" for key in ("median", "min"))
+    return median if median == shortest else f"{median} ({shortest})"
+
+
+def _requirement_table(record: dict) -> str:
+    rows = []
+    for row in requirements(record):
+        measured = _ratio(row["measured"]) if row["measured"] else NOT_MEASURED
+        reached = {True: "yes", False: "no", None: ""}[row["reached"]]
+        rows.append([WHERE[row["device"]], row["what"], row["required"], row["aim"], measured, reached])
+    return _table(["where", "what", "required", "aim", "measured", "reached"], rows)
+
+
+def _ratio_table(record: dict) -> str:
+    rows = [[r["section"], r["case"], r["what"], r["against"], _ratio(r)] for r in record["ratios"]]
+    return _table(["section", "case", "what", "against", "ratio"], rows)
+
+
+def _kinds(record: dict, picture: str | None) -> str:
+    parts = []
+    if picture:
+        parts.append(f"![A step's time by kind]({picture})\n")
+    for model, case in record["sections"]["step"].items():
+        parts.append(f"{model}, milliseconds a step under the profiler:\n\n{kinds_table(case['seconds_by_kind'])}")
+    return "\n".join(parts)
+
+
+def _time_tables(record: dict) -> str:
+    parts = []
+    for section, cases in record["sections"].items():
+        if section == "memory":
+            continue
+        for name, case in cases.items():
+            rows = []
+            for contender, median in case["median"].items():
+                moved = case.get("bytes", {}).get(contender)
+                speed = [f"{moved / median / 1e9:.1f}" if moved else ""] if "bytes" in case else []
+                rounds = sum(seconds is not None for seconds in case["rounds"][contender])
+                rows.append([contender, f"{1e3 * median:.3f}", f"{1e3 * case['min'][contender]:.3f}", *speed])
+                rows[-1].append(str(rounds))
+            rows += [[contender, why] + [""] * (2 + ("bytes" in case)) for contender, why in case["left_out"].items()]
+            head = [f"{section}, {name}", "median, ms", "min, ms", *(["GB/s"] if "bytes" in case else []), "rounds"]
+            parts.append(_table(head, rows))
+    return "\n".join(parts)
+
+
+def _memory_tables(record: dict) -> str:
+    parts = []
+    for model, case in record["sections"]["memory"].items():
+        rows = []
+        for name, peak in case["peak"].items():
+            kept = case["kept"].get(name)
+            rows.append([name, f"{peak / 1e6:.1f}", f"{kept['bytes'] / 1e6:.1f}" if kept else ""])
+        rows += [[name, why, ""] for name, why in case["left_out"].items()]
+        parts.append(_table([f"{model} ({case['how']})", "peak, MB", "kept for the backward pass, MB"], rows))
+    return "\n".join(parts)

@@ -1,0 +1,256 @@
+"""Convolutions on int8 codes against the same ones in int64."""
+
+import threading
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_inputs import LAST, assert_identical
+
+from luqrun.kernels import int8
+
+fast = pytest.mark.skipif(not int8.is_fast(), reason="without VNNI oneDNN's int8 products may saturate")
+
+# kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
+GEOMETRIES = {
+    "pointwise": ((1, 1), (1, 1), (0, 0), (1, 1), (3, 8, 5, 6), 16),
+    "pointwise, few channels": ((1, 1), (1, 1), (0, 0), (1, 1), (3, 3, 5, 6), 5),
+    "pointwise, strided": ((1, 1), (2, 2), (0, 0), (1, 1), (2, 8, 7, 6), 4),
+    "pointwise, padded": ((1, 1), (1, 1), (1, 1), (1, 1), (2, 8, 4, 4), 4),
+    "pointwise, cut": ((1, 1), (1, 1), (-1, -1), (1, 1), (2, 8, 5, 5), 4),
+    "rows": ((1, 1), (1, 1), (0, 0), (1, 1), (37, 24, 1, 1), 10),
+    "3 x 3": ((3, 3), (1, 1), (1, 1), (1, 1), (3, 8, 6, 7), 8),
+    "3 x 3, odd channels": ((3, 3), (1, 1), (1, 1), (1, 1), (2, 5, 6, 7), 3),
+    "3 x 3, twelve channels": ((3, 3), (1, 1), (0, 0), (1, 1), (2, 12, 6, 7), 1),
+    "3 x 3, one channel": ((3, 3), (1, 1), (1, 1), (1, 1), (2, 1, 6, 7), 4),
+    "strided": ((3, 3), (2, 2), (1, 1), (1, 1), (2, 16, 8, 9), 8),
+    "stride leaves pixels over": ((2, 2), (3, 3), (0, 0), (1, 1), (2, 3, 7, 9), 5),
+    "stem": ((7, 7), (2, 2), (3, 3), (1, 1), (2, 3, 15, 16), 8),
+    "tall": ((5, 1), (1, 1), (2, 0), (1, 1), (2, 8, 9, 4), 3),
+    "wide": ((1, 7), (1, 2), (0, 3), (1, 1), (2, 3, 4, 12), 8),
+    "dilated": ((3, 3), (1, 1), (2, 2), (2, 2), (2, 8, 7, 8), 4),
+    "uneven": ((3, 2), (1, 2), (2, 0), (1, 3), (2, 4, 9, 10), 6),
+    "much padding": ((2, 3), (2, 1), (3, 4), (1, 1), (1, 8, 3, 2), 4),
+    "larger than the image": ((5, 5), (1, 1), (2, 2), (1, 1), (2, 8, 2, 3), 4),
+    "cut": ((3, 3), (1, 1), (-1, -2), (1, 1), (2, 8, 8, 9), 4),
+    "patches, one pixel": ((3, 3), (1, 1), (0, 0), (1, 1), (2, 8, 3, 3), 4),
+}
+geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+pytestmark = fast
+
+
+def codes(*shape, low=-127, high=127, seed=0):
+    return torch.randint(low, high + 1, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+def cropped(a, padding):
+    """a without what a negative padding cuts off, and the padding that is left."""
+    cut = [max(-size, 0) for size in padding]
+    return a[:, :, cut[0] : a.shape[2] - cut[0], cut[1] : a.shape[3] - cut[1]], [max(size, 0) for size in padding]
+
+
+def exact(a, w, geometry):
+    """The convolution in int64."""
+    _, stride, padding, dilation, *_ = geometry
+    a, padding = cropped(a.long(), padding)
+    return F.conv2d(a, w.long(), None, stride, padding, dilation)
+
+
+def exact_wgrad(g, a, geometry):
+    """The weight gradient in int64: the convolution of a with g, images for channels and dilation for stride."""
+    kernel, stride, padding, dilation, *_ = geometry
+    a, padding = cropped(a.long(), padding)
+    full = F.conv2d(a.transpose(0, 1), g.long().transpose(0, 1), None, dilation, padding, stride)
+    return full[:, :, : kernel[0], : kernel[1]].transpose(0, 1)
+
+
+def operands(geometry, low=-127):
+    kernel, _, _, _, size, channels = geometry
+    return codes(*size, low=low), codes(channels, size[1], *kernel, seed=1)
+
+
+def matrix_of(w):
+    """w (K, C, R, S) as the matrix that `conv` takes."""
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
+
+
+def conv(a, w, geometry, scale, dtype=torch.float32, channels_last=False, signed=True):
+    kernel, stride, padding, dilation, *_ = geometry
+    how = kernel, stride, padding, dilation, dtype, channels_last, torch.tensor(signed)
+    return int8.conv(a, matrix_of(w), scale, *how)
+
+
+def assert_exact(found, product, scale, dtype=torch.float32):
+    """found is scale * product, rounded in float32 and then to dtype."""
+    expected = (product.float() * scale).to(dtype)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(params=["patches", "many chunks", "direct"])
+def route(request, monkeypatch):
+    """Through patches at once, through blocks of a few rows of them, or through oneDNN's convolution."""
+    direct = request.param == "direct"
+    monkeypatch.setattr(int8, "DIRECT_BYTES", 0 if direct else 2**62)
+    if request.param == "many chunks":
+        monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
+        monkeypatch.setattr(int8, "WGRAD_CHUNK_BYTES", 300)
+    if direct and not int8.has_direct_conv():
+        pytest.skip("this torch has no such convolution")
+    used, direct_conv = [], int8._direct_conv
+    monkeypatch.setattr(int8, "_direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
+    yield request.param
+    if not direct:
+        assert not used
+
+
+@geometries
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv(geometry, dtype, route):
+    scale = torch.tensor(0.0123)
+    for low, a_last, w_last, channels_last in product((-127, 0), *[(False, True)] * 3):
+        a, w = operands(geometry, low)
+        expected = exact(a, w, geometry)
+        a = a.to(memory_format=LAST) if a_last else a
+        w = w.to(memory_format=LAST) if w_last else w
+        found = conv(a, w, geometry, scale, dtype, channels_last, signed=low < 0)
+        assert_exact(found, expected, scale, dtype)
+        assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
+
+
+@geometries
+def test_conv_wgrad(geometry, route):
+    a, w = operands(geometry)
+    size = exact(a, w, geometry).shape
+    grads = [codes(*size, seed=seed) for seed in (2, 3, 4)]
+    kernel, stride, padding, dilation, *_ = geometry
+    for count, a_last, g_last in product((1, 3), (False, True), (False, True)):
+        formatted = [g.to(memory_format=LAST) if g_last else g for g in grads[:count]]
+        activation = a.to(memory_format=LAST) if a_last else a
+        found = int8.conv_wgrad(formatted, activation, kernel, stride, padding, dilation)
+        expected = sum(exact_wgrad(g, a, geometry) for g in grads[:count])
+        assert found.shape == w.shape
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected.float())
+
+
+@pytest.mark.parametrize("name", ["pointwise", "3 x 3", "strided", "stem"])
+def test_the_direct_convolution_is_taken_where_patches_are_large(name, monkeypatch):
+    geometry, used = GEOMETRIES[name], []
+    monkeypatch.setattr(int8, "_direct_conv", lambda *arguments: used.append(1) or torch.zeros(1))
+    a, w = operands(geometry)
+    patches = exact(a, w, geometry)[:, 0].numel() * w[0].numel()
+    for limit, direct in ((patches - 1, name != "pointwise"), (patches, False)):
+        used.clear()
+        monkeypatch.setattr(int8, "DIRECT_BYTES", limit)
+        conv(a, w, geometry, torch.tensor(1.0))
+        assert bool(used) == direct
+
+
+def test_every_code_and_the_largest_sums(route):
+    # All products 127 * 127 over a depth of 3 * 3 * 512: far beyond what float32 holds exactly, and half of int32.
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (1, 512, 4, 4), 2
+    for sign in (1, -1):
+        a, w = torch.full((1, 512, 4, 4), 127 * sign).char(), torch.full((2, 512, 3, 3), 127).char()
+        assert_exact(conv(a, w, geometry, torch.tensor(1.0)), exact(a, w, geometry), 1.0)
+        a.view(-1)[::7], w.view(-1)[::5] = -127, -126
+        assert_exact(conv(a, w, geometry, torch.tensor(0.3)), exact(a, w, geometry), torch.tensor(0.3))
+    every = torch.arange(-127, 128).char()
+    a, w = every.view(1, 255, 1, 1), every.flip(0).view(1, 255, 1, 1)
+    padded = (1, 1), (1, 1), (1, 1), (1, 1), (1, 255, 1, 1), 1
+    assert_exact(conv(a, w, padded, torch.tensor(1.0)), exact(a, w, padded), 1.0)
+
+
+def test_sums_beyond_int32_of_a_weight_gradient():
+    # 2^18 rows of 127 * 127 are 4.2e9: blocks are summed in int64.
+    rows = 2**18 + 5
+    a, g = torch.full((rows, 1, 1, 1), 127).char(), torch.full((rows, 2, 1, 1), -127).char()
+    found = int8.conv_wgrad([g, g], a, (1, 1), (1, 1), (0, 0), (1, 1))
+    assert torch.equal(found, torch.full((2, 1, 1, 1), -2 * 127 * 127 * rows).float())
+    a, g = torch.full((2, 1, 1, 2**17), 127).char(), torch.full((2, 1, 1, 2**17), 127).char()
+    found = int8.conv_wgrad([g], a, (1, 1), (1, 1), (0, 0), (1, 1))
+    assert found.item() == float(2 * 127 * 127 * 2**17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "scale", [torch.nan, 0.0, 2.0**-149, 2.0**-140, 2.0**-126, 2.0**-100, 2.0**-99, 3e38, torch.inf, 1e-30, 2.0**-133]
+)
+def test_scales_that_are_hardly_scales(scale, dtype, route):
+    for name in ("3 x 3", "strided", "pointwise"):
+        for low in (-127, 0):
+            a, w = operands(GEOMETRIES[name], low)
+            found = conv(a, w, GEOMETRIES[name], torch.tensor(scale), dtype, signed=low < 0)
+            assert_exact(found, exact(a, w, GEOMETRIES[name]), torch.tensor(scale), dtype)
+
+
+@geometries
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_no_images(geometry, channels_last, route):
+    kernel, stride, padding, dilation, size, channels = geometry
+    a, w = operands((*geometry[:4], (0, *size[1:]), channels))
+    expected = exact(operands(geometry)[0], w, geometry).shape[1:]
+    found = conv(a, w, geometry, torch.tensor(1.0), channels_last=channels_last)
+    assert found.shape == (0, *expected)
+    gradient = int8.conv_wgrad([found.char()], a, kernel, stride, padding, dilation)
+    assert torch.equal(gradient, torch.zeros(w.shape))
+
+
+def test_no_features():
+    pointwise = (1, 1), (1, 1), (0, 0), (1, 1)
+    a, w = torch.zeros(3, 0, 1, 1).char(), torch.zeros(2, 0, 1, 1).char()
+    assert torch.equal(conv(a, w, pointwise, torch.tensor(1.0)), torch.zeros(3, 2, 1, 1))
+    assert int8.conv_wgrad([torch.ones(3, 2, 1, 1).char()], a, *pointwise).shape == (2, 0, 1, 1)
+
+
+def test_memory_that_is_not_aligned(route):
+    for name in ("3 x 3", "3 x 3, odd channels", "pointwise"):
+        geometry = GEOMETRIES[name]
+        a, w = operands(geometry)
+        base = torch.zeros(a.numel() + 3, dtype=torch.int8)
+        for offset in (1, 3):
+            images, channels, height, width = a.shape
+            shifted = base[offset : offset + a.numel()].view(images, height, width, channels).permute(0, 3, 1, 2)
+            shifted.copy_(a)
+            assert_exact(conv(shifted, w, geometry, torch.tensor(1.0)), exact(a, w, geometry), 1.0)
+
+
+def test_operands_stay_as_they_are(route):
+    geometry = GEOMETRIES["3 x 3"]
+    a, w = operands(geometry)
+    scale, before = torch.tensor(0.5), (a.clone(), w.clone())
+    first = conv(a, w, geometry, scale, channels_last=True)
+    kept = first.clone()
+    conv(-a, w, geometry, scale, channels_last=True)  # uses the scratch memory again
+    assert torch.equal(first, kept)
+    assert torch.equal(a, before[0])
+    assert torch.equal(w, before[1])
+
+
+def test_two_threads_at_once(route):
+    """Each thread's blocks of patches are its own."""
+    failures, ready = [], threading.Barrier(2)
+
+    def work(name, seed):
+        geometry = GEOMETRIES[name]
+        kernel, stride, padding, dilation, size, channels = geometry
+        a, w = codes(8 * size[0], *size[1:], seed=seed), codes(channels, size[1], *kernel, seed=seed + 1)
+        expected = exact(a, w, geometry)
+        g = codes(*expected.shape, seed=seed + 2)
+        gradient = exact_wgrad(g, a, geometry).float()
+        ready.wait()
+        for _ in range(60):
+            found = conv(a, w, geometry, torch.tensor(1.0))
+            failures.extend([name] * (not torch.equal(found, expected.float())))
+            found = int8.conv_wgrad([g], a, kernel, stride, padding, dilation)
+            failures.extend([name] * (not torch.equal(found, gradient)))
+
+    threads = [threading.Thread(target=work, args=arguments) for arguments in (("3 x 3", 10), ("dilated", 20))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not failures
