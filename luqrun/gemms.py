@@ -19,6 +19,7 @@ from luqrun.kernels import backend_for, int8, ops
 from luqrun.kernels.layout import empty, is_channels_last
 
 ONE, NONE = (1, 1), (0, 0)
+LONGEST = int8.CHUNK_ROWS  # terms of a sum that int32 holds whatever the int8 codes
 
 
 _int8_devices: dict[str, bool] = {}  # see kernels._fuses
@@ -34,7 +35,10 @@ def use_int8(device_type: str) -> bool:
 
 def describe(device_type: str) -> str:
     """What the log and run.json say: the kernels that serve this device type, and the units that multiply codes."""
-    return f"{kernels.describe(device_type)}, GEMMs in {'int8' if use_int8(device_type) else 'floating point'}"
+    units = "floating point"
+    if use_int8(device_type):
+        units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
+    return f"{kernels.describe(device_type)}, GEMMs in {units}"
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,11 @@ class LinearOp:
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
-        return True, True, True
+        return w_shape[1] <= LONGEST, w_shape[0] <= LONGEST, True
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        if a.shape[-1] != w.shape[1]:
+            return self.fprop(a.float(), w.float())  # which says so
         return self._product(a, w.t(), scale, dtype, signed)
 
     def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
@@ -66,7 +72,8 @@ class LinearOp:
 
     def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
-        return out.view(*a.shape[:-1], matrix.shape[1])
+        # Not a view: autograd forbids in-place work on those that leave a Function.
+        return torch.ops.aten._unsafe_view(out, [*a.shape[:-1], matrix.shape[1]])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -100,9 +107,17 @@ class ConvOp:
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""
-        return self.groups == 1, self.groups == 1 and self.stride == ONE, self.groups == 1
+        out_channels, in_channels, *kernel = w_shape
+        taps = kernel[0] * kernel[1]
+        fprop = self.groups == 1 and in_channels * taps <= LONGEST
+        dgrad = self.groups == 1 and out_channels * taps <= LONGEST and self.stride == ONE
+        return fprop, dgrad, self.groups == 1
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        ends = zip(a.shape[2:], w.shape[2:], self.padding, self.dilation, strict=True)
+        too_small = any(size + 2 * padding <= dilation * (kernel - 1) for size, kernel, padding, dilation in ends)
+        if too_small or a.shape[1] != w.shape[1]:
+            return self.fprop(a.float(), w.float())  # which says so
         matrix = w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
         how = w.shape[2:], self.stride, self.padding, self.dilation
         return ops.int8_conv(a, matrix, scale, *how, dtype, _format(a, w), signed)

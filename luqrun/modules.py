@@ -175,8 +175,9 @@ class MaskedReLU(nn.ReLU):
         plain = input.dtype not in (torch.float32, torch.bfloat16) or not input.requires_grad
         if plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        inplace = self.inplace and dense(input) is input and not input._is_view()
-        return MaskedReLUFunction.apply(input, inplace)
+        if self.inplace and (input._is_view() or dense(input) is not input):
+            return super().forward(input)
+        return MaskedReLUFunction.apply(input, self.inplace)
 
 
 class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):

@@ -18,7 +18,7 @@ OTHER = "other"
 # kind: the names (of operators, autograd nodes, regions, GPU kernels) that are of it; the first that matches counts.
 # What the compiler fused (triton_poi_..., triton_red_...) is never the GEMM, though it may be named after one.
 KINDS = {
-    "GEMM": r"^(?!triton_(poi|red|per)_).*((?<!quantized)gemm|conv(?!ert)|(?<!co)mm(backward\d*)?(_out)?$|matmul"
+    "GEMM": r"^(?!triton_(poi|red|per)_|quantized).*(gemm|conv(?!ert)|(?<!co)mm(backward\d*)?(_out)?$|matmul"
     r"|linear(backward\d*)?$|attention|flash|nvjet|cutlass|xmma|triton_(tem|mm)_)",
     "quantize": r"luqrun::(quantize|encode)|^quantized",
     "statistics": r"luqrun::statistics",

@@ -98,7 +98,7 @@ class Plan:
         if dtype == torch.int8 and max(form.limit, form.unsigned_limit) > EXACT[dtype]:
             dtype = torch.float32
         encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed)
-        if operand in self.hindsight and self.observe is not None:
+        if operand in self.hindsight and self.observe is not None and x.numel():
             self.observe(operand, encoded.maximum)
         if self.health is not None:
             quantized = QuantizedTensor(encoded.codes, encoded.scale, encoded.signed, form)

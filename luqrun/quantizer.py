@@ -143,6 +143,7 @@ class Quantizer:
 
         hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used).
         """
+        x = x.detach()
         largest, negative, sum1, sum2 = ops.statistics(x, self.range == "sawb").unbind()
         maximum = clip = largest.float()
         if self.range == "sawb":
@@ -186,7 +187,7 @@ class Quantizer:
 
     def _encode(self, x, scale, signed, stream, sample, dtype, packed=False, observe=False):
         how = self.format, self.rounding, self.underflow
-        return ops.encode(x, scale, signed, *how, stream, sample, dtype, packed, observe)
+        return ops.encode(x.detach(), scale, signed, *how, stream, sample, dtype, packed, observe)
 
     def run(
         self, x: Tensor, stream: Tensor, hindsight: Tensor | None, dtype: torch.dtype, packed: bool = False
@@ -195,6 +196,7 @@ class Quantizer:
 
         hindsight: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
+        x = x.detach()
         if fuses(x.device.type):
             sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
             how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
@@ -235,5 +237,5 @@ def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     clipped = (x.abs() > scale * limit * (1 + 1e-6)).float().mean()
     nonzero = x != 0
     underflow = ((codes == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
-    error = (codes * scale - x).norm() / x.norm().clamp(min=SMALLEST)
+    error = (codes.double() * scale - x).norm() / x.norm().clamp(min=SMALLEST)
     return torch.stack([clipped, underflow, error.float()])

@@ -58,8 +58,8 @@ def run(config: Config, folder: RunFolder) -> dict:
         log.warning("%s", diverged)
         return {"diverged": trainer.progress["step"]}
     finally:
-        trainer.profiler.close()
         trainer.tracker.close()
+        trainer.profiler.close()
     summary = trainer.summarize()
     folder.update_run(status="finished", end=now())
     folder.write_json(SUMMARY, summary)

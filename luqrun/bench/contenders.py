@@ -47,31 +47,33 @@ def oracle(device_type: str) -> Iterator[None]:
         yield
 
 
+def _encode(x, scale, signed, format, *rest):
+    return reference.encode(x, scale, signed, get_format(format), *rest)
+
+
+def _unpack(fields, shape, channels_last, signed, format, dtype):
+    return reference.unpack(fields, shape, channels_last, signed, get_format(format), dtype)
+
+
+_SEEN_THROUGH = SimpleNamespace(
+    statistics=reference.statistics,
+    encode=_encode,
+    unpack=_unpack,
+    relu_=reference.relu_,
+    relu_backward=reference.relu_backward,
+)
+
+
 @contextmanager
 def transparent(device_type: str) -> Iterator[None]:
     """Within, quantized layers are torch operations that a compiler sees through and may fuse with their neighbours.
 
     The operators of luqrun.kernels.ops are opaque to it, whatever backend computes them.
     """
-
-    def encode(x, scale, signed, format, *rest):
-        return reference.encode(x, scale, signed, get_format(format), *rest)
-
-    def unpack(fields, shape, channels_last, signed, format, dtype):
-        return reference.unpack(fields, shape, channels_last, signed, get_format(format), dtype)
-
-    seen_through = SimpleNamespace(
-        statistics=reference.statistics,
-        encode=encode,
-        unpack=unpack,
-        relu_=reference.relu_,
-        relu_backward=reference.relu_backward,
-    )
-    with (
-        oracle(device_type),
-        mock.patch.object(quantizer, "ops", seen_through),
-        mock.patch.object(qgemm, "ops", seen_through),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(oracle(device_type))
+        for module in (quantizer, qgemm):
+            stack.enter_context(mock.patch.object(module, "ops", _SEEN_THROUGH))
         yield
 
 

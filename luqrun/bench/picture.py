@@ -12,7 +12,7 @@ NAME = "step"
 
 
 def draw(record: dict, folder: Path) -> list[Path]:
-    """Write step.svg and step.png: a bar a contender, as long as its time is of the base's, split by the profile's shares.
+    """Write step.svg and step.png: a bar a contender, its time in units of the base's, split by the profile's shares.
 
     record: of a run with the section `step`. Raises ModuleNotFoundError without matplotlib (the extra `plot`).
     """

@@ -22,7 +22,7 @@ from luqrun.run_folder import now, provenance, write_atomically
 
 RECORD, REPORT = "benchmark.json", "benchmark.md"
 # What two runs must have in common for one to complete the other's record.
-IDENTITY = ("machine", "versions", "git_commit", "quick")
+IDENTITY = ("machine", "versions", "git_commit", "git_dirty", "quick")
 
 
 def run(
@@ -112,7 +112,7 @@ def _start(path: Path, fresh: dict) -> dict:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError):
         return fresh
-    if any(earlier.get(key) != fresh[key] for key in IDENTITY):
+    if fresh["git_dirty"] or any(earlier.get(key) != fresh[key] for key in IDENTITY):
         return fresh
     return {**fresh, "ratios": earlier["ratios"], "sections": earlier["sections"]}
 

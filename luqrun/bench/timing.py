@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Contender:
-    """run: what is timed. every: it takes part in each so-many-th round only, for slow ones."""
+    """run: what is timed. every: it takes part in each so-many-th round only, with one call, for slow ones."""
 
     name: str
     run: Callable[[], object]
@@ -88,7 +88,8 @@ def interleave(
             first = number % max(len(taking_part), 1)
             for contender in [*taking_part[first:], *taking_part[:first]]:
                 if number % contender.every == 0:
-                    seconds = _time(contender.run, calls, settle, device)
+                    counts = (calls, settle) if contender.every == 1 else (1, 0)
+                    seconds = _time(contender.run, *counts, device)
                     timings.rounds[contender.name][number] = seconds
             gc.collect()
     finally:

@@ -33,6 +33,8 @@ RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 def describe() -> str:
     """What run.json records: the backend and its threads."""
+    if not numba_driver.THREADED:
+        return f"numba {numba.__version__}, one thread: no OpenMP library (libgomp) was found"
     return f"numba {numba.__version__}, {numba_driver.threads_for(sys.maxsize)} thread(s)"
 
 
@@ -82,7 +84,7 @@ def quantize(
     dtype: torch.dtype,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, signed, fields, maximum): Quantizer.run in one pass more than none, sample 0.
+    """(codes, scale, signed, fields, maximum): what Quantizer.run gives, sample 0, in one call.
 
     sawb: the coefficients of the format; hindsight: the estimate of the maximum, 0-dim, or None.
     """
@@ -166,6 +168,8 @@ def unpack(
 
 def relu_(x: Tensor) -> Tensor:
     """See reference.relu_; float32 and bf16."""
+    assert x.dtype in (torch.float32, torch.bfloat16)
+    assert dense(x) is x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     loops.rectify(x.numel(), x.data_ptr(), int(x.dtype == torch.bfloat16), mask.data_ptr())
     return mask
@@ -173,6 +177,7 @@ def relu_(x: Tensor) -> Tensor:
 
 def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     """See reference.relu_backward; float32 and bf16."""
+    assert grad.dtype in (torch.float32, torch.bfloat16)
     grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     out = torch.empty_like(grad)
     half = int(grad.dtype == torch.bfloat16)

@@ -8,13 +8,17 @@ linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left t
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from luqrun.errors import UserError
 from luqrun.kernels.layout import empty
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
 WGRAD_CHUNK_BYTES = 1 << 23  # the same in wgrad, where each chunk costs a pass over the weight gradient too
@@ -26,7 +30,10 @@ CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int
 @functools.cache
 def is_fast() -> bool:
     """Whether this CPU multiplies int8 by itself (VNNI), through oneDNN."""
-    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", None)
+    if has_vnni is None:
+        log.warning("this torch does not say whether the CPU has VNNI: GEMMs run in floating point, slower")
+        return False
     return torch.backends.mkldnn.is_available() and has_vnni()
 
 
@@ -121,7 +128,9 @@ def conv(
     channels_last: bool,
     signed: Tensor,
 ) -> Tensor:
-    """scale * conv2d(a, w), rounded once: (N, K, H', W') of `dtype`, in channels_last or contiguous memory.
+    """scale * conv2d(a, w): the exact integers as float32, times scale, as `dtype`.
+
+    (N, K, H', W') in channels_last or contiguous memory.
 
     a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
@@ -133,14 +142,18 @@ def conv(
     if patches.bytes() > DIRECT_BYTES and possible and has_direct_conv():
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
         out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype, signed.item())
-        return out if channels_last else out.contiguous()
+        return out if channels_last else _contiguous(out)
     out = empty((a.shape[0], channels, patches.out_height, patches.out_width), True, dtype, a.device)
     flat = out.permute(0, 2, 3, 1).reshape(-1, channels)
     if patches.depth == 0:
         out.zero_()
     for rows, block in patches:
         torch.mul(torch._int_mm(block, matrix), scale, out=flat[rows])
-    return out if channels_last else out.contiguous()
+    return out if channels_last else _contiguous(out)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(x.shape)  # with the usual strides where a dimension has one element too
 
 
 def conv_wgrad(
@@ -157,6 +170,8 @@ def conv_wgrad(
     """
     patches = _Patches(a, kernel, stride, padding, dilation, WGRAD_CHUNK_BYTES)
     flat = [g.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, g.shape[1]) for g in grads]
+    if patches.out_width > CHUNK_ROWS:
+        raise UserError(f"images of {patches.out_width} pixels a row are too wide; at most {CHUNK_ROWS}")
     # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.
     fits = patches.lines * patches.out_width * len(grads) <= CHUNK_ROWS
     total = None

@@ -85,7 +85,7 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum.
     """
     half, images, pixels, channels = layout
-    ends, found = np.empty(3, np.float32), np.empty(6, np.float64)
+    ends, found = np.empty(3, np.float32), np.zeros(6, np.float64)
     if results != 0:
         found = carray(pointer(results), (6,), np.float64)
     # With an estimate from before, one pass does: the maximum is found while encoding.

@@ -1,7 +1,7 @@
 """Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: Philox, encoding,
-packing, and the ReLU's mask. luqrun.kernels.numba_loops drives them over whole tensors, on all cores.
+packing, and the ReLU's mask. numba_quantize and numba_loops drive them over whole tensors, on all cores.
 
-`bits` is always the bit pattern of the floats: int32 of float32, or uint16 of bf16.
+`bits` are bit patterns: int32 of float32, and where it is said uint16 of bf16.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def join(fields, packed):
 
 @row_loop()
 def split(packed, fields):
-    """The inverse of _join."""
+    """The inverse of `join`."""
     for j in range(fields.size // 2):
         byte = u32(packed[j])
         fields[2 * j], fields[2 * j + 1] = u8(byte & u32(15)), u8(byte >> u32(4))

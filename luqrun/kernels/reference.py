@@ -103,7 +103,7 @@ def relu_(x: Tensor) -> Tensor:
     i // 8. NaN stays NaN and has bit 1.
     """
     mask = pack_fields((~(in_memory_order(x) <= 0)).to(torch.int32), 1)
-    x.clamp_(min=0)
+    x.copy_(torch.where(x <= 0, 0, x))
     return mask
 
 
