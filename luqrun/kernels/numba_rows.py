@@ -168,7 +168,8 @@ def extremes(bits):
     for j in range(bits.size):
         magnitude = i32(bits[j] & i32(0x7FFFFFFF))
         largest = max(largest, magnitude)
-        negative = i32(negative | i32(bits[j] & i32(-magnitude)))  # both sign bits: negative, and not -0
+        # Three sign bits: negative, not -0, and not NaN.
+        negative = i32(negative | i32(bits[j] & i32(i32(-magnitude) & i32(magnitude - i32(0x7F800001)))))
     return largest, negative
 
 
