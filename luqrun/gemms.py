@@ -93,17 +93,18 @@ class ConvOp:
         return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)
 
     def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
-        # Only the shape of the other tensor counts; but one without memory of its own would be copied into some.
-        a = empty(a_shape, _format(g, w), g.dtype, g.device)
-        return self._backward(g, a, w, (True, False, False))[0]
+        ends = zip(a_shape[2:], g.shape[2:], w.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        left_over = [
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, kernel, stride, padding, dilation in ends
+        ]
+        return F.conv_transpose2d(g, w, None, self.stride, self.padding, left_over, self.groups, self.dilation)
 
     def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        # Of the weight only the shape counts; without memory of its own it would be copied into some.
         w = empty(w_shape, _format(a, g), g.dtype, g.device)
-        return self._backward(g, a, w, (False, True, False))[1]
-
-    def _backward(self, g: Tensor, a: Tensor, w: Tensor, wanted: tuple[bool, bool, bool]):
         how = self.stride, self.padding, self.dilation, False, NONE, self.groups
-        return torch.ops.aten.convolution_backward(g, a, w, None, *how, wanted)
+        return torch.ops.aten.convolution_backward(g, a, w, None, *how, (False, True, False))[1]
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""

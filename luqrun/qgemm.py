@@ -200,14 +200,17 @@ class QuantizedGemm(torch.autograd.Function):
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype
         (a_shape, a_dtype), (w_shape, w_dtype) = ctx.like_a, ctx.like_w
-        codes = code_dtype(grad_output, any(ctx.op.int8_pays(w_shape)[1:]), dtype)
+        _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape)
+        codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None
         with torch.autocast(grad_output.device.type, enabled=False):
             if need_w:
+                codes = code_dtype(grad_output, int8_dgrad, dtype)
                 w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
                 grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(a_dtype)
             if need_a:
+                codes = code_dtype(grad_output, int8_wgrad, dtype)
                 a = ctx.kept_a.operand(saved[: ctx.split], codes)
                 grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None

@@ -18,6 +18,7 @@ from luqrun.bench.sections import MEMORY_MODELS, MODELS, QUICK, SECTIONS, STEP_P
 from luqrun.bench.timing import Contender, Timings, interleave
 from luqrun.config import ModelConfig
 from luqrun.models import build_model
+from luqrun.run_folder import provenance
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
@@ -63,6 +64,15 @@ def test_what_does_not_fit_is_left_out():
     timings = interleave([Contender("large", too_large), Contender("small", lambda: None)], 2, CPU)
     assert list(timings.rounds) == ["small"]
     assert timings.left_out == {"large": "out of memory"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_commit():
+    """What is being edited and committed while the tests run changes nothing for them."""
+    known = {**provenance(), "git_commit": "c0ffee", "git_dirty": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luqrun.bench.run.provenance", lambda: known)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +173,16 @@ def test_a_later_run_completes_the_record(folder, record, tmp_path):
     assert again["sections"]["encode"] == record["sections"]["encode"]
     assert again["sections"]["layer"] != record["sections"]["layer"]
     assert len(again["ratios"]) == len(record["ratios"])
-    record["versions"]["torch"] = "1.0"
-    (tmp_path / RECORD).write_text(json.dumps(record))
-    alone = run(tmp_path, quick=True, only=["layer"], device="cpu", sizes=TINY, log=lambda text: None)
-    assert list(alone["sections"]) == ["layer"]
-    assert {ratio["section"] for ratio in alone["ratios"]} == {"layer"}
+
+
+@pytest.mark.parametrize("change", [{"git_commit": "decade"}, {"git_dirty": True}, {"versions": {"torch": "1.0"}}])
+def test_a_record_of_other_code_is_not_completed(record, tmp_path, change, monkeypatch):
+    known = {**provenance(), "git_commit": "c0ffee", "git_dirty": False, **change}
+    monkeypatch.setattr("luqrun.bench.run.provenance", lambda: known)
+    (tmp_path / RECORD).write_text(json.dumps({**record, "git_dirty": known["git_dirty"]}))
+    alone = run(tmp_path, quick=True, only=[], device="cpu", sizes=TINY, log=lambda text: None)
+    assert alone["sections"] == {}
+    assert alone["ratios"] == []
 
 
 def test_a_case_measured_again_replaces_the_earlier():

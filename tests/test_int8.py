@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_inputs import LAST, assert_identical
+from kernel_inputs import LAST
 
 from luqrun.kernels import int8
 

@@ -204,11 +204,15 @@ def test_relu_and_its_backward(dtype):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(found, torch.relu(x), rtol=0, atol=0, equal_nan=True)
         grad, last = normal(*x.shape, seed=2).to(dtype), is_channels_last(x)
-        for each in (grad, grad.to(memory_format=LAST) if x.dim() == 4 else grad, grad[..., :1].expand(x.shape)) if (
-            x.dim()
-        ) else (grad,):
+        for each in (
+            (grad, grad.to(memory_format=LAST) if x.dim() == 4 else grad, grad[..., :1].expand(x.shape))
+            if (x.dim())
+            else (grad,)
+        ):
             backward = cpu.relu_backward(each, mask, last)
-            assert_identical(backward, reference.relu_backward(each.to(memory_format=LAST) if last else each, mask, last))
+            assert_identical(
+                backward, reference.relu_backward(each.to(memory_format=LAST) if last else each, mask, last)
+            )
             assert torch.equal(backward, torch.where(x <= 0, 0, each))
 
 

@@ -69,7 +69,9 @@ def test_every_kind_of_tensor(name, assert_same):
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_every_format_range_and_rounding(form, pow2, assert_same):
     underflows = ("flush", "nearest", "stochastic") if FORMATS[form].logarithmic else (None,)
-    ranges = ("absmax", "hindsight", "sawb") if form in INTEGER and FORMATS[form].bits in SAWB else ("absmax", "hindsight")
+    ranges = (
+        ("absmax", "hindsight", "sawb") if form in INTEGER and FORMATS[form].bits in SAWB else ("absmax", "hindsight")
+    )
     for scale_range, rounding, underflow in product(ranges, ("nearest", "stochastic"), underflows):
         quantizer = Quantizer(form, scale_range, rounding, underflow, pow2_scale=pow2)
         for name in ("vector", "unsigned", "unaligned", "bfloat16 aligned", "non-finite", "subnormal", "zeros"):

@@ -72,7 +72,9 @@ def test_encode_and_quantize(name):
 def test_unpack(form, shape):
     x = normal(*shape)
     fields = cpu.encode(x, SCALE, TRUE, FORMATS[form], "nearest", "nearest", STREAM, packed=True)[1]
-    for dtype, last in product((torch.float32, torch.int16, torch.float64), (False, True) if x.dim() == 4 else (False,)):
+    for dtype, last in product(
+        (torch.float32, torch.int16, torch.float64), (False, True) if x.dim() == 4 else (False,)
+    ):
         check(OPERATORS.unpack, fields, shape, last, TRUE, form, dtype)
 
 
@@ -147,7 +149,9 @@ def assert_same_steps(model, twin, network, bf16, steps=3):
                     parameter -= 0.1 * parameter.grad
         assert same(*found), step
         assert same(model.buffers(), twin.buffers()), step
-        assert same(*([layer.streams for layer in each.modules() if hasattr(layer, "streams")] for each in (model, twin)))
+        assert same(
+            *([layer.streams for layer in each.modules() if hasattr(layer, "streams")] for each in (model, twin))
+        )
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

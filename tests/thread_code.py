@@ -30,7 +30,9 @@ def tensor(seed, size=SIZE):
 
 
 def draw(backend, seed, x):
-    return backend.encode(x, SCALE, TRUE, E3M0, "stochastic", "stochastic", make_stream(seed), packed=True, observe=True)
+    return backend.encode(
+        x, SCALE, TRUE, E3M0, "stochastic", "stochastic", make_stream(seed), packed=True, observe=True
+    )
 
 
 def everything(seed, size=SIZE):
@@ -120,7 +122,13 @@ def beside_torch():
 
 
 def two_models_at_once():
-    layers = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(9216, 5)
+    layers = (
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(9216, 5),
+    )
     model = luqrun.quantize_model(nn.Sequential(*layers), luqrun.recipe("luq", samples=2), skip=())
     x = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 
@@ -174,10 +182,11 @@ def forked():
     found = [*draw(reference, 5, x), cpu.statistics(x, True), reference.relu_(x)]
     expected = b"".join(each.numpy().tobytes() for each in found)
     everything(1)
+    faulthandler.cancel_dump_traceback_later()  # a forked process would wait for the thread that it does not have
     context = multiprocessing.get_context("fork")
     for _ in range(2):
         pairs = [context.Pipe(duplex=False) for _ in range(2)]
-        children = [context.Process(target=_child, args=(there,)) for _, there in pairs]
+        children = [context.Process(target=_child, args=(there,), daemon=True) for _, there in pairs]
         for child in children:
             child.start()
         for (here, _), child in zip(pairs, children, strict=True):

@@ -38,7 +38,8 @@ def run(
     """Run the sections `only` and return the record, which `out` holds as JSON and Markdown after every case.
 
     models: of the sections step and memory, all by default. sizes: instead of the usual or the quick ones. A record
-    that is in `out` already, of the same machine, versions and commit, keeps what this run does not measure again.
+    that is in `out` already keeps what this run does not measure again, if it is of the same machine, versions and
+    commit, and nothing was changed since that commit.
     """
     out.mkdir(parents=True, exist_ok=True)
     chosen = choose_device(device)

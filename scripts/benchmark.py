@@ -1,0 +1,51 @@
+"""What 4-bit training costs here: encode kernels, layers, whole steps and memory, against what they replace.
+
+python scripts/benchmark.py --out outputs/benchmark             some minutes on two CPU cores
+python scripts/benchmark.py --out DIR --quick                   seconds: whether it runs, not how fast
+python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR's record stays, if all is of one commit
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+# As luqrun/cli.py does, before torch loads its OpenMP.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for benchmark.json, benchmark.md and step.svg")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds")
+    parser.add_argument(
+        "--only", default="encode,layer,step,memory", help="sections, with commas (default: %(default)s)"
+    )
+    parser.add_argument("--models", default="", help="networks of step and memory, with commas (default: all)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's choice)")
+    options = parser.parse_args()
+
+    import torch
+
+    from luqrun.bench.run import REPORT, run
+    from luqrun.bench.sections import IMAGES, SECTIONS
+    from luqrun.errors import UserError
+
+    chosen = {}
+    for key, known in (("only", SECTIONS), ("models", IMAGES)):
+        chosen[key] = [name for name in getattr(options, key).split(",") if name]
+        unknown = [name for name in chosen[key] if name not in known]
+        if unknown:
+            parser.error(f"--{key}: {', '.join(unknown)} is not known; allowed: {', '.join(known)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        run(options.out, quick=options.quick, device=options.device, **chosen)
+    except UserError as error:
+        parser.error(str(error))
+    print((options.out / REPORT).read_text().partition("## All ratios")[0])
+
+
+if __name__ == "__main__":
+    main()
