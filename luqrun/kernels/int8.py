@@ -21,7 +21,6 @@ from luqrun.kernels.layout import empty
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
-WGRAD_CHUNK_BYTES = 1 << 23  # the same in wgrad, where each chunk costs a pass over the weight gradient too
 DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
 SMALLEST_SCALE = 2.0**-100
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
@@ -55,9 +54,9 @@ def _scratch(size: int) -> Tensor:
 class _Patches:
     """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C))."""
 
-    def __init__(self, a: Tensor, kernel, stride, padding, dilation, chunk_bytes: int):
+    def __init__(self, a: Tensor, kernel, stride, padding, dilation):
         images, channels, height, width = a.shape
-        self.size, self.chunk_bytes = (images, height, width, channels), chunk_bytes
+        self.size = images, height, width, channels
         self.geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
         self.pointwise = self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
         ends = zip((height, width), *self.geometry, strict=True)
@@ -74,7 +73,7 @@ class _Patches:
         if self.lines == 0 or self.depth == 0:
             return
         line = max(self.out_width, 1)
-        step = max(1, min(self.chunk_bytes // (line * self.depth), CHUNK_ROWS // line))
+        step = max(1, min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line))
         step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
         for first in range(0, self.lines, step):
             count = min(step, self.lines - first)
@@ -135,7 +134,7 @@ def conv(
     a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
     """
-    patches = _Patches(a, kernel, stride, padding, dilation, CHUNK_BYTES)
+    patches = _Patches(a, kernel, stride, padding, dilation)
     channels = matrix.shape[1]
     # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
     possible = min(padding) >= 0 and not scale.item() < SMALLEST_SCALE
@@ -168,7 +167,7 @@ def conv_wgrad(
 
     grads: int8 (N, K, H', W') each; a: int8 (N, C, H, W). Where stride leaves pixels over, they have no gradient.
     """
-    patches = _Patches(a, kernel, stride, padding, dilation, WGRAD_CHUNK_BYTES)
+    patches = _Patches(a, kernel, stride, padding, dilation)
     flat = [g.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, g.shape[1]) for g in grads]
     if patches.out_width > CHUNK_ROWS:
         raise UserError(f"images of {patches.out_width} pixels a row are too wide; at most {CHUNK_ROWS}")

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from luqrun.kernels import numba_rows as rows
 from luqrun.kernels.numba_rows import f32, row_loop
 
-ROW = 1024  # elements: their words, patterns, ratios and codes take 16 KB
+ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
 CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
 INT8, INT16, FLOAT32, BF16 = 0, 1, 2, 3  # what the codes are stored as
 

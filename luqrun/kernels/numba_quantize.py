@@ -26,7 +26,7 @@ def _measure_task(x, half, start, stop, moments, extremes, sums):
 @row_loop()
 def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, observe):
     """Encode elements start .. stop - 1, a multiple of ROW from the first; returns the pattern of their max|x|."""
-    words, ratio, buffer = np.empty(ROW // 2, np.uint64), np.empty(ROW, np.float32), np.empty(ROW, np.int32)
+    words, scratch, buffer = np.empty(ROW // 2, np.uint64), np.empty(ROW, np.float32), np.empty(ROW, np.int32)
     drawn, coded, split = words.view(np.uint32), np.empty(ROW, np.int32), np.empty(ROW, np.uint8)
     largest = i32(0)
     for first in range(start, stop, ROW):
@@ -34,10 +34,10 @@ def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, obser
         if how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC:
             rows.fill_words(words, first // 4, (count + 3) // 4, name)
         row, out = load(x, half, first, count, buffer), coded[:count]
-        rows.encode(row, out, drawn, ratio, ends[0], ends[1], ends[2], how[0], how[1], how[2])
+        rows.encode(row, out, drawn, ends[0], ends[1], ends[2], how[0], how[1], how[2])
         store(out, codes, form[2], first)
         if fields != 0:
-            fields_row(out, fields, first, form, split, ratio)
+            fields_row(out, fields, first, form, split, scratch)
         if observe:
             largest = max(largest, rows.extremes(row)[0])
     return largest
@@ -50,7 +50,7 @@ def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, 
     aligned = pixels % 4 == 0
     block = min(pixels, max(4, ROW // channels // 4 * 4))
     first = image * channels * pixels
-    buffer, ratio = np.empty(block * channels, np.int32), np.empty(block * channels, np.float32)
+    buffer = np.empty(block * channels, np.int32)
     drawn, coded = np.empty((block, channels), np.uint32), np.empty(block * channels, np.int32)
     scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
@@ -66,7 +66,7 @@ def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, 
             rows.transpose(word[first % 4 + start :], drawn[:count], pixels)
         row = load(x, half, first + start * channels, count * channels, buffer)
         out = coded[: count * channels]
-        rows.encode(row, out, drawn.reshape(-1), ratio, ends[0], ends[1], ends[2], how[0], how[1], how[2])
+        rows.encode(row, out, drawn.reshape(-1), ends[0], ends[1], ends[2], how[0], how[1], how[2])
         store(out, codes, form[2], first + start * channels)
         if observe:
             largest = max(largest, rows.extremes(row)[0])

@@ -10,7 +10,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 from luqrun.kernels.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SAMPLE_SLOTS
 
@@ -184,27 +185,36 @@ def moments(x):
     return sum1, sum2
 
 
+@intrinsic
+def bits_of(typingctx, x):
+    """The bit pattern of a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), codegen
+
+
 @row_loop()
-def encode(bits, out, words, ratio, scale, low, high, logarithmic, rounding, underflow):
-    """Encode one row: all 1-D; words and ratio, which is scratch, may be longer."""
+def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow):
+    """Encode one row, all 1-D; words may be longer."""
     if not scale > f32(0):
         out[:] = 0
         return
-    x, ratio_bits = bits.view(np.float32), ratio.view(np.int32)
+    x = bits.view(np.float32)
     if logarithmic:
         for j in range(x.size):
-            ratio[j] = min(abs(x[j]) / scale, high)
-        for j in range(x.size):
+            ratio = min(abs(x[j]) / scale, high)
             carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
             # A shift by more than 31 is undefined; below 1 its result is not used.
-            power = i32(i32(1) << i32(i32(i32(i32(ratio_bits[j] + carry) >> i32(23)) - i32(127)) & i32(31)))
+            power = i32(i32(1) << i32(i32(i32(i32(bits_of(ratio) + carry) >> i32(23)) - i32(127)) & i32(31)))
             if underflow == STOCHASTIC:
-                below = i32(i32(words[j] >> u32(1)) < i32(ratio[j] * f32(2147483648)))
+                below = i32(i32(words[j] >> u32(1)) < i32(ratio * f32(2147483648)))
             elif underflow == NEAREST:
-                below = i32(ratio[j] >= f32(0.5))
+                below = i32(ratio >= f32(0.5))
             else:
                 below = i32(0)
-            magnitude = power if ratio[j] >= f32(1) else below
+            magnitude = power if ratio >= f32(1) else below
             finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
             magnitude = magnitude if finite else i32(0)
             out[j] = i32(-magnitude) if bits[j] < i32(0) else magnitude
