@@ -53,6 +53,12 @@ def rescale(product: Tensor, *operands: Operand) -> Tensor:
     return product
 
 
+def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
+    """dtype, or float32 where that is int8 and too small for the codes of `form`."""
+    too_small = dtype == torch.int8 and max(form.limit, form.unsigned_limit) > EXACT[dtype]
+    return torch.float32 if too_small else dtype
+
+
 class Kept(NamedTuple):
     """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; or the tensor itself);
     the rest says how to read them."""
@@ -67,7 +73,8 @@ class Kept(NamedTuple):
         if self.form is None:
             return Operand(tensors[0])
         fields, scale, signed = tensors
-        return Operand(ops.unpack(fields, self.shape, self.channels_last, signed, self.form.name, dtype), scale, signed)
+        layout, dtype = (self.shape, self.channels_last), held_by(self.form, dtype)
+        return Operand(ops.unpack(fields, *layout, signed, self.form.name, dtype), scale, signed)
 
 
 @dataclass
@@ -95,8 +102,7 @@ class Plan:
         if quantizer is None:
             return Operand(x), Kept((x,))
         form = quantizer.form
-        if dtype == torch.int8 and max(form.limit, form.unsigned_limit) > EXACT[dtype]:
-            dtype = torch.float32
+        dtype = held_by(form, dtype)
         encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed)
         if operand in self.hindsight and self.observe is not None and x.numel():
             self.observe(operand, encoded.maximum)

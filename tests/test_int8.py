@@ -96,7 +96,6 @@ def route(request, monkeypatch):
     monkeypatch.setattr(int8, "DIRECT_BYTES", 0 if direct else 2**62)
     if request.param == "many chunks":
         monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
-        monkeypatch.setattr(int8, "WGRAD_CHUNK_BYTES", 300)
     if direct and not int8.has_direct_conv():
         pytest.skip("this torch has no such convolution")
     used, direct_conv = [], int8._direct_conv

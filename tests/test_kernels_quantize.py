@@ -1,4 +1,4 @@
-"""A whole quantization in one call of the CPU's loops against the composition of the reference's kernels, bit for bit."""
+"""A whole quantization in one call of the CPU's loops against the reference's kernels composed, bit for bit."""
 
 from itertools import product
 

@@ -45,8 +45,7 @@ def check_dynamic(operator, *arguments):
 
 
 def test_every_operator_is_checked_here():
-    names = {name for name, each in vars(ops).items() if isinstance(each, torch._ops.OpOverloadPacket)}
-    assert names == {
+    assert {name.split("::")[1] for name in ops._library._op_defs} == {
         "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv", "int8_conv_wgrad"
     }  # fmt: skip
 
@@ -68,7 +67,8 @@ def test_encode_and_quantize(name):
     check(OPERATORS.quantize, x, *how, torch.int16, False)
 
 
-@pytest.mark.parametrize(("form", "shape"), product(("int4", "e4m0"), ((33,), (2, 3, 4, 5), (0,), ())))
+@pytest.mark.parametrize("form", ["int4", "e4m0"])
+@pytest.mark.parametrize("shape", [(33,), (2, 3, 4, 5), (0,), ()])
 def test_unpack(form, shape):
     x = normal(*shape)
     fields = cpu.encode(x, SCALE, TRUE, FORMATS[form], "nearest", "nearest", STREAM, packed=True)[1]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import thread_code
@@ -28,10 +29,8 @@ def run(folder, *arguments):
     except subprocess.TimeoutExpired:
         code = f"none after {LIMIT} seconds"
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return out.read_text().split(), f"exit code {code}\n{err.read_text()}"
 
@@ -61,7 +60,7 @@ class Quantized(Dataset):
         return cpu.statistics(torch.ones(300_000) * index, True)
 
 (torch.ones(1000, 1000) @ torch.ones(1000, 1000)).exp()  # the threads of torch are there, the kernels are not
-for found in DataLoader(Quantized(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=100):
+for found in DataLoader(Quantized(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60):
     print(int(found[2]))
 assert "numba" not in sys.modules
 """

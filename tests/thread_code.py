@@ -6,8 +6,8 @@ Prints the name of each scenario that went well. It runs on two threads, whateve
 import copy
 import faulthandler
 import multiprocessing
-import sys
 import threading
+import traceback
 
 import torch
 from torch import nn
@@ -77,6 +77,15 @@ def in_threads(*functions):
         thread.join()
     if errors:
         raise errors[0]
+
+
+def first_use():
+    torch.set_num_threads(1)
+    cpu.statistics(tensor(1), True)
+    assert torch.get_num_threads() == 1, "loading the kernels changed torch's number of threads"
+    torch.set_num_threads(2)
+    cpu.statistics(tensor(1), True)
+    assert torch.get_num_threads() == 2
 
 
 def number_of_threads():
@@ -182,7 +191,6 @@ def forked():
     found = [*draw(reference, 5, x), cpu.statistics(x, True), reference.relu_(x)]
     expected = b"".join(each.numpy().tobytes() for each in found)
     everything(1)
-    faulthandler.cancel_dump_traceback_later()  # a forked process would wait for the thread that it does not have
     context = multiprocessing.get_context("fork")
     for _ in range(2):
         pairs = [context.Pipe(duplex=False) for _ in range(2)]
@@ -197,12 +205,24 @@ def forked():
         everything(1)  # and the parent goes on
 
 
-SCENARIOS = (number_of_threads, two_python_threads, beside_torch, two_models_at_once, loader_workers, forked)
+SCENARIOS = (
+    first_use,
+    number_of_threads,
+    two_python_threads,
+    beside_torch,
+    two_models_at_once,
+    loader_workers,
+    forked,
+)
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     for scenario in SCENARIOS:
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
-        scenario()
-        print(scenario.__name__, flush=True)
-    sys.exit()
+        torch.set_num_threads(2)
+        if scenario is not forked:  # whose children would wait for a thread that they do not have
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
+        try:
+            scenario()
+            print(scenario.__name__, flush=True)
+        except Exception:
+            traceback.print_exc()
+        faulthandler.cancel_dump_traceback_later()
