@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from kernel_inputs import LAST
 
+from luqrun.errors import UserError
 from luqrun.kernels import int8
 
 fast = pytest.mark.skipif(not int8.is_fast(), reason="without VNNI oneDNN's int8 products may saturate")
@@ -195,6 +196,12 @@ def test_no_images(geometry, channels_last, route):
     assert found.shape == (0, *expected)
     gradient = int8.conv_wgrad([found.char()], a, kernel, stride, padding, dilation)
     assert torch.equal(gradient, torch.zeros(w.shape))
+
+
+def test_images_too_wide_for_a_weight_gradient_are_refused():
+    a, pointwise = torch.zeros(1, 1, 1, int8.CHUNK_ROWS + 1).char(), ((1, 1), (1, 1), (0, 0), (1, 1))
+    with pytest.raises(UserError, match=str(int8.CHUNK_ROWS)):
+        int8.conv_wgrad([a], a, *pointwise)
 
 
 def test_no_features():

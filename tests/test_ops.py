@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from kernel_inputs import LAST, assert_identical, normal
 from layers import INT4, same
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import luqrun
 from luqrun.convert import set_step
@@ -105,6 +107,35 @@ def test_int8_conv(channels_last, direct, monkeypatch):
             check(OPERATORS.int8_conv, each, matrix, SCALE, *how, dtype, channels_last, TRUE)
             out = int8.conv(each, matrix, SCALE, *how, dtype, channels_last, TRUE)
             check(OPERATORS.int8_conv_wgrad, [out.char(), out.char()], each, *how)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of this package's operators, as tools see them that watch the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if operator.namespace == "luqrun":
+            self.names.add(operator._schema.name.split("::")[1])
+        return operator(*arguments, **(options or {}))
+
+
+def test_tools_that_watch_the_dispatcher_see_operators():
+    def trained():
+        model = luqrun.quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), RECIPES["luq"], skip=())
+        output = model(torch.ones(2, 3, 5, 5))
+        output.sum().backward()
+        return output
+
+    with Recorder() as recorder:
+        trained()
+    # Not met, the next lines would be a crash: a tensor without data has no address.
+    assert {"quantize", "unpack", "relu_", "relu_backward"} <= recorder.names
+    with FakeTensorMode():
+        output = trained()
+    assert output.shape == (2, 4, 3, 3)
 
 
 # Compiled

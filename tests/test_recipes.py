@@ -129,10 +129,10 @@ def test_import_is_light():
     assert loaded_after("import luqrun") == set()
 
 
-def test_quantizing_a_model_loads_only_torch():
+def test_quantizing_a_model_loads_only_torch_and_its_kernels():
     code = """
 import luqrun
 from torch import nn
 model = luqrun.quantize_model(nn.Sequential(nn.Linear(2, 2)), luqrun.recipe("luq"), skip=())
 """
-    assert loaded_after(code) == {"torch"}
+    assert loaded_after(code) == {"torch", "numba"}

@@ -54,8 +54,8 @@ _home = os.getpid()  # OpenMP's threads do not survive a fork: a DataLoader's wo
 
 
 class driver:
-    """A loop over tasks on torch's threads; the first argument says how many elements it has. A process that was forked
-    has a version without threads, compiled when it is first needed."""
+    """A loop over tasks on torch's threads; the first argument says how many elements it has. A process that was
+    forked, as a DataLoader's worker, or has one thread, runs a version without OpenMP, compiled when first needed."""
 
     def __init__(self, function):
         functools.update_wrapper(self, function)
@@ -66,13 +66,22 @@ class driver:
         self.parallel = row_loop(parallel=_PARALLEL)(twin) if THREADED else self.serial
 
     def __call__(self, elements, *rest):
-        threads = threads_for(elements)
-        if not THREADED or os.getpid() != _home:
+        if not THREADED or torch.get_num_threads() == 1 or os.getpid() != _home:
             return self.serial(elements, *rest)
+        _launch()
+        threads = threads_for(elements)
         if getattr(_mask, "threads", 0) != threads:
             numba.set_num_threads(threads)
             _mask.threads = threads
         return self.parallel(elements, *rest)
+
+
+@functools.cache
+def _launch() -> None:
+    """Let numba start its threads now: it sets OpenMP's number of threads, which is torch's too."""
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 _mask = threading.local()  # what each thread last told numba, which takes its time to hear it
