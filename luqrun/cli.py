@@ -27,6 +27,7 @@ from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.refusals import below_null, one_line
 from luqrun.run_folder import RunFolder, now, provenance, run_id, write_atomically
+from luqrun.spinning import limit_spinning
 from luqrun.validate import to_config, validate
 
 log = logging.getLogger("luqrun")
@@ -38,10 +39,7 @@ class Refused(CompactHydraException):
 
 def main() -> None:
     """The `luqrun` command."""
-    # Before torch loads its OpenMP: threads that wait spin for 20 us or so. Without a limit they stall each other, by
-    # ten times and more, wherever cores are shared; asleep at once, they cost half the speed where they are not.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    limit_spinning()  # before torch loads its OpenMP
     logging.raiseExceptions = False  # run.log on a full disk: the error is told once, not at each line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line
     ConfigStore.instance().store(name="schema", node=Config)

@@ -43,6 +43,10 @@ class Format:
         """Bits a code takes where it is kept for the backward pass: half a byte up to 4 bits, else a byte."""
         return 4 if self.bits <= 4 else 8
 
+    def field_bytes(self, count: int) -> int:
+        """Bytes that the fields of `count` codes take."""
+        return (count * self.field_bits + 7) // 8
+
     def levels(self, signed: bool = True) -> list[int]:
         """All codes in ascending order."""
         if not self.logarithmic:

@@ -1,8 +1,7 @@
 """The GEMMs of linear layers and convolutions: in floating point, and in integers where the units are faster.
 
 fprop: a x w; dgrad: g x w; wgrad: g x a. The floating-point ones take what torch's take. The integer ones take int8
-codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for groups, and for the dgrad
-of a convolution with a stride.
+codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for groups.
 """
 
 from __future__ import annotations
@@ -63,7 +62,9 @@ class LinearOp:
             return self.fprop(a.float(), w.float())  # which says so
         return self._product(a, w.t(), scale, dtype, signed)
 
-    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+    def int8_dgrad(
+        self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
+    ) -> Tensor:
         return self._product(g, w, scale, dtype, signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
@@ -107,23 +108,26 @@ class ConvOp:
         return torch.ops.aten.convolution_backward(g, a, w, None, *how, (False, True, False))[1]
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
-        """Of fprop, dgrad and wgrad: whether the integer one is there, and faster than the floating-point one."""
+        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
         out_channels, in_channels, *kernel = w_shape
         taps = kernel[0] * kernel[1]
-        fprop = self.groups == 1 and in_channels * taps <= LONGEST
-        dgrad = self.groups == 1 and out_channels * taps <= LONGEST and self.stride == ONE
-        return fprop, dgrad, self.groups == 1
+        whole = self.groups == 1
+        return whole and in_channels * taps <= LONGEST, whole and out_channels * taps <= LONGEST, whole
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         ends = zip(a.shape[2:], w.shape[2:], self.padding, self.dilation, strict=True)
         too_small = any(size + 2 * padding <= dilation * (kernel - 1) for size, kernel, padding, dilation in ends)
         if too_small or a.shape[1] != w.shape[1]:
             return self.fprop(a.float(), w.float())  # which says so
-        matrix = w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
         how = w.shape[2:], self.stride, self.padding, self.dilation
-        return ops.int8_conv(a, matrix, scale, *how, dtype, _format(a, w), signed)
+        return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed)
 
-    def int8_dgrad(self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+    def int8_dgrad(
+        self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
+    ) -> Tensor:
+        if self.stride != ONE:
+            matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
+            return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w))
         # Without a stride the adjoint of a convolution is one with the kernel turned round.
         out_channels, in_channels, *kernel = w.shape
         ends = zip(self.dilation, kernel, self.padding, strict=True)
@@ -135,6 +139,11 @@ class ConvOp:
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
         return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)
+
+
+def _matrix(w: Tensor) -> Tensor:
+    """(K, C, R, S) as (K, R * S * C), without a copy of what is channels_last."""
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1)
 
 
 def _format(x: Tensor, w: Tensor) -> bool:

@@ -161,7 +161,7 @@ def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if g.has_int8() and w.has_int8() and not g.others and op.int8_pays(w.values.shape)[1]:
-        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype), g.signed)
+        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype), g.signed, a_shape)
     compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
     return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
 

@@ -6,12 +6,11 @@ python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR'
 """
 
 import argparse
-import os
 from pathlib import Path
 
-# As luqrun/cli.py does, before torch loads its OpenMP.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from luqrun.spinning import limit_spinning
+
+limit_spinning()  # before torch loads its OpenMP
 
 
 def main() -> None:

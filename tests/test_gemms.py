@@ -108,13 +108,13 @@ def test_both_routes_give_the_same(name, recipe, dense):
 @needs_int8
 def test_int8_is_what_runs(monkeypatch, dense):
     used = []
-    for name in ("int8_conv", "int8_conv_wgrad"):
+    for name in ("int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"):
         real = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *how, real=real, name=name: used.append(name) or real(*how))
     for name, expected in (
         ("linear", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
         ("3 x 3", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
-        ("strided", ["int8_conv", "int8_conv_wgrad"]),
+        ("strided", ["int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"]),
         ("groups", []),
     ):
         make, shape = LAYERS[name]

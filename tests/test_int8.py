@@ -72,14 +72,14 @@ def operands(geometry, low=-127):
 
 
 def matrix_of(w):
-    """w (K, C, R, S) as the matrix that `conv` takes."""
-    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1).t()
+    """w (K, C, R, S) as the matrix that `conv_dgrad` takes, and `conv` transposed."""
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1)
 
 
 def conv(a, w, geometry, scale, dtype=torch.float32, channels_last=False, signed=True):
     kernel, stride, padding, dilation, *_ = geometry
     how = kernel, stride, padding, dilation, dtype, channels_last, torch.tensor(signed)
-    return int8.conv(a, matrix_of(w), scale, *how)
+    return int8.conv(a, matrix_of(w).t(), scale, *how)
 
 
 def assert_exact(found, product, scale, dtype=torch.float32):
@@ -117,6 +117,25 @@ def test_conv(geometry, dtype, route):
         w = w.to(memory_format=LAST) if w_last else w
         found = conv(a, w, geometry, scale, dtype, channels_last, signed=low < 0)
         assert_exact(found, expected, scale, dtype)
+        assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
+
+
+@geometries
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [300, int8.CHUNK_BYTES])
+def test_conv_dgrad(geometry, dtype, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(int8, "CHUNK_BYTES", chunk_bytes)
+    kernel, stride, padding, dilation, *_ = geometry
+    a, w = operands(geometry)
+    g, scale = codes(*exact(a, w, geometry).shape, seed=2), torch.tensor(0.0123)
+    at = a.double().requires_grad_()  # whose sums are exact too
+    inner, left = cropped(at, padding)
+    F.conv2d(inner, w.double(), None, stride, left, dilation).backward(g.double())
+    for g_last, channels_last in product((False, True), (False, True)):
+        given = g.to(memory_format=LAST) if g_last else g
+        how = kernel, stride, padding, dilation, dtype, channels_last
+        found = int8.conv_dgrad(given, matrix_of(w), scale, a.shape, *how)
+        assert_exact(found, at.grad, scale, dtype)
         assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
 
 
@@ -194,8 +213,11 @@ def test_no_images(geometry, channels_last, route):
     expected = exact(operands(geometry)[0], w, geometry).shape[1:]
     found = conv(a, w, geometry, torch.tensor(1.0), channels_last=channels_last)
     assert found.shape == (0, *expected)
-    gradient = int8.conv_wgrad([found.char()], a, kernel, stride, padding, dilation)
-    assert torch.equal(gradient, torch.zeros(w.shape))
+    how = kernel, stride, padding, dilation
+    assert torch.equal(int8.conv_wgrad([found.char()], a, *how), torch.zeros(w.shape))
+    last = torch.float32, channels_last
+    dgrad = int8.conv_dgrad(found.char(), matrix_of(w), torch.tensor(1.0), a.shape, *how, *last)
+    assert dgrad.shape == a.shape
 
 
 def test_images_too_wide_for_a_weight_gradient_are_refused():

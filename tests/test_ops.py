@@ -48,7 +48,8 @@ def check_dynamic(operator, *arguments):
 
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
-        "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv", "int8_conv_wgrad"
+        "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv",
+        "int8_conv_dgrad", "int8_conv_wgrad",
     }  # fmt: skip
 
 
@@ -107,6 +108,8 @@ def test_int8_conv(channels_last, direct, monkeypatch):
             check(OPERATORS.int8_conv, each, matrix, SCALE, *how, dtype, channels_last, TRUE)
             out = int8.conv(each, matrix, SCALE, *how, dtype, channels_last, TRUE)
             check(OPERATORS.int8_conv_wgrad, [out.char(), out.char()], each, *how)
+            weight = matrix.t().contiguous()
+            check(OPERATORS.int8_conv_dgrad, out.char(), weight, SCALE, a.shape, *how, dtype, channels_last)
 
 
 class Recorder(TorchDispatchMode):

@@ -56,10 +56,6 @@ def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
     return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
 
 
-def _fields(form: Format, count: int) -> Tensor:
-    return torch.empty((count * form.field_bits + 7) // 8, dtype=torch.uint8)
-
-
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
     """See reference.statistics."""
     if x.numel() == 0 or (unless is not None and unless.item() > 0):
@@ -131,7 +127,7 @@ def _encode(x, addresses, form, rounding, underflow, stream, how, numbers, dtype
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
-    fields = _fields(form, count) if packed else torch.empty(0, dtype=torch.uint8)
+    fields = torch.empty(form.field_bytes(count) if packed else 0, dtype=torch.uint8)
     if count or how[0] != GIVEN:
         outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
         how = int(form.logarithmic), *modes, *how
@@ -144,14 +140,13 @@ def _encode(x, addresses, form, rounding, underflow, stream, how, numbers, dtype
 
 
 def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:
-    kinds = _form(form, codes.dtype)
-    loops.pack(codes.numel(), codes.data_ptr(), kinds[2], fields.data_ptr(), kinds)
+    loops.pack(codes.numel(), codes.data_ptr(), fields.data_ptr(), _form(form, codes.dtype))
 
 
 def pack(codes: Tensor, form: Format) -> Tensor:
     """See reference.pack."""
     codes = dense(codes).to(form.code_dtype)
-    fields = _fields(form, codes.numel())
+    fields = torch.empty(form.field_bytes(codes.numel()), dtype=torch.uint8)
     _pack(codes, fields, form)
     return fields
 

@@ -71,7 +71,7 @@ def encode(
     codes = torch.empty_like(x, dtype=dtype or form.code_dtype)
     # The two codes of a byte are neighbours in memory: an odd number of channels would pair two pixels.
     beside = packed and not (last and form.field_bits == 4 and x.shape[1] % 2)
-    fields = torch.empty(_bytes(numel, form) if beside else 0, dtype=torch.uint8, device=device)
+    fields = torch.empty(form.field_bytes(numel) if beside else 0, dtype=torch.uint8, device=device)
     # The kernel compares bit patterns; those of 0 are zeros.
     maximum = torch.zeros(() if observe else 0, dtype=torch.int32, device=device)
     if numel == 0:
@@ -116,7 +116,7 @@ def _encode_channels_last(tensors: tuple, stream: Tensor, sample: int, options: 
 def pack(codes: Tensor, form: Format) -> Tensor:
     """See reference.pack."""
     codes = in_memory_order(codes)
-    fields = torch.empty(_bytes(codes.numel(), form), dtype=torch.uint8, device=codes.device)
+    fields = torch.empty(form.field_bytes(codes.numel()), dtype=torch.uint8, device=codes.device)
     if codes.numel():
         counts = (codes.numel(), fields.numel())
         _launch_tiles(kernels.pack, codes, fields, *counts, width=_width(codes.dtype), form=form)
@@ -183,10 +183,6 @@ def _native(x: Tensor) -> Tensor:
     """x, dense, in a type that the kernels read; float64 is rounded to float32, as the reference does."""
     x = dense(x.detach())
     return x.float() if x.dtype == torch.float64 else x
-
-
-def _bytes(numel: int, form: Format) -> int:
-    return triton.cdiv(numel * form.field_bits, 8)
 
 
 def _width(*dtypes: torch.dtype) -> int:

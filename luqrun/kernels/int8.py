@@ -44,17 +44,44 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
 _memory = threading.local()
 
 
-def _scratch(size: int) -> Tensor:
-    """Memory for a block of patches, each thread's own: fresh memory would cost more than filling it."""
-    if getattr(_memory, "block", None) is None or _memory.block.numel() < size:
-        _memory.block = torch.empty(max(size, CHUNK_BYTES), dtype=torch.int8)
-    return _memory.block[:size]
+def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a block of patches or products, each thread's own: fresh memory would cost more than filling it."""
+    size = rows * columns * dtype.itemsize
+    block = getattr(_memory, name, None)
+    if block is None or block.numel() < size:
+        block = torch.empty(max(size, CHUNK_BYTES), dtype=torch.int8)
+        setattr(_memory, name, block)
+    return block[:size].view(dtype).view(rows, columns)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The integer product of int8 matrices, in scratch memory: int32."""
+    return torch._int_mm(a, b, out=_scratch("products", a.shape[0], b.shape[1], torch.int32))
+
+
+def _rescale(sums: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out <- sums * scale in one pass, where torch makes two copies. sums: int32; out: float32 or bf16."""
+    from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
+
+    assert sums.is_contiguous()
+    assert out.is_contiguous()
+    assert out.dtype in (torch.float32, torch.bfloat16)
+    half = int(out.dtype == torch.bfloat16)
+    numba_loops.rescale(sums.numel(), sums.data_ptr(), out.data_ptr(), half, scale.data_ptr())
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N * H * W, C), without a copy of what is channels_last."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 class _Patches:
-    """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C))."""
+    """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C)).
 
-    def __init__(self, a: Tensor, kernel, stride, padding, dilation):
+    columns: what each row is multiplied with, where the products should fit the cache too.
+    """
+
+    def __init__(self, a: Tensor, kernel, stride, padding, dilation, columns: int = 0):
         images, channels, height, width = a.shape
         self.size = images, height, width, channels
         self.geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
@@ -63,7 +90,8 @@ class _Patches:
         self.out_height, self.out_width = (out_size(*end) for end in ends)
         self.lines = images * self.out_height
         self.depth = kernel[0] * kernel[1] * channels
-        self.a = a.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1)
+        self.a = a
+        self.product_bytes = 4 * columns
 
     def bytes(self) -> int:
         """The size of the whole im2col matrix; 0 for a pointwise convolution, which needs none."""
@@ -72,24 +100,25 @@ class _Patches:
     def __iter__(self):
         if self.lines == 0 or self.depth == 0:
             return
+        a = _pixels(self.a).reshape(-1)
         line = max(self.out_width, 1)
-        step = max(1, min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line))
+        step = max(1, min(CHUNK_BYTES // (line * max(self.depth, self.product_bytes)), CHUNK_ROWS // line))
         step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
         for first in range(0, self.lines, step):
             count = min(step, self.lines - first)
             rows = slice(first * line, (first + count) * line)
             if self.pointwise:
-                yield rows, self.a[rows.start * self.depth : rows.stop * self.depth].view(-1, self.depth)
+                yield rows, a[rows.start * self.depth : rows.stop * self.depth].view(-1, self.depth)
             else:
-                block = _scratch(count * line * self.depth)
-                self._fill(block, first)
-                yield rows, block.view(-1, self.depth)
+                block = _scratch("patches", count * line, self.depth, torch.int8)
+                self._fill(block, a, first)
+                yield rows, block
 
-    def _fill(self, block: Tensor, first: int) -> None:
+    def _fill(self, block: Tensor, a: Tensor, first: int) -> None:
         from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
 
         out_size = self.out_height, self.out_width
-        address = block.data_ptr(), self.a.data_ptr()
+        address = block.data_ptr(), a.data_ptr()
         numba_loops.patches(block.numel(), *address, first, self.size, out_size, *self.geometry)
 
 
@@ -134,8 +163,8 @@ def conv(
     a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
     """
-    patches = _Patches(a, kernel, stride, padding, dilation)
     channels = matrix.shape[1]
+    patches = _Patches(a, kernel, stride, padding, dilation, channels)
     # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
     possible = min(padding) >= 0 and not scale.item() < SMALLEST_SCALE
     if patches.bytes() > DIRECT_BYTES and possible and has_direct_conv():
@@ -147,7 +176,42 @@ def conv(
     if patches.depth == 0:
         out.zero_()
     for rows, block in patches:
-        torch.mul(torch._int_mm(block, matrix), scale, out=flat[rows])
+        _rescale(_multiply(block, matrix), scale, flat[rows])
+    return out if channels_last else _contiguous(out)
+
+
+def conv_dgrad(
+    g: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """scale * the gradient of conv2d for its (N, C, H, W) input, any stride: exact integers as float32, times scale.
+
+    `dtype` (N, C, H, W) in channels_last or contiguous memory.
+
+    g: int8 (N, K, H', W'); matrix: int8 (K, R * S * C), the weight; scale: 0-dim float32; shape: (N, C, H, W).
+    """
+    from luqrun.kernels import numba_loops  # as in _Patches
+
+    images, channels, height, width = map(int, shape)
+    geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
+    out = empty(shape, True, dtype, g.device)
+    flat, rows, pixels = out.permute(0, 2, 3, 1), _pixels(g), g.shape[2] * g.shape[3]
+    step = max(1, CHUNK_BYTES // max(4 * pixels * matrix.shape[1], 1))  # images whose products stay in the cache
+    for first in range(0, images, step):
+        count = min(step, images - first)
+        products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
+        sums = _scratch("sums", count * height * width, channels, torch.int32)
+        address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
+        numba_loops.fold(sums.numel(), *address, tuple(g.shape[2:]), size, *geometry)
+        _rescale(sums, scale, flat[first : first + count])
     return out if channels_last else _contiguous(out)
 
 
@@ -168,7 +232,7 @@ def conv_wgrad(
     grads: int8 (N, K, H', W') each; a: int8 (N, C, H, W). Where stride leaves pixels over, they have no gradient.
     """
     patches = _Patches(a, kernel, stride, padding, dilation)
-    flat = [g.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, g.shape[1]) for g in grads]
+    flat = [_pixels(g) for g in grads]
     if patches.out_width > CHUNK_ROWS:
         raise UserError(f"images of {patches.out_width} pixels a row are too wide; at most {CHUNK_ROWS}")
     # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.

@@ -17,6 +17,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray
 from numba.core import cgutils
 from numba.core import types as nb
@@ -102,6 +103,62 @@ def pointer(typingctx, address):
     return nb.voidptr(address), codegen
 
 
+def _move(bits, lanes, add=False):
+    """An intrinsic that copies (or adds) a vector from address to address, aligned or not."""
+
+    @intrinsic
+    def move(typingctx, target, source):
+        def codegen(context, builder, signature, args):
+            vector = ir.VectorType(ir.IntType(bits), lanes).as_pointer()
+            to, value = builder.inttoptr(args[0], vector), builder.load(builder.inttoptr(args[1], vector), align=1)
+            builder.store(builder.add(builder.load(to, align=1), value) if add else value, to, align=1)
+            return context.get_dummy_value()
+
+        return nb.void(target, source), codegen
+
+    return move
+
+
+_copy32, _copy16, _copy8, _copy1 = (_move(8, lanes) for lanes in (32, 16, 8, 1))
+_add16, _add8, _add1 = (_move(32, lanes, add=True) for lanes in (16, 8, 1))
+
+
+@row_loop()
+def copy(target, source, count):
+    """Copy so many bytes, few and no two alike: a vector loop would spend its time on entering. Zeros for source 0."""
+    if source == 0:
+        rows.clear(uint8s(target, count))
+        return
+    at = 0
+    while at + 32 <= count:
+        _copy32(target + at, source + at)
+        at += 32
+    if at + 16 <= count:
+        _copy16(target + at, source + at)
+        at += 16
+    if at + 8 <= count:
+        _copy8(target + at, source + at)
+        at += 8
+    while at < count:
+        _copy1(target + at, source + at)
+        at += 1
+
+
+@row_loop()
+def accumulate(target, source, count):
+    """Add so many int32, few as in `copy`."""
+    at = 0
+    while at + 16 <= count:
+        _add16(target + 4 * at, source + 4 * at)
+        at += 16
+    if at + 8 <= count:
+        _add8(target + 4 * at, source + 4 * at)
+        at += 8
+    while at < count:
+        _add1(target + 4 * at, source + 4 * at)
+        at += 1
+
+
 @row_loop()
 def uint8s(address, count):
     return carray(pointer(address), (count,), np.uint8)
@@ -125,11 +182,6 @@ def halves(address, count):
 @row_loop()
 def int32s(address, count):
     return carray(pointer(address), (count,), np.int32)
-
-
-@row_loop()
-def int64s(address, count):
-    return carray(pointer(address), (count,), np.int64)
 
 
 @row_loop()

@@ -10,27 +10,29 @@ from luqrun.kernels.numba_driver import (
     CHUNK,
     INT8,
     ROW,
+    accumulate,
+    copy,
     driver,
     fields_row,
+    floats,
     halves,
     int8s,
     int16s,
     int32s,
-    int64s,
     store,
     uint8s,
 )
-from luqrun.kernels.numba_rows import i32, row_loop, u64
+from luqrun.kernels.numba_rows import i32, row_loop
 
 
 @driver
-def pack(elements, codes, kind, fields, form):
+def pack(elements, codes, fields, form):
     """int8 or int16 codes to their fields: see `quantize`."""
     for task in prange((elements + CHUNK - 1) // CHUNK):
         coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
         for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
             count = min(ROW, elements - first)
-            if kind == INT8:
+            if form[2] == INT8:
                 rows.copy(int8s(codes + first, count), coded[:count])
             else:
                 rows.copy(int16s(codes + 2 * first, count), coded[:count])
@@ -84,27 +86,22 @@ def apply_mask(elements, grad, half, mask, out):
 @row_loop()
 def _patch_line(out, a, image, row, height, width, channels, out_width, kernel, stride, padding, dilation):
     """im2col of one output row: see `patches`."""
-    segment = u64(kernel[1] * channels)
-    to = u64(0)
+    segment = kernel[1] * channels
+    to = out
     for column in range(out_width):
         w = column * stride[1] - padding[1]
         for r in range(kernel[0]):
             h = row * stride[0] - padding[0] + r * dilation[0]
-            line = (image * height + h) * width
+            line = a + (image * height + h) * width * channels
             if h < 0 or h >= height:
-                for j in range(segment):
-                    out[to + j] = 0
+                copy(to, 0, segment)
             elif dilation[1] == 1 and w >= 0 and w + kernel[1] <= width:
-                at = u64(line + w) * u64(channels)
-                for j in range(segment):
-                    out[to + j] = a[at + j]
+                copy(to, line + w * channels, segment)
             else:
                 for s in range(kernel[1]):
                     column_in = w + s * dilation[1]
                     inside = column_in >= 0 and column_in < width
-                    at, piece = u64(line + column_in) * u64(channels), to + u64(s * channels)
-                    for j in range(u64(channels)):
-                        out[piece + j] = a[at + j] if inside else 0
+                    copy(to + s * channels, line + column_in * channels if inside else 0, channels)
             to += segment
 
 
@@ -114,18 +111,50 @@ def patches(elements, out, a, first, size, out_size, kernel, stride, padding, di
 
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); elements: of out; out_size: (H', W').
     """
-    images, height, width, channels = size
-    depth = kernel[0] * kernel[1] * channels
-    line = out_size[1] * depth
-    whole = images * height * width * channels
+    _, height, width, channels = size
+    line = out_size[1] * kernel[0] * kernel[1] * channels
     for task in prange(elements // line):
         image, row = (first + task) // out_size[0], (first + task) % out_size[0]
-        if channels % 8 == 0:
-            target, source = int64s(out + task * line, line // 8), int64s(a, whole // 8)
-            unit = channels // 8
-            _patch_line(target, source, image, row, height, width, unit, out_size[1], kernel, stride, padding, dilation)
-        else:
-            target, source = int8s(out + task * line, line), int8s(a, whole)
-            _patch_line(
-                target, source, image, row, height, width, channels, out_size[1], kernel, stride, padding, dilation
-            )
+        target = out + task * line
+        _patch_line(target, a, image, row, height, width, channels, out_size[1], kernel, stride, padding, dilation)
+
+
+@driver
+def fold(elements, sums, products, out_size, size, kernel, stride, padding, dilation):
+    """col2im: each of `size` (N, H, W, C) int32 at `sums` is the sum of the `products` that `patches` took from it.
+
+    products: the address of int32 (N * H' * W', R * S * C); out_size: (H', W'); elements: of sums.
+    """
+    images, height, width, channels = size
+    depth = kernel[0] * kernel[1] * channels
+    for task in prange(images * height):
+        image, row = task // height, task % height
+        target = sums + 4 * task * width * channels
+        copy(target, 0, 4 * width * channels)
+        for r in range(kernel[0]):
+            steps = row + padding[0] - r * dilation[0]
+            line = steps // stride[0]
+            if steps % stride[0] != 0 or line < 0 or line >= out_size[0]:
+                continue
+            source = products + 4 * ((image * out_size[0] + line) * out_size[1] * depth + r * kernel[1] * channels)
+            for column in range(out_size[1]):
+                for s in range(kernel[1]):
+                    w = column * stride[1] - padding[1] + s * dilation[1]
+                    if w >= 0 and w < width:
+                        accumulate(target + 4 * w * channels, source + 4 * (column * depth + s * channels), channels)
+
+
+@driver
+def rescale(elements, sums, out, half, scale):
+    """out, float32 or (half) bf16, is int32 `sums` times the float32 at `scale`."""
+    factor = floats(scale, 1)[0]
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        exact = np.empty(ROW, np.float32)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            source = int32s(sums + 4 * first, count)
+            if half:
+                rows.rescale(source, factor, exact[:count])
+                rows.round_to_bf16(exact[:count].view(np.int32), halves(out + 2 * first, count))
+            else:
+                rows.rescale(source, factor, floats(out + 4 * first, count))

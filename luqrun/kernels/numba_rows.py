@@ -123,6 +123,12 @@ def copy(source, target):
 
 
 @row_loop()
+def clear(target):
+    for j in range(target.size):
+        target[j] = 0
+
+
+@row_loop()
 def to_bf16(codes, target):
     """Codes as bit patterns of bf16, which holds them exactly."""
     floats = codes.astype(np.float32)
@@ -304,3 +310,18 @@ def apply_mask(grad, mask, keep, out):
         eight[j] = (u64(mask[j]) * REPEAT) & SPREAD
     for j in range(grad.size):
         out[j] = grad[j] if keep[j] != u8(0) else 0
+
+
+@row_loop()
+def rescale(sums, scale, out):
+    """Integers (int32) times a scale: float32."""
+    for j in range(sums.size):
+        out[j] = f32(sums[j]) * scale
+
+
+@row_loop()
+def round_to_bf16(bits, out):
+    """float32 to the nearest bf16, ties to even; torch's NaN for NaN."""
+    for j in range(bits.size):
+        nearest = (bits[j] + i32(0x7FFF) + ((bits[j] >> i32(16)) & i32(1))) >> i32(16)
+        out[j] = u16(0x7FC0) if (bits[j] & i32(0x7FFFFFFF)) > i32(0x7F800000) else u16(nearest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from luqrun.formats import get_format
 from luqrun.kernels import backend_for, int8
@@ -40,6 +41,12 @@ def _operator(schema: str):
     return register
 
 
+def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and fields of x without data."""
+    size = get_format(format).field_bytes(x.numel()) if packed else 0
+    return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
+
+
 @_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
 class statistics:
     def run(x, moments, unless=None):
@@ -60,9 +67,7 @@ class encode:
         return backend.encode(x, scale, signed, form, rounding, underflow, stream, sample, dtype, packed, observe)
 
     def fake(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
-        size = (x.numel() * get_format(format).field_bits + 7) // 8 if packed else 0
-        maximum = x.new_empty(() if observe else 0, dtype=torch.float32)
-        return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8), maximum
+        return *_coded(x, format, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)
 
 
 @_operator(
@@ -77,10 +82,9 @@ class quantize:
         return backend_for(x.device.type).quantize(x, *how, stream, dtype, packed)
 
     def fake(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
-        size = (x.numel() * get_format(format).field_bits + 7) // 8 if packed else 0
+        codes, fields = _coded(x, format, dtype, packed)
         scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
-        codes = torch.empty_like(dense(x), dtype=dtype)
-        return codes, scale, signed, x.new_empty(size, dtype=torch.uint8), maximum
+        return codes, scale, signed, fields, maximum
 
 
 @_operator(
@@ -125,6 +129,18 @@ class int8_conv:
         ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
         size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
         return empty(size, channels_last, dtype, a.device)
+
+
+@_operator(
+    "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, int[] shape, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation, ScalarType dtype, bool channels_last) -> Tensor"
+)
+class int8_conv_dgrad:
+    def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
+        return int8.conv_dgrad(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last)
+
+    def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
+        return empty(shape, channels_last, dtype, g.device)
 
 
 @_operator(
