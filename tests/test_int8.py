@@ -97,6 +97,7 @@ def route(request, monkeypatch):
     monkeypatch.setattr(int8, "DIRECT_BYTES", 0 if direct else 2**62)
     if request.param == "many chunks":
         monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
+        monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
     if direct and not int8.has_direct_conv():
         pytest.skip("this torch has no such convolution")
     used, direct_conv = [], int8._direct_conv
@@ -122,9 +123,9 @@ def test_conv(geometry, dtype, route):
 
 @geometries
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_bytes", [300, int8.CHUNK_BYTES])
-def test_conv_dgrad(geometry, dtype, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(int8, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("product_bytes", [300, int8.PRODUCT_BYTES])
+def test_conv_dgrad(geometry, dtype, product_bytes, monkeypatch):
+    monkeypatch.setattr(int8, "PRODUCT_BYTES", product_bytes)
     kernel, stride, padding, dilation, *_ = geometry
     a, w = operands(geometry)
     g, scale = codes(*exact(a, w, geometry).shape, seed=2), torch.tensor(0.0123)

@@ -21,6 +21,7 @@ from luqrun.kernels.layout import empty
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
+PRODUCT_BYTES = 1 << 21  # of products at a time
 DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
 SMALLEST_SCALE = 2.0**-100
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
@@ -49,7 +50,7 @@ def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     size = rows * columns * dtype.itemsize
     block = getattr(_memory, name, None)
     if block is None or block.numel() < size:
-        block = torch.empty(max(size, CHUNK_BYTES), dtype=torch.int8)
+        block = torch.empty(size, dtype=torch.int8)
         setattr(_memory, name, block)
     return block[:size].view(dtype).view(rows, columns)
 
@@ -78,7 +79,7 @@ def _pixels(x: Tensor) -> Tensor:
 class _Patches:
     """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C)).
 
-    columns: what each row is multiplied with, where the products should fit the cache too.
+    columns: how many products each row gets, where these should fit the cache too.
     """
 
     def __init__(self, a: Tensor, kernel, stride, padding, dilation, columns: int = 0):
@@ -91,7 +92,7 @@ class _Patches:
         self.lines = images * self.out_height
         self.depth = kernel[0] * kernel[1] * channels
         self.a = a
-        self.product_bytes = 4 * columns
+        self.columns = columns
 
     def bytes(self) -> int:
         """The size of the whole im2col matrix; 0 for a pointwise convolution, which needs none."""
@@ -102,7 +103,10 @@ class _Patches:
             return
         a = _pixels(self.a).reshape(-1)
         line = max(self.out_width, 1)
-        step = max(1, min(CHUNK_BYTES // (line * max(self.depth, self.product_bytes)), CHUNK_ROWS // line))
+        step = min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line)
+        if self.columns:
+            step = min(step, PRODUCT_BYTES // (4 * line * self.columns))
+        step = max(1, step)
         step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
         for first in range(0, self.lines, step):
             count = min(step, self.lines - first)
@@ -204,7 +208,7 @@ def conv_dgrad(
     geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
     out = empty(shape, True, dtype, g.device)
     flat, rows, pixels = out.permute(0, 2, 3, 1), _pixels(g), g.shape[2] * g.shape[3]
-    step = max(1, CHUNK_BYTES // max(4 * pixels * matrix.shape[1], 1))  # images whose products stay in the cache
+    step = max(1, PRODUCT_BYTES // max(4 * pixels * matrix.shape[1], 1))  # images whose products stay in the cache
     for first in range(0, images, step):
         count = min(step, images - first)
         products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
