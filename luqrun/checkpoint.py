@@ -45,7 +45,7 @@ def load(path: Path, config: Config, data: Data) -> dict:
     advice = "give resume= another checkpoint, or study= another name"
     num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     if not path.is_file():
-        raise UserError(f"resume={path}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)")
+        raise UserError(f"resume={path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler says of bytes that are no checkpoint, OSError among it

@@ -26,6 +26,7 @@ from luqrun.closing import closing_table
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.refusals import below_null, one_line
+from luqrun.reuse import adopt, find_twin
 from luqrun.run_folder import RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
 from luqrun.validate import to_config, validate
@@ -150,14 +151,23 @@ def _start_or_show(config: Config, folder: RunFolder) -> None:
         started = {"start": run.get("start", now()), "end": None, "reason": None}
         overrides = list(HydraConfig.get().overrides.task)
         folder.update_run(status="running", overrides=overrides, **started, **provenance())
-        # Here and not above: --help and typing errors do without torch.
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        from luqrun import trainer
-
-        with logging_redirect_tqdm():
-            summary = trainer.run(config, folder)
+        twin = find_twin(config, folder) if config.reuse and not folder.checkpoints.exists() else None
+        if twin is not None:
+            log.info("taken over from %s, the same run in another study (reuse=false trains it again)", twin)
+            summary = adopt(twin, folder)
+        else:
+            summary = _train(config, folder)
     print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
+
+
+def _train(config: Config, folder: RunFolder) -> dict:
+    # Imported here and not above: --help and typing errors do without torch.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from luqrun import trainer
+
+    with logging_redirect_tqdm():
+        return trainer.run(config, folder)
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:

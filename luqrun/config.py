@@ -13,6 +13,7 @@ from luqrun.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
+TASKS = ("train", "rounding")
 
 
 @dataclass
@@ -59,11 +60,13 @@ class OperandConfig:
 
 @dataclass
 class GradientConfig(OperandConfig):
-    """The gradient's quantizer: logarithmic formats add an underflow rule, re-sampling adds samples."""
+    """The gradient's quantizer: logarithmic formats add an underflow rule, re-sampling adds samples; see Quantizer."""
 
     underflow: str | None = None
     samples: int = 1
     samples_scope: str = "wgrad"
+    redraw_every: int = 1
+    two_phase: bool = False
 
 
 @dataclass
@@ -119,6 +122,16 @@ class TrackingConfig:
 
 
 @dataclass
+class CellConfig:
+    """Which cell of which of the paper's tables or figures a run is; `scale`: glyphs, cifar or paper."""
+
+    table: str | None = None
+    scale: str | None = None
+    row: str | None = None
+    column: str | None = None
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -128,12 +141,15 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    task: str = "train"
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
     compile: bool = False
     study: str = "default"
     resume: str = "auto"
+    reuse: bool = False
+    cell: CellConfig | None = None
 
 
 def check_choice(key: str, value: str, allowed) -> None:

@@ -1,7 +1,7 @@
 """Formats: what the codes of a quantized tensor mean, and how they pack into b bits.
 
 A quantized tensor is small integers and one float32 scale: value = code * scale. The codes of a logarithmic
-format are signed powers of two. Nothing here rounds: see luqrun.kernels.
+format are signed powers of two (or four). Nothing here rounds: see luqrun.kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Format:
     """A family of at most 2^bits codes.
 
     Integer formats hold -limit..limit, or 0..unsigned_limit for a tensor with no negative value.
-    Logarithmic formats hold 0 and +-2^e for 0 <= e <= max_exponent, so limit = 2^max_exponent.
+    Logarithmic formats hold 0 and +-radix^e for 0 <= e <= max_exponent, so limit = radix^max_exponent.
     """
 
     name: str
@@ -27,11 +27,17 @@ class Format:
     logarithmic: bool
     limit: int
     unsigned_limit: int
+    radix: int = 2  # or 4
 
     @property
     def max_exponent(self) -> int:
         assert self.logarithmic
-        return self.limit.bit_length() - 1
+        return (self.limit.bit_length() - 1) // self._step
+
+    @property
+    def _step(self) -> int:
+        """Powers of two from one level to the next."""
+        return self.radix.bit_length() - 1
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -51,7 +57,7 @@ class Format:
         """All codes in ascending order."""
         if not self.logarithmic:
             return list(range(-self.limit, self.limit + 1)) if signed else list(range(self.unsigned_limit + 1))
-        magnitudes = [2**exponent for exponent in range(self.max_exponent + 1)]
+        magnitudes = [self.radix**exponent for exponent in range(self.max_exponent + 1)]
         return [-magnitude for magnitude in reversed(magnitudes)] + [0, *magnitudes]
 
     def to_fields(self, codes: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class Format:
         if not self.logarithmic:
             return codes & (2**self.bits - 1)
         # The float32 exponent of a power of two is its position; zero (exponent field 0) clamps to 0.
-        exponent = (codes.abs().float().view(torch.int32) >> 23) - 126
+        exponent = ((codes.abs().float().view(torch.int32) >> 23) - 127) // self._step + 1
         return exponent.clamp(min=0) | ((codes < 0).to(torch.int32) << (self.bits - 1))
 
     def from_fields(self, fields: Tensor, signed: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ class Format:
         if not self.logarithmic:
             return (fields - ((sign_bit & signed.to(torch.int32)) << self.bits)).to(self.code_dtype)
         exponent = fields & (2 ** (self.bits - 1) - 1)
-        magnitude = torch.where(exponent > 0, 1 << (exponent - 1).clamp(min=0), 0)
+        magnitude = torch.where(exponent > 0, 1 << (self._step * (exponent - 1).clamp(min=0)), 0)
         return torch.where(sign_bit > 0, -magnitude, magnitude).to(self.code_dtype)
 
 
@@ -86,10 +92,17 @@ def _logarithmic(exponent_bits: int) -> Format:
 
 # The reference code's grid of 8 magnitudes and zero (divisor 2^7): 17 signed values, which need five bits.
 _REFERENCE_E3M0 = Format("e3m0_div128", 5, True, 2**7, 2**7)
+# Radix 4, as in Ultra-low (Sun et al., 2020): 1, 4, ..., 4^6.
+_RADIX4_E3M0 = Format("e3m0_radix4", 4, True, 4**6, 4**6, radix=4)
 
 FORMATS = {
     form.name: form
-    for form in [_integer(b) for b in range(2, 9)] + [_logarithmic(k) for k in range(1, 5)] + [_REFERENCE_E3M0]
+    for form in [
+        *[_integer(bits) for bits in range(2, 9)],
+        *[_logarithmic(exponent_bits) for exponent_bits in range(1, 5)],
+        _REFERENCE_E3M0,
+        _RADIX4_E3M0,
+    ]
 }
 
 

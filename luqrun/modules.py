@@ -125,6 +125,9 @@ class QuantLayer(nn.Module):
         streams = self.streams.clone()
         if learning:
             self.streams[:, MICRO_STEP_FIELD].add_(1)
+            if self.recipe.gradient is not None and self.recipe.gradient.redraw_every > 1:
+                counters = streams[OPERANDS.index("gradient"), STEP_FIELD : MICRO_STEP_FIELD + 1]
+                counters.div_(self.recipe.gradient.redraw_every, rounding_mode="floor")
         else:
             streams[:, STEP_FIELD], streams[:, MICRO_STEP_FIELD] = EVALUATION_STEP, 0
         return dict(zip(OPERANDS, streams.unbind(), strict=True))

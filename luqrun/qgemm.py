@@ -115,16 +115,20 @@ class Plan:
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.
 
-        With N samples the wgrad operand is the sum of N draws' codes, its scale divided by N: one GEMM gives the
-        average of the N weight gradients (SMP).
+        With two phases they are two quantizations. With N samples the wgrad operand is the sum of N draws' codes, its
+        scale divided by N: one GEMM gives the average of the N weight gradients (SMP).
         """
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
         first, _ = self.quantize("gradient", g, dtype)
         quantizer = self.gradient
-        if quantizer is None or quantizer.samples == 1:
+        if quantizer is None or (quantizer.samples == 1 and not quantizer.two_phase):
             return first, first
         total, scale, signed, _ = first
+        if quantizer.two_phase:
+            half = scale / 2
+            codes = quantizer.encode(g, half, signed, self.streams["gradient"], 1, total.dtype)
+            return first, Operand(codes, half, signed)
         limit = quantizer.samples * max(quantizer.form.limit, quantizer.form.unsigned_limit)
         others = ()
         draws = (

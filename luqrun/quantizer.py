@@ -71,7 +71,9 @@ class Quantizer:
     hindsight (Eq. 18, with `hindsight_momentum` for eta). rounding: nearest or stochastic. underflow, below the
     smallest power of two of a logarithmic format: flush, nearest or stochastic (default: as `rounding`). samples:
     independent draws whose weight gradients are averaged (SMP, 5.1); samples_scope: wgrad, or both for dgrad too.
-    pow2_scale: the scale is rounded up to a power of two (A.7). Raises UserError for what does not go together.
+    pow2_scale: the scale is rounded up to a power of two (A.7). redraw_every: steps that share their random numbers
+    (re-use, A.5.2). two_phase: wgrad gets a quantization of its own, with levels half way (in powers) between those of
+    dgrad's: radix 4 only, after Ultra-low (Sun et al., 2020). Raises UserError for what does not go together.
     """
 
     format: str
@@ -82,6 +84,8 @@ class Quantizer:
     samples_scope: str = "wgrad"
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
+    redraw_every: int = 1
+    two_phase: bool = False
 
     def __post_init__(self):
         check_choice("range", self.range, RANGES)
@@ -103,6 +107,13 @@ class Quantizer:
         if self.range == "sawb" and (form.logarithmic or form.bits not in SAWB):
             allowed = ", ".join(f"int{bits}" for bits in SAWB)
             raise UserError(f"range=sawb has no coefficients for format={form.name}; allowed formats: {allowed}")
+        check_at_least("redraw_every", self.redraw_every, 1)
+        if self.redraw_every > 1 and not self.is_stochastic:
+            raise UserError(
+                f"redraw_every={self.redraw_every} needs rounding or underflow=stochastic: nothing is drawn"
+            )
+        if self.two_phase and (form.radix != 4 or self.samples > 1):
+            raise UserError("two_phase=true needs format=e3m0_radix4 and samples=1")
         if self.samples > 1 and not self.is_stochastic:
             raise UserError(f"samples={self.samples} needs rounding or underflow=stochastic: all draws would be equal")
 
@@ -134,8 +145,9 @@ class Quantizer:
             parts.append(f"underflow={self.underflow}")
         if self.samples > 1:
             parts.append(f"samples={self.samples}" + (" (both)" if self.samples_scope == "both" else ""))
-        if self.pow2_scale:
-            parts.append("pow2_scale")
+        if self.redraw_every > 1:
+            parts.append(f"redraw_every={self.redraw_every}")
+        parts += [name for name in ("pow2_scale", "two_phase") if getattr(self, name)]
         return "/".join(parts)
 
     def measure(self, x: Tensor, hindsight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +209,7 @@ class Quantizer:
         hindsight: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
         x = x.detach()
-        if fuses(x.device.type):
+        if fuses(x.device.type) and self.form.radix == 2:
             sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
             how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
             return Encoded(*ops.quantize(x, *how, stream, dtype, packed))

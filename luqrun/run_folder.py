@@ -24,7 +24,7 @@ from luqrun.errors import UserError
 
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
 NOT_IN_RESULT = {
-    "": ("study", "resume", "device", "compile", "tracking"),
+    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking"),
     "dataset": ("root", "workers"),
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
 }

@@ -27,6 +27,7 @@ from luqrun.errors import UserError
 from luqrun.models import build_model
 from luqrun.profiling import DATA, StepProfiler
 from luqrun.recipes import Recipe
+from luqrun.reuse import base_checkpoint
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
 from luqrun.tracking import Tracker, read_health
@@ -116,13 +117,14 @@ class Trainer:
         """Continue from this folder's checkpoint, or from the one that `resume` names."""
         wanted, path = self.config.resume, self.last_path
         if not path.exists():
-            if wanted in ("auto", "never"):
+            based = wanted == "base" and self.config.finetune.epochs > 0
+            if wanted in ("auto", "never", "base") and not based:
                 self.folder.truncate_metrics(0)
                 return
-            path = Path(wanted).expanduser()
+            path = base_checkpoint(self.config, self.folder) if based else Path(wanted).expanduser()
         elif wanted == "never":
             raise UserError(f"resume=never, but {path} exists: choose another study=, or delete the run folder")
-        elif wanted != "auto":
+        elif wanted not in ("auto", "base"):
             log.warning("this run has a checkpoint of its own: resume=%s is not needed any more", wanted)
         content = checkpoint.load(path, self.config, self.data)
         self.model.load_state_dict(content["model"])

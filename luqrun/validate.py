@@ -8,9 +8,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun.config import DEVICES, PRECISIONS, Config, check_at_least, check_at_most, check_choice
+from luqrun.config import DEVICES, PRECISIONS, TASKS, Config, check_at_least, check_at_most, check_choice
 from luqrun.errors import UserError
 from luqrun.refusals import one_line
+
+RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -28,6 +30,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def validate(config: Config) -> None:
     """Raise UserError naming the first key whose value is not allowed."""
+    check_choice("task", config.task, TASKS)
     check_choice("device", config.device, DEVICES)
     check_choice("precision", config.precision, PRECISIONS)
     check_at_least("seed", config.seed, 0)
@@ -35,11 +38,9 @@ def validate(config: Config) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.study) or {".", ".."} & set(config.study.split("/")):
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
-        raise UserError("resume= is empty; allowed: auto, never, or the path of a checkpoint (.pt)")
-    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_file():
-        raise UserError(
-            f"resume={config.resume}: no such file; allowed: auto, never, or the path of a checkpoint (.pt)"
-        )
+        raise UserError(f"resume= is empty; {RESUMES}")
+    if config.resume not in ("auto", "never", "base") and not Path(config.resume).expanduser().is_file():
+        raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     # These pull in torch; `luqrun --help` does without.

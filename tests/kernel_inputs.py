@@ -4,7 +4,10 @@ from itertools import product
 
 import torch
 
+from luqrun.formats import FORMATS
+
 LAST = torch.channels_last
+COMPILED = [form for form in FORMATS.values() if form.radix == 2]  # radix 4 has torch's operations alone
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -21,7 +21,7 @@ from luqrun.kernels.layout import empty
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
-PRODUCT_BYTES = 1 << 21  # of products at a time
+PRODUCT_BYTES = 1 << 20  # of products at a time
 DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
 SMALLEST_SCALE = 2.0**-100
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
@@ -46,7 +46,8 @@ _memory = threading.local()
 
 
 def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a block of patches or products, each thread's own: fresh memory would cost more than filling it."""
+    """Memory for a block of patches (or their sums) or of products, each thread's own: fresh memory would cost more
+    than filling it."""
     size = rows * columns * dtype.itemsize
     block = getattr(_memory, name, None)
     if block is None or block.numel() < size:
@@ -212,7 +213,7 @@ def conv_dgrad(
     for first in range(0, images, step):
         count = min(step, images - first)
         products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
-        sums = _scratch("sums", count * height * width, channels, torch.int32)
+        sums = _scratch("patches", count * height * width, channels, torch.int32)
         address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
         numba_loops.fold(sums.numel(), *address, tuple(g.shape[2:]), size, *geometry)
         _rescale(sums, scale, flat[first : first + count])

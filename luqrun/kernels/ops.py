@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from luqrun.formats import get_format
-from luqrun.kernels import backend_for, int8
+from luqrun.formats import Format, get_format
+from luqrun.kernels import backend_for, int8, reference
 from luqrun.kernels.layout import dense, empty
 
 _library = torch.library.Library("luqrun", "DEF")
@@ -41,6 +41,11 @@ def _operator(schema: str):
     return register
 
 
+def _backend(x: Tensor, form: Format):
+    # Radix 4 is there to compare with: torch's operations do.
+    return backend_for(x.device.type) if form.radix == 2 else reference
+
+
 def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
     """Codes and fields of x without data."""
     size = get_format(format).field_bytes(x.numel()) if packed else 0
@@ -63,7 +68,7 @@ class statistics:
 class encode:
     def run(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
         form = get_format(format)
-        backend = backend_for(x.device.type)
+        backend = _backend(x, form)
         return backend.encode(x, scale, signed, form, rounding, underflow, stream, sample, dtype, packed, observe)
 
     def fake(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
@@ -92,8 +97,8 @@ class quantize:
 )
 class unpack:
     def run(fields, shape, channels_last, signed, format, dtype):
-        backend = backend_for(fields.device.type)
-        return backend.unpack(fields, shape, channels_last, signed, get_format(format), dtype)
+        form = get_format(format)
+        return _backend(fields, form).unpack(fields, shape, channels_last, signed, form, dtype)
 
     def fake(fields, shape, channels_last, signed, format, dtype):
         return empty(shape, channels_last, dtype, fields.device)

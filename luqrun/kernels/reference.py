@@ -68,7 +68,7 @@ def encode(
     usable = (x.abs() <= FLOAT32_MAX) & (scale > 0)
     if form.logarithmic:
         magnitude = torch.where(usable, x.abs() / scale, 0.0).clamp(max=form.limit)
-        magnitude = _log_magnitude(magnitude, rounding, underflow, draws)
+        magnitude = _log_magnitude(magnitude, form.radix, rounding, underflow, draws)
         codes = torch.where(x < 0, -magnitude, magnitude)
     else:
         limit = torch.where(signed, form.limit, form.unsigned_limit)
@@ -113,12 +113,19 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return torch.where(bits > 0, grad, 0)
 
 
-def _log_magnitude(ratio: Tensor, rounding: str, underflow: str, draws: Tensor | None) -> Tensor:
-    """|x| / scale >= 0 to 0 or a power of two, by arithmetic on the float32 bit pattern."""
+def _log_magnitude(ratio: Tensor, radix: int, rounding: str, underflow: str, draws: Tensor | None) -> Tensor:
+    """|x| / scale >= 0 to 0 or a power of the radix, by arithmetic on the float32 bit pattern."""
     bits = ratio.contiguous().view(torch.int32)
-    # 23 random bits (or one half) added to the mantissa carry into the exponent as often as they should.
-    carry = (draws & 0x7FFFFF).to(torch.int32) if rounding == "stochastic" else 0x400000
-    power = ((bits + carry) & 0x7F800000).view(torch.float32)
+    if radix == 4:
+        # The exponent's lowest bit is odd for even powers (its bias is 127): the power of four below.
+        low = (((bits >> 23) - 1 | 1) << 23).view(torch.float32)
+        position = (ratio / low - 1) / 3
+        up = (draws >> 1) < (position * 2.0**31).to(torch.int64) if rounding == "stochastic" else ratio >= 2.5 * low
+        power = torch.where(up, 4 * low, low)
+    else:
+        # 23 random bits (or one half) added to the mantissa carry into the exponent as often as they should.
+        carry = (draws & 0x7FFFFF).to(torch.int32) if rounding == "stochastic" else 0x400000
+        power = ((bits + carry) & 0x7F800000).view(torch.float32)
     if underflow == "stochastic":
         below = ((draws >> 1) < (ratio * 2.0**31).to(torch.int64)).float()
     else:

@@ -1,0 +1,162 @@
+"""What the report knows of a run: read from its folder, or named with the reason why it is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from luqrun import __version__
+from luqrun.run_folder import METRICS, RUN, SUMMARY
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished or diverged run that says which cell of which table it is.
+
+    top1: per cent, of the last evaluation (None where the run diverged, or did not train). curve: val/top1 after each
+    epoch. rounding: what task=rounding measured.
+    """
+
+    path: Path
+    study: str
+    table: str
+    scale: str | None
+    row: str
+    column: str
+    seed: int
+    top1: float | None
+    curve: tuple[float, ...]
+    rounding: tuple[dict, ...]
+    config: str
+    run: dict
+
+    @property
+    def diverged(self) -> bool:
+        return self.run["status"] == "diverged"
+
+    @property
+    def command(self) -> str:
+        return " ".join(["luqrun", *self.run.get("overrides", [])])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run folder that no table counts, and why."""
+
+    path: Path
+    reason: str
+
+
+class _Unusable(Exception):
+    """The reason why a folder is left out."""
+
+
+def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
+    """All runs under `outputs` that belong to a table, and the folders that cannot be counted.
+
+    Runs without a cell (trained for their own sake) are neither. Two runs of one cell and seed are both left out:
+    which of them is meant cannot be known.
+    """
+    records, left_out = [], []
+    for path in sorted({path.parent for name in (RUN, CONFIG) for path in outputs.rglob(name)}):
+        try:
+            record = read_run(path, outputs)
+        except _Unusable as reason:
+            left_out.append(LeftOut(path, str(reason)))
+        else:
+            records += [record] if record else []
+    by_cell: dict[tuple, list[Record]] = {}
+    for record in records:
+        by_cell.setdefault((record.study, record.row, record.column, record.seed), []).append(record)
+    kept = []
+    for same in by_cell.values():
+        if len(same) == 1:
+            kept += same
+        for record in same if len(same) > 1 else ():
+            others = ", ".join(other.path.name for other in same if other is not record)
+            left_out.append(LeftOut(record.path, f"duplicated: the same cell and seed as {others}"))
+    return kept, left_out
+
+
+def read_run(path: Path, outputs: Path) -> Record | None:
+    """The record of a run folder, or None where the run belongs to no table. Raises _Unusable."""
+    text = _text(path / CONFIG)
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise _Unusable(f"{CONFIG} is not YAML") from None
+    if not isinstance(config, dict):
+        raise _Unusable(f"{CONFIG} is not a configuration")
+    cell = config.get("cell")
+    if not isinstance(cell, dict) or not cell.get("table"):
+        return None
+    run = _json(path / RUN)
+    status = run.get("status")
+    if status not in ("finished", "diverged"):
+        raise _Unusable(f"incomplete: {status or 'no status'}" + (f" ({run['reason']})" if run.get("reason") else ""))
+    version = (run.get("versions") or {}).get("luqrun")
+    if version != __version__:
+        raise _Unusable(f"of another version: {version}, this is {__version__}")
+    if status == "finished" and not (path / SUMMARY).is_file():
+        raise _Unusable(f"incomplete: finished without {SUMMARY}")
+    summary = _json(path / SUMMARY) if status == "finished" else {}
+    seed = config.get("seed")
+    if not isinstance(seed, int) or any(not isinstance(cell.get(name), str) for name in ("row", "column")):
+        raise _Unusable("its cell or seed is incomplete")
+    top1 = summary.get("val/top1")
+    rounding = summary.get("rounding", [])
+    if status == "finished" and not rounding and not isinstance(top1, (int, float)):
+        raise _Unusable(f"{SUMMARY} has no val/top1")
+    if top1 is not None and not 0 <= top1 <= 100:  # NaN too
+        raise _Unusable(f"val/top1 is {top1}")
+    return Record(
+        path=path,
+        study=str(path.parent.relative_to(outputs)),
+        table=str(cell["table"]),
+        scale=cell.get("scale"),
+        row=cell["row"],
+        column=cell["column"],
+        seed=seed,
+        top1=top1,
+        curve=_curve(path / METRICS) if top1 is not None else (),
+        rounding=tuple(rounding),
+        config=text,
+        run=run,
+    )
+
+
+def _curve(path: Path) -> tuple[float, ...]:
+    found = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if row.get("kind") == "epoch":
+                found.append(float(row["val/top1"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _Unusable(f"{METRICS} is damaged in line {number}") from None
+    if not all(math.isfinite(value) for value in found):
+        raise _Unusable(f"{METRICS} holds NaN")
+    return tuple(found)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Unusable(f"incomplete: {path.name} cannot be read ({type(error).__name__})") from None
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        raise _Unusable(f"{path.name} is damaged") from None
+    if not isinstance(content, dict):
+        raise _Unusable(f"{path.name} is damaged")
+    return content
