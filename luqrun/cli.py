@@ -156,12 +156,16 @@ def _start_or_show(config: Config, folder: RunFolder) -> None:
             log.info("taken over from %s, the same run in another study (reuse=false trains it again)", twin)
             summary = adopt(twin, folder)
         else:
-            summary = _train(config, folder)
+            summary = _work(config, folder)
     print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
 
 
-def _train(config: Config, folder: RunFolder) -> dict:
+def _work(config: Config, folder: RunFolder) -> dict:
     # Imported here and not above: --help and typing errors do without torch.
+    if config.task == "rounding":
+        from luqrun import rounding
+
+        return rounding.run(config, folder)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from luqrun import trainer

@@ -17,6 +17,9 @@ def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequen
         f"run folder   {_shown(folder)}",
         f"curves       tensorboard --logdir {_shown(folder.parent.parent)}",
     ]
+    if "rounding" in summary:
+        rows = [f"{row['operand']:<10}  {row['quantizer']}  bin {row['bin']}" for row in summary["rounding"]]
+        return "\n".join(["", f"the rounding of quant={config.quant.name} was measured in", *rows, *where[:-1]])
     if "diverged" in summary:
         return "\n".join(
             ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]

@@ -37,6 +37,8 @@ METRICS = "metrics.jsonl"
 def what_decides_the_result(config: Config) -> dict:
     """The resolved config as a dict, without what does not change the result."""
     values = asdict(config)
+    if config.task == "rounding":  # nothing is trained
+        return {name: values[name] for name in ("task", "quant", "seed")}
     for part, names in NOT_IN_RESULT.items():
         for name in names:
             (values[part] if part else values).pop(name)
@@ -51,8 +53,11 @@ def run_id(config: Config) -> str:
     """Such as resnet8-glyphs-luq-fnt3-seed0-1f2e3d4c: the parts' names, and 8 digits of the hash."""
     text = json.dumps(what_decides_the_result(config), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    names = [config.model.name, config.dataset.name, config.quant.name]
-    names += [config.finetune.name] if config.finetune.epochs else []
+    if config.task == "rounding":
+        names = [config.task, config.quant.name]
+    else:
+        names = [config.model.name, config.dataset.name, config.quant.name]
+        names += [config.finetune.name] if config.finetune.epochs else []
     readable = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in [*names, f"seed{config.seed}"])
     return f"{readable[:MAX_NAME]}-{digest}"
 

@@ -33,7 +33,7 @@ def command(name) -> list[str]:
 
 def test_the_groups_are_there():
     assert {name.split("/")[0] for name in OPTIONS} == set(GROUPS)
-    assert {name.split("/")[0] for name in FILES} == {*GROUPS, "experiment", "config.yaml", "hydra"}
+    assert {name.split("/")[0] for name in FILES} == {*GROUPS, "experiment", "scale", "config.yaml", "hydra"}
     assert {f"finetune/{name}.yaml" for name in ("none", "fnt1", "fnt2", "fnt3")} <= set(OPTIONS)
 
 

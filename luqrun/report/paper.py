@@ -46,7 +46,7 @@ FIG2 = {
 OUTCOMES = {
     "fig1b": {"forward_only": "RDN wins", "forward_sr": "SR loses"},
     "fig1c": {"backward_only": "SR wins", "backward_nearest": "RDN loses"},
-    "fig5": {"fp2_smp16": "about full precision"},
+    "fig5": {"fp2_both16": "about full precision"},
     "table6": {"backward_only": "the more sensitive"},
     "options": {"luq_pow2": "small cost"},
 }

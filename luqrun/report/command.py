@@ -1,0 +1,131 @@
+"""What scripts/tables.py does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from luqrun.errors import UserError
+from luqrun.report import figures, measured
+from luqrun.report.claims import CONFIDENCE, HOLDS, check_claims
+from luqrun.report.html import page
+from luqrun.report.layout import TITLES, check_tables
+from luqrun.report.records import Record, read_outputs
+from luqrun.report.render import csv_text, markdown, markdown_findings
+from luqrun.report.tables import Table, build_tables
+from luqrun.run_folder import write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and report; the exit code: 0, or 1 for a mistake or a claim that does not hold."""
+    parser = argparse.ArgumentParser(description="The paper's tables and figures from run folders.")
+    parser.add_argument("outputs", type=Path, help="the folder of studies, such as outputs/")
+    parser.add_argument("--table", action="append", default=[], help="only this one (may be repeated)")
+    parser.add_argument("--out", type=Path, help="where files go; default: OUTPUTS/tables")
+    parser.add_argument("--html", action="store_true", help="a self-contained page for each study too")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"fail where a claim of the paper is not shown with {CONFIDENCE:.0%} confidence",
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        return report(chosen.outputs, chosen.table, chosen.out or chosen.outputs / "tables", chosen.html, chosen.check)
+    except (UserError, OSError) as error:
+        parser.exit(1, f"tables.py: {error}\n")
+
+
+def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: bool) -> int:
+    """Write Markdown, CSV, figures and summaries of each table to `out`, and print the Markdown."""
+    check_tables(list(wanted))
+    if not outputs.is_dir():
+        raise UserError(f"{outputs} is not a folder; it must hold studies, as outputs/ does")
+    records, left_out = read_outputs(outputs)
+    unknown = sorted({record.table for record in records} - set(TITLES))
+    if unknown:
+        raise UserError(f"runs name tables that are not known: {', '.join(unknown)}; known: {', '.join(TITLES)}")
+    tables = build_tables(records, wanted)
+    rounding = [record for record in records if record.rounding and (not wanted or record.table in wanted)]
+    findings = check_claims(tables) if tables else []
+    out.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        _write_table(table, out)
+    for name in measured.NAMES:
+        _write_measured(name, measured.of_table(rounding, name), out)
+    notes = markdown_findings(findings, left_out)
+    if not tables and not rounding:
+        print(f"no runs of tables under {outputs}; luqrun -m +experiment=fig2/glyphs makes some")
+    print(notes, end="")
+    _write(out / "findings.md", notes)
+    if html:
+        for name in sorted({record.study.split("/")[0] for record in records}):
+            _write(out / f"{_flat(name)}.html", _page(name, tables, rounding, findings, left_out))
+    failed = [finding for finding in findings if finding.verdict != HOLDS]
+    if check and (failed or not findings):
+        print(f"--check: {len(failed)} of {len(findings)} claims do not hold in these runs")
+        return 1
+    return 0
+
+
+def _write_table(table: Table, out: Path) -> None:
+    name, text = _flat(table.study), markdown(table)
+    print(text)
+    _write(out / f"{name}.md", text)
+    _write(out / f"{name}.csv", csv_text(table))
+    runs = [run for cell in table.cells.values() for run in cell.runs.values()]
+    _write(out / f"{name}.json", json.dumps([_summary(run) for run in runs], indent=1) + "\n")
+    figure = figures.draw(table)
+    if figure is not None:
+        figures.save(figure, out, name)
+
+
+def _write_measured(name: str, records: Sequence[Record], out: Path) -> None:
+    if not records:
+        return
+    rows = [measured.HEADER, ["---"] * len(measured.HEADER), *measured.lines(records)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    draws = records[0].rounding[0]["draws"]
+    text = f"## {TITLES[name]}\n\n{table}\n\nIn brackets the closed form; {draws} draws a point.\n"
+    print(text)
+    _write(out / f"{name}.md", text)
+    figure = measured.draw(records) if name == "fig1a" else None
+    if figure is not None:
+        figures.save(figure, out, name)
+
+
+def _page(name: str, tables, rounding, findings, left_out) -> str:
+    def ours(study: str) -> bool:
+        return study.split("/")[0] == name
+
+    return page(
+        name,
+        [table for table in tables if ours(table.study)],
+        [record for record in rounding if ours(record.study)],
+        [finding for finding in findings if ours(finding.study)],
+        left_out,
+    )
+
+
+def _summary(record: Record) -> dict:
+    """What is kept of a run where its folder is not: no paths, no checkpoints."""
+    kept = ("status", "diverged_at_step", "git_commit", "git_dirty", "versions", "device", "kernel_backend", "threads")
+    cell = {"row": record.row, "column": record.column, "seed": record.seed}
+    about = {name: record.run[name] for name in kept if name in record.run}
+    return {
+        "run": record.path.name,
+        **cell,
+        "command": record.command,
+        "top1": record.top1,
+        "curve": record.curve,
+        **about,
+    }
+
+
+def _flat(study: str) -> str:
+    return study.replace("/", "-")
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())

@@ -1,0 +1,103 @@
+"""The paper's figures from our runs: curves with bands, and accuracy against samples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+from luqrun.errors import UserError
+from luqrun.report.tables import Table
+
+CURVES = ("fig1b", "fig1c", "fig2", "options")
+LINES = ("-", "--", "-.", ":")
+
+
+def pyplot():
+    """matplotlib without a window; UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'luqrun[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "luqrun"})
+    return plt
+
+
+def draw(table: Table):
+    """The figure of a table, or None where it has none (or no runs yet)."""
+    if table.name in CURVES:
+        return _curves(table)
+    if table.name == "fig5":
+        return _samples(table)
+    return None
+
+
+def save(figure, folder: Path, name: str) -> list[Path]:
+    """As PNG and SVG, in the folder."""
+    paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot().close(figure)
+    return paths
+
+
+def _curves(table: Table):
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for number, cell in enumerate(table.cells.values()):
+        curves = [run.curve for run in cell.runs.values() if run.curve]
+        if not curves:
+            continue
+        epochs = range(1, min(len(curve) for curve in curves) + 1)
+        columns = [[curve[epoch - 1] for curve in curves] for epoch in epochs]
+        means = [fmean(values) for values in columns]
+        label = f"{cell.row} ({len(curves)})" + (f", {cell.diverged} diverged" if cell.diverged else "")
+        (line,) = axes.plot(epochs, means, LINES[number % len(LINES)], label=label, marker="o", markersize=3)
+        if len(curves) > 1:
+            spreads = [stdev(values) for values in columns]
+            low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if not axes.lines:
+        plt.close(figure)
+        return None
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="validation top-1, %", title=table.title)
+    axes.legend(title="recipe (seeds); band: 1 standard deviation", fontsize=8, title_fontsize=8, frameon=False)
+    return figure
+
+
+def _samples(table: Table):
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    points: dict[str, list] = {"wgrad": [], "wgrad and dgrad": []}
+    for cell in table.cells.values():
+        values = list(cell.values.values())
+        if not values:
+            continue
+        name = re.fullmatch(r"fp2_(smp|both)(\d+)", cell.row)
+        if name is None:
+            mean = fmean(values)
+            axes.axhline(
+                mean, color="black", linestyle="--", linewidth=1, label=f"full-precision gradients ({mean:.1f})"
+            )
+            continue
+        point = int(name[2]), fmean(values), stdev(values) if values[1:] else 0.0
+        for scope in points if point[0] == 1 else ["wgrad" if name[1] == "smp" else "wgrad and dgrad"]:
+            points[scope].append(point)  # a single sample is the same in both
+    for scope, found in points.items():
+        if found:
+            axes.errorbar(*zip(*sorted(found), strict=True), marker="o", capsize=3, label=f"averaged for {scope}")
+    if not axes.containers:
+        plt.close(figure)
+        return None
+    samples = sorted({count for found in points.values() for count, *_ in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(samples, [str(count) for count in samples])
+    axes.set(
+        xlabel="samples of 2-bit gradients; bars: 1 standard deviation", ylabel="validation top-1, %", title=table.title
+    )
+    axes.legend(fontsize=8, frameon=False)
+    return figure

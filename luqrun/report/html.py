@@ -1,0 +1,106 @@
+"""One self-contained page for a study's tables: figures inside, each number linked to the runs that made it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+
+from luqrun.report import figures, measured
+from luqrun.report.claims import HOLDS, Finding
+from luqrun.report.layout import TITLES
+from luqrun.report.records import LeftOut, Record
+from luqrun.report.render import HEADER, line
+from luqrun.report.tables import Table
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
+td.number { font-variant-numeric: tabular-nums; }
+.missing { color: #b00; } .holds { color: #070; } .open { color: #b00; }
+pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; }
+svg { max-width: 100%; height: auto; }
+details { margin: .3rem 0; } details:target { outline: 2px solid #06c; }
+"""
+
+
+def page(
+    name: str,
+    tables: Sequence[Table],
+    rounding: Sequence[Record],
+    findings: Sequence[Finding],
+    left_out: Sequence[LeftOut],
+) -> str:
+    """The page of the studies under outputs/`name`."""
+    parts = [f"<h1>{escape(name)}</h1>"]
+    parts += [_table(table) for table in tables]
+    parts += [_measured(rounding, table) for table in measured.NAMES if measured.of_table(rounding, table)]
+    if findings:
+        items = (
+            f'<li class="{"holds" if finding.verdict == HOLDS else "open"}">{escape(str(finding))}</li>'
+            for finding in findings
+        )
+        parts.append(f"<h2>What holds of the paper's claims</h2><ul>{''.join(items)}</ul>")
+    if left_out:
+        items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
+        parts.append(f"<h2>Run folders left out</h2><ul>{''.join(items)}</ul>")
+    records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
+    parts.append("<h2>Runs</h2>")
+    parts += [_run(record) for record in [*records, *rounding]]
+    head = f'<meta charset="utf-8"><title>luqrun: {escape(name)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _table(table: Table) -> str:
+    rows = []
+    for cell in table.cells.values():
+        values = [escape(value) for value in line(table, cell)]
+        links = " ".join(f'<a href="#{_anchor(run)}">{seed}</a>' for seed, run in sorted(cell.runs.items()))
+        style = ' class="missing"' if cell.missing else ' class="number"'
+        cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
+        cells += [f'<td class="number">{value}</td>' for value in values[2:]]
+        rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
+    missing = [wish.command for cell in table.cells.values() for wish in cell.missing]
+    commands = "\n".join(map(escape, missing))
+    listed = ""
+    if missing:
+        listed = f"<details><summary>{len(missing)} missing runs</summary><pre>{commands}</pre></details>"
+    body = _html_table((*HEADER, "runs by seed"), rows)
+    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
+
+
+def _measured(records: Sequence[Record], name: str) -> str:
+    chosen = measured.of_table(records, name)
+    figure = measured.draw(chosen) if name == "fig1a" else None
+    rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in measured.lines(chosen)]
+    note = "<p>In brackets the closed form.</p>"
+    return f"<h2>{escape(TITLES[name])}</h2>{_html_table(measured.HEADER, rows)}{note}{_svg(figure)}"
+
+
+def _html_table(header: Sequence[str], rows: Sequence[str]) -> str:
+    return f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>{''.join(rows)}</table>"
+
+
+def _run(record: Record) -> str:
+    commit = record.run.get("git_commit") or "unknown"
+    about = f"{escape(record.command)}\n\ncommit {escape(commit)}, {escape(str(record.run.get('kernel_backend')))}"
+    return (
+        f'<details id="{_anchor(record)}"><summary>{escape(record.study)}/{escape(record.path.name)}</summary>'
+        f"<pre>{about}</pre><pre>{escape(record.config)}</pre></details>"
+    )
+
+
+def _anchor(record: Record) -> str:
+    return re.sub(r"[^\w-]", "-", f"{record.study}-{record.path.name}")
+
+
+def _svg(figure) -> str:
+    if figure is None:
+        return ""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figures.pyplot().close(figure)
+    _, tag, rest = text.getvalue().partition("<svg")  # without the XML declaration
+    return f"<figure>{tag}{rest}</figure>"

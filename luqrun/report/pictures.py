@@ -1,0 +1,137 @@
+"""Pictures of one run: a layer's gradients under the levels of each format, and each layer's health over time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from torch import Tensor
+
+from luqrun.config import Config
+from luqrun.convert import quantize_model, quantized_layers, set_step
+from luqrun.datasets import build_dataset
+from luqrun.datasets.loader import train_loader
+from luqrun.errors import UserError
+from luqrun.formats import get_format
+from luqrun.models import build_model
+from luqrun.recipes import Recipe
+from luqrun.report.figures import pyplot, save
+from luqrun.tracking import HEALTH
+
+SHOWN = ("e3m0", "e1m0", "int4")
+GROUP = "quantization"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and draw; the exit code."""
+    parser = argparse.ArgumentParser(description="Pictures of one run, from its folder.")
+    parser.add_argument("run", type=Path, help="a run folder, with its checkpoint")
+    parser.add_argument("--layer", help="whose gradients; default: the middle one")
+    parser.add_argument("--out", type=Path, help="where files go; default: RUN/pictures")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out or chosen.run / "pictures"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = save(draw_health(chosen.run), out, "health")
+        paths += save(draw_gradients(*layer_gradients(chosen.run, chosen.layer)), out, "gradients")
+    except (UserError, OSError) as error:
+        parser.exit(1, f"pictures.py: {error}\n")
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
+    """The name of a quantized layer and the gradient of its output: the first batch after the run's last checkpoint."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{run / 'config.yaml'}: {str(error).splitlines()[0]}") from None
+    path = run / "checkpoints" / "last.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the gradients are those of a trained network")
+    data = build_dataset(config.dataset)
+    model = build_model(config.model, len(data.classes), data.channels, data.image_size)
+    model = quantize_model(model, Recipe.from_config(config.quant), seed=config.seed)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(content["model"])
+    set_step(model, content["progress"]["step"])
+    layers = dict(quantized_layers(model))
+    if not layers:
+        raise UserError(f"quant={config.quant.name} quantizes no layer: there is nothing to show")
+    if layer is not None and layer not in layers:
+        raise UserError(f"--layer {layer} is not known; allowed: {', '.join(layers)}")
+    name = layer or list(layers)[len(layers) // 2]
+    found: list[Tensor] = []
+
+    def watch(module, given, output):
+        output.register_hook(found.append)
+
+    layers[name].register_forward_hook(watch)
+    images, labels = next(iter(train_loader(data, config.dataset, config.seed, 0)))
+    model.to(memory_format=torch.channels_last).train()
+    F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels).backward()
+    return name, found[0].detach().float()
+
+
+def draw_gradients(name: str, gradient: Tensor):
+    """The distribution of log2 |gradient| relative to its maximum, and under it the levels of each format."""
+    plt = pyplot()
+    magnitude = gradient.abs().flatten()
+    largest = magnitude.max().item()
+    if not 0 < largest < float("inf"):
+        raise UserError(f"the gradient of {name} is zero or not finite: there is no distribution to show")
+    relative = (magnitude[magnitude > 0] / largest).log2().numpy()
+    figure, axes = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(3, 1))
+    axes[0].hist(relative, bins=160, range=(-24, 0), density=True, color="0.6")
+    zeros = (magnitude == 0).float().mean().item()
+    axes[0].set(
+        ylabel="density", title=f"gradient of {name}'s output, {len(relative):,} elements ({zeros:.1%} are zero)"
+    )
+    for height, format in enumerate(reversed(SHOWN)):
+        form = get_format(format)
+        levels = torch.tensor([level for level in form.levels() if level > 0]) / form.limit
+        under = (torch.from_numpy(relative) < levels.min().log2()).float().mean().item()
+        axes[1].plot(levels.log2(), [height] * len(levels), "|", markersize=12, markeredgewidth=2, color=f"C{height}")
+        axes[1].text(-24, height, f"{under:.0%} below the smallest level", va="center", fontsize=8)
+    axes[1].set_yticks(range(len(SHOWN)), reversed(SHOWN))
+    axes[1].set(xlabel="log2 of |gradient| / maximum", ylim=(-0.6, len(SHOWN) - 0.4), xlim=(-24.5, 0.5))
+    return figure
+
+
+def draw_health(run: Path):
+    """Clipped share, underflow share and relative error of each layer's operands, over the steps of the run."""
+    events = EventAccumulator(str(run), size_guidance={SCALARS: 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()[SCALARS] if tag.startswith(f"{GROUP}/")]
+    if not tags:
+        raise UserError(f"{run} has no curves of quantization: tracking.health_every=0, or a recipe without quantizers")
+    operands = sorted({tag.rpartition("/")[2] for tag in tags})
+    plt = pyplot()
+    size = (4 * len(operands), 2.4 * len(HEALTH))
+    figure, axes = plt.subplots(len(HEALTH), len(operands), figsize=size, sharex=True, squeeze=False)
+    layers = list(dict.fromkeys(tag.split("/")[2] for tag in tags))
+    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.95, len(layers)).numpy())
+    for row, metric in zip(axes, HEALTH, strict=True):
+        for panel, operand in zip(row, operands, strict=True):
+            for layer, color in zip(layers, colors, strict=True):
+                tag = f"{GROUP}/{metric}/{layer}/{operand}"
+                if tag in tags:
+                    points = events.Scalars(tag)
+                    panel.plot([p.step for p in points], [p.value for p in points], color=color, label=layer)
+            panel.set_ylim(bottom=0)
+        row[0].set_ylabel(metric.replace("_", " "))
+    for panel, operand in zip(axes[0], operands, strict=True):
+        panel.set_title(operand)
+    for panel in axes[-1]:
+        panel.set_xlabel("step")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 0.95), fontsize=7, frameon=False
+    )
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,99 @@
+"""A table: its cells, with ours, the paper's, both differences to a baseline, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from luqrun.report.layout import BASELINES, TITLES, Expected, expected
+from luqrun.report.paper import Published, published
+from luqrun.report.records import Record
+from luqrun.report.spread import Spread
+
+
+@dataclass
+class Cell:
+    """One cell: its runs by seed, and the runs that are missing."""
+
+    row: str
+    column: str
+    runs: dict[int, Record] = field(default_factory=dict)
+    missing: list[Expected] = field(default_factory=list)
+
+    @property
+    def values(self) -> dict[int, float]:
+        """top-1 by seed, without the diverged."""
+        return {seed: run.top1 for seed, run in self.runs.items() if run.top1 is not None}
+
+    @property
+    def diverged(self) -> int:
+        return sum(run.diverged for run in self.runs.values())
+
+    def ours(self) -> str:
+        """Such as "78.9 ± 1.1 (3)", "diverged (2 of 3); 70.1 (1)", or "missing"."""
+        parts = [f"diverged ({self.diverged} of {len(self.runs)})"] if self.diverged else []
+        parts += [str(Spread.of(list(self.values.values())))] if self.values else []
+        if self.missing:
+            parts.append("missing" if not self.runs else f"{len(self.missing)} missing")
+        return "; ".join(parts)
+
+
+@dataclass
+class Table:
+    """A table of one study. rows and columns keep the experiment's order."""
+
+    study: str
+    name: str
+    scale: str
+    cells: dict[tuple[str, str], Cell]
+
+    @property
+    def title(self) -> str:
+        return f"{TITLES[self.name]} ({self.study})"
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(row for row, _ in self.cells))
+
+    def baseline(self, cell: Cell) -> Cell | None:
+        """The cell that `cell` is compared with; None for the baseline itself."""
+        row, column = BASELINES[self.name]
+        found = self.cells.get((row or cell.row, column or cell.column))
+        return None if found is cell else found
+
+    def difference(self, cell: Cell) -> Spread | None:
+        """Ours less our baseline, seed by seed."""
+        base = self.baseline(cell)
+        pairs = [] if base is None else [value - base.values[s] for s, value in cell.values.items() if s in base.values]
+        return Spread.of(pairs) if pairs else None
+
+    def paper(self, cell: Cell) -> Published | None:
+        return published(self.name, cell.row, cell.column)
+
+    def paper_difference(self, cell: Cell) -> float | None:
+        """The paper's number less the paper's baseline."""
+        base = self.baseline(cell)
+        theirs = [self.paper(each) if each else None for each in (cell, base)]
+        values = [each.value if each else None for each in theirs]
+        return None if None in values else values[0] - values[1]
+
+
+def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[Table]:
+    """A table for each study that trains one; `wanted`: of these names only (default: all)."""
+    studies: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        if record.table in BASELINES and (not wanted or record.table in wanted):
+            studies.setdefault((record.study, record.table, record.scale or ""), []).append(record)
+    return [_build(*key, runs) for key, runs in sorted(studies.items())]
+
+
+def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
+    cells: dict[tuple[str, str], Cell] = {}
+    by_cell = {(record.row, record.column, record.seed): record for record in records}
+    for wish in expected(name, scale):
+        cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
+        if (wish.row, wish.column, wish.seed) not in by_cell:
+            cell.missing.append(wish)
+    for (row, column, seed), record in sorted(by_cell.items()):
+        cells.setdefault((row, column), Cell(row, column)).runs[seed] = record
+    return Table(study, name, scale, cells)

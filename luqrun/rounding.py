@@ -1,0 +1,88 @@
+"""task=rounding: the bias, variance and mean squared error of a recipe's quantizers, beside their closed forms.
+
+For x in a bin [l, u] (Table 1): round to nearest has bias min(x - l, u - x), variance 0; stochastic rounding has
+bias 0, variance (x - l)(u - x). Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from luqrun.config import Config
+from luqrun.kernels.philox import make_stream
+from luqrun.quantizer import Quantizer
+from luqrun.recipes import OPERANDS, Recipe
+from luqrun.run_folder import SUMMARY, RunFolder, now
+
+log = logging.getLogger(__name__)
+
+POINTS = 41
+DRAWS = 1 << 15
+
+
+def run(config: Config, folder: RunFolder) -> dict:
+    """Measure each quantizer of the recipe in three of its bins, and write summary.json."""
+    recipe = Recipe.from_config(config.quant)
+    quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
+    rows = [
+        {"operand": operand, "quantizer": str(quantizer), **measure(quantizer, *bin, seed=config.seed)}
+        for operand, quantizer in quantizers.items()
+        if quantizer is not None
+        for bin in bins(quantizer)
+    ]
+    for row in rows:
+        log.info("%s %s in %s: largest |z| of the bias %.2f", row["operand"], row["quantizer"], row["bin"], row["z"])
+    summary = {"rounding": rows}
+    folder.write_json(SUMMARY, summary)
+    folder.update_run(status="finished", end=now())
+    return summary
+
+
+def bins(quantizer: Quantizer) -> list[tuple[int, int]]:
+    """The lowest, a middle and the highest bin, in units of the smallest step."""
+    levels = [level for level in quantizer.form.levels() if level >= 0]
+    last = len(levels) - 1
+    return [(levels[i], levels[i + 1]) for i in sorted({0, last // 2, last - 1})]
+
+
+def measure(quantizer: Quantizer, lower: int, upper: int, seed: int) -> dict:
+    """Bias, variance and mean squared error over DRAWS quantizations of POINTS values from lower to upper.
+
+    Both as measured and in closed form; z: the largest deviation of a mean from its closed form, in standard errors
+    (0 where nothing is drawn).
+    """
+    x = torch.linspace(lower, upper, POINTS, dtype=torch.float64).float()
+    repeated = x.repeat_interleave(DRAWS)
+    scale, signed = torch.tensor(1.0), torch.tensor(True)
+    codes = quantizer.encode(repeated, scale, signed, make_stream(seed)).view(POINTS, DRAWS)
+    values = codes.double()
+    mean, at = values.mean(1), x.double()
+    bias, variance = mean - at, values.var(1, correction=0)
+    nearest, spread = torch.minimum(at - lower, upper - at), (at - lower) * (upper - at)
+    drawn = quantizer.underflow if lower == 0 and quantizer.form.logarithmic else quantizer.rounding
+    if drawn == "stochastic":
+        expected = {"bias": torch.zeros_like(at), "variance": spread, "mse": spread}
+    elif drawn == "nearest":
+        expected = {"bias": nearest, "variance": torch.zeros_like(at), "mse": nearest**2}
+    else:  # flush
+        expected = {"bias": torch.where(at < upper, at - lower, 0.0), "variance": torch.zeros_like(at)}
+        expected["mse"] = expected["bias"] ** 2
+    error = (spread / DRAWS).sqrt()
+    z = torch.where(error > 0, bias.abs() / error.clamp(min=1e-30), bias.abs() * math.inf).nan_to_num(0.0)
+    return {
+        "bin": [lower, upper],
+        "draws": DRAWS,
+        "drawn": drawn,
+        "x": _listed(at),
+        "measured": {"bias": _listed(bias.abs()), "variance": _listed(variance), "mse": _listed(variance + bias**2)},
+        "closed_form": {name: _listed(values) for name, values in expected.items()},
+        "z": z.max().item() if drawn == "stochastic" else 0.0,
+    }
+
+
+def _listed(values: Tensor) -> list[float]:
+    return [round(value, 9) for value in values.tolist()]

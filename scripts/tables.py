@@ -1,0 +1,12 @@
+"""The paper's tables and figures from run folders; luqrun/report does the work.
+
+python scripts/tables.py outputs/                   Markdown, CSV and figures of what is there, in outputs/tables/
+python scripts/tables.py outputs/ --html --check    pages too; fails where the paper's ordering is not shown
+"""
+
+import sys
+
+from luqrun.report.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
