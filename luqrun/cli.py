@@ -49,6 +49,10 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(error)
+    except ValueError as error:
+        if "Only one of" not in str(error):  # of the options that say what to do
+            raise
+        _refuse(UserError(str(error)))
     except yaml.YAMLError as error:
         _refuse(UserError(f"a YAML file cannot be read: {error}"))
     except BrokenPipeError:  # `luqrun --help | head`

@@ -24,7 +24,7 @@ from luqrun.recipes import Recipe
 from luqrun.report.figures import pyplot, save
 from luqrun.tracking import HEALTH
 
-SHOWN = ("e3m0", "e1m0", "int4")
+SHOWN = ("e3m0", "int4", "e1m0")
 GROUP = "quantization"
 
 
@@ -90,9 +90,7 @@ def draw_gradients(name: str, gradient: Tensor):
     figure, axes = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(3, 1))
     axes[0].hist(relative, bins=160, range=(-24, 0), density=True, color="0.6")
     zeros = (magnitude == 0).float().mean().item()
-    axes[0].set(
-        ylabel="density", title=f"gradient of {name}'s output, {len(relative):,} elements ({zeros:.1%} are zero)"
-    )
+    axes[0].set(ylabel="density", title=f"gradient of {name}'s output ({zeros:.1%} are zero)")
     for height, format in enumerate(reversed(SHOWN)):
         form = get_format(format)
         levels = torch.tensor([level for level in form.levels() if level > 0]) / form.limit
