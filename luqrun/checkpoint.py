@@ -1,8 +1,14 @@
-"""Checkpoints: written atomically, read with weights_only, refused by name when they do not fit."""
+"""Checkpoints: written atomically, checked by a checksum, read with weights_only, refused by name when they do not fit.
+
+A file is what torch.save writes and after it a line with the SHA-256 of that: torch.load reads it all the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,14 +19,22 @@ from luqrun.datasets import Data
 from luqrun.errors import UserError
 from luqrun.run_folder import what_decides_the_result, write_atomically
 
-VERSION = 1
+VERSION = 2
 KEYS = {"version", "config", "num_classes", "num_images", "model", "optimizer", "progress"}
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+_MARK = b"\nsha256 "
+_TRAILER = len(_MARK) + 64
+ADVICE = "give resume= another checkpoint, or study= another name"
+
+
+class Damaged(UserError):
+    """A file that is no checkpoint, or not any more."""
 
 
 def save(
     path: Path, config: Config, data: Data, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
 ) -> None:
-    """Write a checkpoint; on a full disk the old file stays."""
+    """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt."""
     content = {
         "version": VERSION,
         "config": what_decides_the_result(config),
@@ -32,41 +46,69 @@ def save(
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    buffer.write(_MARK + digest.encode())
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    if path.name == LAST and path.exists():
+        _keep(path, path.with_name(PREVIOUS))
+    write_atomically(path, buffer.getbuffer())
+
+
+def _keep(path: Path, twin: Path) -> None:
+    """Let `twin` be this file too, without a moment in which there is none."""
+    temporary = twin.with_name(f".{twin.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    temporary.replace(twin)
+
+
+def read(path: Path) -> dict:
+    """The content of a checkpoint, whatever run it is of. Raises Damaged, naming the file; no code in it is run."""
+    try:
+        stored = path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"{path}: no such file; {ADVICE}") from None
+    except OSError as error:
+        raise Damaged(f"checkpoint {path} cannot be read ({error.strerror}); {ADVICE}") from None
+    if stored[-_TRAILER:-64] != _MARK:
+        raise Damaged(f"checkpoint {path} is truncated or not a checkpoint of this version of luqrun; {ADVICE}")
+    if hashlib.sha256(memoryview(stored)[:-_TRAILER]).hexdigest().encode() != stored[-64:]:
+        raise Damaged(f"checkpoint {path} is damaged: its content does not match its checksum; {ADVICE}")
+    try:
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler says
+        raise Damaged(f"checkpoint {path} is not a checkpoint ({_line(error)}); {ADVICE}") from None
+    if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
+        raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {ADVICE}")
+    return content
 
 
 def load(path: Path, config: Config, data: Data) -> dict:
     """The content of a checkpoint that belongs to a run with this config and data.
 
-    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one. Raises UserError,
-    naming the file, for a missing, damaged or foreign one.
+    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one. Raises Damaged, or
+    UserError for a foreign one, naming the file.
     """
-    advice = "give resume= another checkpoint, or study= another name"
     num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
-    if not path.is_file():
-        raise UserError(f"resume={path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler says of bytes that are no checkpoint, OSError among it
-        raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({_line(error)}); {advice}") from None
-    if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
-        raise UserError(f"checkpoint {path} was not written by this version of luqrun; {advice}")
+    content = read(path)
     if content["num_classes"] != num_classes:
         raise UserError(
             f"checkpoint {path} has {content['num_classes']} classes, dataset={config.dataset.name} has {num_classes}; "
-            f"{advice}"
+            f"{ADVICE}"
         )
     if content["num_images"] != num_images:
         theirs, ours = ("{} training and {} validation images".format(*n) for n in (content["num_images"], num_images))
         raise UserError(
-            f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {advice}"
+            f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {ADVICE}"
         )
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():
         if in_finetune or not key.startswith("finetune."):
-            raise UserError(f"checkpoint {path} was trained with {key}={theirs}, this run has {key}={ours}; {advice}")
+            raise UserError(f"checkpoint {path} was trained with {key}={theirs}, this run has {key}={ours}; {ADVICE}")
     return content
 
 

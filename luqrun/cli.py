@@ -16,22 +16,25 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun.closing import closing_table
+from luqrun.closing import closing_table, jobs_table
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.refusals import below_null, one_line
-from luqrun.reuse import adopt, find_twin
-from luqrun.run_folder import RunFolder, now, provenance, run_id, write_atomically
+from luqrun.reuse import adopt, diverged_base, find_twin
+from luqrun.run_folder import Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
+from luqrun.stopping import Requests, Stopped, handled
 from luqrun.validate import to_config, validate
 
 log = logging.getLogger("luqrun")
+jobs: list[tuple[str, Path]] = []  # of the sweep, those that have ended: overrides and run folder
 
 
 class Refused(CompactHydraException):
@@ -46,7 +49,11 @@ def main() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        finally:
+            if jobs:
+                print(jobs_table(jobs), flush=True)
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(error)
     except ValueError as error:
@@ -95,6 +102,11 @@ class Checks(Callback):
         except (UserError, OSError) as error:
             _refuse(error)
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            folder = Path(job_return.working_dir if config.hydra.job.chdir else config.hydra.runtime.output_dir)
+            jobs.append((" ".join(job_return.overrides), folder))
+
 
 def _under_torchrun() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
@@ -114,15 +126,21 @@ def job(composed: DictConfig) -> None:
     """One run, from its composed config to its run folder."""
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     try:
-        config = to_config(composed)
-        validate(config)
-        _start_or_show(config, folder)
-    except KeyboardInterrupt:
-        _mark_failed(folder, "interrupted")
+        with handled() as requests:
+            config = to_config(composed)
+            validate(config)
+            with folder.locked():
+                _start_or_show(config, folder, requests)
+    except Busy as busy:
+        if HydraConfig.get().mode == RunMode.RUN:
+            _refuse(busy)
+        log.warning("luqrun: %s; left to it", busy)
+    except Stopped as stopped:
+        _mark_failed(folder, f"stopped by {stopped}")
         found = (folder.checkpoints / "last.pt").exists()
         then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
-        log.warning("interrupted; the same command %s in %s", then, folder.path)
-        sys.exit(130)
+        log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
+        sys.exit(stopped.exit_code)
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
@@ -141,7 +159,7 @@ def job(composed: DictConfig) -> None:
         raise
 
 
-def _start_or_show(config: Config, folder: RunFolder) -> None:
+def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> None:
     """Run, unless the folder already holds the result."""
     summary = folder.summary()
     run = folder.run()
@@ -152,19 +170,24 @@ def _start_or_show(config: Config, folder: RunFolder) -> None:
         log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
     else:
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-        started = {"start": run.get("start", now()), "end": None, "reason": None}
+        started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
         overrides = list(HydraConfig.get().overrides.task)
         folder.update_run(status="running", overrides=overrides, **started, **provenance())
-        twin = find_twin(config, folder) if config.reuse and not folder.checkpoints.exists() else None
+        begun = folder.checkpoints.exists()
+        twin = find_twin(config, folder) if config.reuse and not begun else None
+        base = diverged_base(config, folder) if twin is None and not begun else None
         if twin is not None:
-            log.info("taken over from %s, the same run in another study (reuse=false trains it again)", twin)
+            log.info("taken over from %s, the same run in another study (in a new study, reuse=false trains it)", twin)
             summary = adopt(twin, folder)
+        elif base is not None:
+            log.info("diverged as the run without fine-tuning, %s, did", base)
+            summary = adopt(base, folder)
         else:
-            summary = _work(config, folder)
+            summary = _work(config, folder, requests)
     print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
 
 
-def _work(config: Config, folder: RunFolder) -> dict:
+def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     # Imported here and not above: --help and typing errors do without torch.
     if config.task == "rounding":
         from luqrun import rounding
@@ -175,7 +198,7 @@ def _work(config: Config, folder: RunFolder) -> dict:
     from luqrun import trainer
 
     with logging_redirect_tqdm():
-        return trainer.run(config, folder)
+        return trainer.run(config, folder, requests)
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:

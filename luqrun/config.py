@@ -149,7 +149,7 @@ class Config:
     study: str = "default"
     resume: str = "auto"
     reuse: bool = False
-    cell: CellConfig | None = None
+    cell: CellConfig = field(default_factory=CellConfig)
 
 
 def check_choice(key: str, value: str, allowed) -> None:

@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from luqrun import kernels
 from luqrun.config import Config
+from luqrun.errors import UserError
 from luqrun.kernels.philox import make_stream
 from luqrun.quantizer import Quantizer
 from luqrun.recipes import OPERANDS, Recipe
@@ -25,20 +27,26 @@ DRAWS = 1 << 15
 
 
 def run(config: Config, folder: RunFolder) -> dict:
-    """Measure each quantizer of the recipe in three of its bins, and write summary.json."""
+    """Measure each quantizer of the recipe in three of its bins, and write summary.json.
+
+    Raises UserError for a recipe without quantizers.
+    """
     recipe = Recipe.from_config(config.quant)
-    quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
-    rows = [
-        {"operand": operand, "quantizer": str(quantizer), **measure(quantizer, *bin, seed=config.seed)}
-        for operand, quantizer in quantizers.items()
-        if quantizer is not None
-        for bin in bins(quantizer)
-    ]
+    if not recipe.quantizes:
+        raise UserError(f"task=rounding: quant={recipe.name} quantizes nothing; choose another quant=")
+    folder.update_run(device="cpu", kernel_backend=kernels.describe("cpu"))
+    rows = []
+    for number, operand in enumerate(OPERANDS):
+        quantizer = getattr(recipe, operand)
+        for lower, upper in bins(quantizer) if quantizer is not None else ():
+            # Draws of its own for each bin and operand: else all rows would tell the same chance deviation.
+            found = measure(quantizer, lower, upper, make_stream(config.seed, layer=lower, operand=number))
+            rows.append({"operand": operand, "quantizer": str(quantizer), **found})
     for row in rows:
         log.info("%s %s in %s: largest |z| of the bias %.2f", row["operand"], row["quantizer"], row["bin"], row["z"])
     summary = {"rounding": rows}
-    folder.write_json(SUMMARY, summary)
     folder.update_run(status="finished", end=now())
+    folder.write_json(SUMMARY, summary)
     return summary
 
 
@@ -49,16 +57,16 @@ def bins(quantizer: Quantizer) -> list[tuple[int, int]]:
     return [(levels[i], levels[i + 1]) for i in sorted({0, last // 2, last - 1})]
 
 
-def measure(quantizer: Quantizer, lower: int, upper: int, seed: int) -> dict:
+def measure(quantizer: Quantizer, lower: int, upper: int, stream: Tensor) -> dict:
     """Bias, variance and mean squared error over DRAWS quantizations of POINTS values from lower to upper.
 
     Both as measured and in closed form; z: the largest deviation of a mean from its closed form, in standard errors
-    (0 where nothing is drawn).
+    (0 where nothing is drawn). stream: names the draws (luqrun.kernels.philox).
     """
     x = torch.linspace(lower, upper, POINTS, dtype=torch.float64).float()
     repeated = x.repeat_interleave(DRAWS)
     scale, signed = torch.tensor(1.0), torch.tensor(True)
-    codes = quantizer.encode(repeated, scale, signed, make_stream(seed)).view(POINTS, DRAWS)
+    codes = quantizer.encode(repeated, scale, signed, stream).view(POINTS, DRAWS)
     values = codes.double()
     mean, at = values.mean(1), x.double()
     bias, variance = mean - at, values.var(1, correction=0)

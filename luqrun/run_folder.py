@@ -6,14 +6,18 @@ finds its own folder again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +36,13 @@ MAX_NAME = 200  # bytes; file systems take 255
 SUMMARY = "summary.json"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
+
+log = logging.getLogger(__name__)
+
+
+class Busy(UserError):
+    """Another process runs this run."""
 
 
 def what_decides_the_result(config: Config) -> dict:
@@ -62,7 +73,7 @@ def run_id(config: Config) -> str:
     return f"{readable[:MAX_NAME]}-{digest}"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that it is there whole or, after a crash or on a full disk, as it was before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -109,10 +120,30 @@ class RunFolder:
         """Change fields of run.json."""
         self.write_json(RUN, {**self.run(), **fields})
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let no other process run this run meanwhile: Busy where one does. Of a dead process nothing is left."""
+        with (self.path / LOCK).open("a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit it
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise Busy(f"{self.path} is being run by another process ({file.read().strip()})") from None
+            except OSError as error:
+                log.warning(
+                    "%s cannot be locked (%s): take care that no second process runs this run", self.path, error
+                )
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
     def remove_if_never_started(self) -> None:
-        """Remove the folder where it holds nothing but its log."""
-        if [path.name for path in self.path.iterdir()] == ["run.log"]:
-            (self.path / "run.log").unlink()
+        """Remove the folder where it holds nothing but its log and its lock."""
+        names = {path.name for path in self.path.iterdir()}
+        if names <= {"run.log", LOCK}:
+            for name in names:
+                (self.path / name).unlink()
             self.path.rmdir()
 
     def append_metrics(self, row: dict) -> None:

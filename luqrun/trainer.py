@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from luqrun.errors import UserError
 from luqrun.models import build_model
 from luqrun.profiling import DATA, StepProfiler
 from luqrun.recipes import Recipe
-from luqrun.reuse import base_checkpoint
+from luqrun.resuming import find_start
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
+from luqrun.stopping import Requests, Stopped
 from luqrun.tracking import Tracker, read_health
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,11 @@ class Diverged(Exception):
     """The loss is not finite: a result, not an error."""
 
 
-def run(config: Config, folder: RunFolder) -> dict:
-    """Train, or continue, one run to its end and return its summary ({"diverged": step} for a diverged one)."""
+def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> dict:
+    """Train, or continue, one run to its end and return its summary ({"diverged": step} for a diverged one).
+
+    Where `requests` says that the process was asked to stop, the run writes a checkpoint and raises Stopped.
+    """
     device = choose_device(config.device)
     reset_peak_memory(device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for matmul by default
@@ -51,9 +55,10 @@ def run(config: Config, folder: RunFolder) -> dict:
         kernel_backend=gemms.describe(device.type),
         threads=torch.get_num_threads(),
     )
-    trainer = Trainer(config, folder, device)
+    trainer = Trainer(config, folder, device, requests)
     try:
-        trainer.fit()
+        with trainer.requests.deferred():
+            trainer.fit()
     except Diverged as diverged:
         folder.update_run(status="diverged", end=now(), diverged_at_step=trainer.progress["step"])
         log.warning("%s", diverged)
@@ -76,8 +81,8 @@ def _compiled(model: nn.Module) -> nn.Module:
 class Trainer:
     """One run: everything built from its config, and its position in the training."""
 
-    def __init__(self, config: Config, folder: RunFolder, device: torch.device):
-        self.config, self.folder, self.device = config, folder, device
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device, requests: Requests | None = None):
+        self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
         self.data = build_dataset(config.dataset)
         num_classes = len(self.data.classes)
         self.recipe = Recipe.from_config(config.quant)
@@ -109,29 +114,17 @@ class Trainer:
             log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, gemms.describe(device.type))
 
-    @property
-    def last_path(self):
-        return self.folder.checkpoints / "last.pt"
-
     def _resume(self) -> None:
-        """Continue from this folder's checkpoint, or from the one that `resume` names."""
-        wanted, path = self.config.resume, self.last_path
-        if not path.exists():
-            based = wanted == "base" and self.config.finetune.epochs > 0
-            if wanted in ("auto", "never", "base") and not based:
-                self.folder.truncate_metrics(0)
-                return
-            path = base_checkpoint(self.config, self.folder) if based else Path(wanted).expanduser()
-        elif wanted == "never":
-            raise UserError(f"resume=never, but {path} exists: choose another study=, or delete the run folder")
-        elif wanted not in ("auto", "base"):
-            log.warning("this run has a checkpoint of its own: resume=%s is not needed any more", wanted)
-        content = checkpoint.load(path, self.config, self.data)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.progress = content["progress"]
-        self.folder.truncate_metrics(self.progress["metrics_bytes"] if path == self.last_path else 0)
-        log.info("continuing from %s: epoch %d, step %d", path, self.progress["epoch"] + 1, self.progress["step"])
+        """Continue where `resume` and the folder say."""
+        start = find_start(self.config, self.folder, self.data)
+        if start is None:
+            self.folder.truncate_metrics(0)
+            return
+        self.model.load_state_dict(start.content["model"])
+        self.optimizer.load_state_dict(start.content["optimizer"])
+        self.progress = start.content["progress"]
+        self.folder.truncate_metrics(self.progress["metrics_bytes"] if start.own else 0)
+        log.info("continuing from %s: epoch %d, step %d", start.path, self.progress["epoch"] + 1, self.progress["step"])
 
     @property
     def total_epochs(self) -> int:
@@ -169,7 +162,7 @@ class Trainer:
             is_best = best > self.progress["best"]
             self.progress.update(epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=best)
             if is_best:  # before last.pt: a run killed in between does this epoch again, and its best once more
-                self.save_checkpoint("best.pt")
+                self.save_checkpoint(checkpoint.BEST)
             self.save_checkpoint()
 
     def train_epoch(self, epoch: int) -> None:
@@ -180,8 +173,7 @@ class Trainer:
         usable = self.steps_per_epoch * accumulate
         title = f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}"
         bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=None, leave=False)
-        batches = iter(loader)
-        with bar:
+        with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
                 started = time.perf_counter()
                 with record_function(DATA):
@@ -202,6 +194,7 @@ class Trainer:
                     row = {"loss": loss, "lr": self.learning_rate(step - 1), "images_per_second": lately}
                     self.interval_seconds, self.interval_images = 0.0, 0
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
+                self._stop_if_asked()
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
                     self.save_checkpoint()
 
@@ -258,6 +251,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64)
         count = 0
         for images, labels in tqdm(val_loader(self.data, self.config.dataset), "evaluation", disable=None, leave=False):
+            self._stop_if_asked()  # it is done again from the start
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 logits = self.network(images).float()
@@ -268,7 +262,13 @@ class Trainer:
         loss, top1, top5 = (sums / count).tolist()
         return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
 
-    def save_checkpoint(self, name: str = "last.pt") -> None:
+    def _stop_if_asked(self) -> None:
+        number = self.requests.check()
+        if number is not None:
+            self.save_checkpoint()
+            raise Stopped(number)
+
+    def save_checkpoint(self, name: str = checkpoint.LAST) -> None:
         """Write a checkpoint of where the run is."""
         self.progress["metrics_bytes"] = self.folder.metrics_size()
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_a_checkpoint_cannot_run_code(path, tmp_path):
 
 @pytest.mark.parametrize("missing", ["nothing.pt", "."])
 def test_a_missing_file_is_refused(tmp_path, missing):
-    with pytest.raises(UserError, match=r"resume=.*no such file.*auto, never"):
+    with pytest.raises(UserError, match=r"(no such file|cannot be read).*resume="):
         checkpoint.load(tmp_path / missing, tiny(), data())
 
 
@@ -186,4 +187,35 @@ def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(path, tiny(), data(), *content(tiny()))
     assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["last.pt"]
+    assert sorted(os.listdir(path.parent)) == ["last.pt", "previous.pt"]
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(path):
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
+    good = path.read_bytes()
+    positions = random.Random(0).sample(range(8 * len(good)), 300)
+    for position in [*positions, 0, 8 * len(good) - 1]:
+        bad = bytearray(good)
+        bad[position // 8] ^= 1 << position % 8
+        path.write_bytes(bad)
+        with pytest.raises(checkpoint.Damaged, match=r"last\.pt"):
+            checkpoint.load(path, tiny(), data())
+    path.write_bytes(good)
+    checkpoint.load(path, tiny(), data())
+
+
+def test_the_one_before_is_kept(path, monkeypatch):
+    for step in (1, 2, 3):
+        model, optimizer, progress = content(tiny())
+        checkpoint.save(path, tiny(), data(), model, optimizer, progress | {"step": step})
+    found = [checkpoint.read(path.with_name(name))["progress"]["step"] for name in ("last.pt", "previous.pt")]
+    assert found == [3, 2]
+
+    def no_links(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    checkpoint.save(path, tiny(), data(), model, optimizer, progress | {"step": 4})
+    found = [checkpoint.read(path.with_name(name))["progress"]["step"] for name in ("last.pt", "previous.pt")]
+    assert found == [4, 3]
+    assert sorted(os.listdir(path.parent)) == ["last.pt", "previous.pt"]

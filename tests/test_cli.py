@@ -54,7 +54,7 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     (folder,) = runs(tmp_path)
     assert re.fullmatch(r"resnet8-glyphs-luq-fnt1-seed0-[0-9a-f]{8}", folder.name)
     names = {path.name for path in folder.iterdir()} - {path.name for path in folder.glob("events.*")}
-    assert names == {"config.yaml", "run.json", "run.log", "metrics.jsonl", "summary.json", "checkpoints"}
+    assert names == {".lock", "config.yaml", "run.json", "run.log", "metrics.jsonl", "summary.json", "checkpoints"}
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
     assert run.keys() >= {"git_commit", "git_dirty", "versions", "device", "kernel_backend", "start", "end"}
@@ -67,7 +67,8 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     assert "tensorboard --logdir outputs" in first.out
     assert "epoch 2/2 (finetune)" in (folder / "run.log").read_text()
 
-    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.log"}
+    changing = {"run.log", ".lock"}
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in changing}
     again = luqrun(*TINY, "finetune=fnt1", "tracking.log_every=5")
     assert again.code == 0
     assert "this run is finished" in again.err
@@ -145,7 +146,7 @@ def test_checkpoints_that_do_not_fit(luqrun, tmp_path):
     other = ("dataset=folder", "dataset.root=pets", "dataset.image_size=20", "dataset.batch_size=4", "quant=fp32")
     assert_refused(luqrun(*other, f"resume={last}"), tmp_path, str(last), "47 classes", "has 2")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")
-    assert_refused(luqrun(*FAST, "study=c", "resume=foreign.pt"), tmp_path, "foreign.pt", "not written by")
+    assert_refused(luqrun(*FAST, "study=c", "resume=foreign.pt"), tmp_path, "foreign.pt", "not a checkpoint of")
     for size in (30_000, len(good) - 1):  # torch has another error for each
         last.write_bytes(good[:size])
         assert_refused(luqrun(*FAST), tmp_path, "last.pt", "truncated or not a checkpoint", "resume=")
@@ -251,7 +252,8 @@ def test_divergence_is_a_result_and_stays_one(luqrun, tmp_path):
     assert json.loads((folder / "run.json").read_text()) == run
 
 
-def test_ctrl_c_and_the_same_command_again(luqrun, tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     arguments = (*FAST, "schedule.epochs=20", "tracking.log_every=1")
     command = subprocess.Popen(
         [sys.executable, "-m", "luqrun", *arguments, "tracking.checkpoint_every=2"],
@@ -264,14 +266,14 @@ def test_ctrl_c_and_the_same_command_again(luqrun, tmp_path):
     (folder,) = runs(tmp_path)
     run = json.loads((folder / "run.json").read_text())
     assert (run["status"], run["end"]) == ("running", None)
-    command.send_signal(signal.SIGINT)
+    command.send_signal(asked)
     out, err = command.communicate()
-    assert command.returncode == 130
+    assert command.returncode == 128 + asked
     assert (out, "Traceback" in err) == ("", False)
-    assert sum("interrupted; the same command continues" in line for line in err.splitlines()) == 1
-    assert err.splitlines()[-1].startswith("interrupted")
+    assert sum(f"stopped by {asked.name}; the same command continues" in line for line in err.splitlines()) == 1
+    assert err.splitlines()[-1].startswith("stopped")
     run = json.loads((folder / "run.json").read_text())
-    assert (run["status"], run["reason"]) == ("failed", "interrupted")
+    assert (run["status"], run["reason"]) == ("failed", f"stopped by {asked.name}")
     assert not (folder / "summary.json").exists()
     assert [name for name in os.listdir(folder / "checkpoints") if name.startswith(".")] == []
 

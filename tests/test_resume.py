@@ -139,7 +139,7 @@ def test_resume_never_keeps_what_is_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", "tracking.checkpoint_every=3")
     before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"resume=never, but .*last\.pt exists"):
+    with pytest.raises(UserError, match=r"resume=never, but .*checkpoints exists"):
         train(tmp_path / "run", "resume=never")
     assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
 
@@ -186,3 +186,30 @@ def test_the_best_checkpoint_survives_an_interruption_beside_it(tmp_path, monkey
         train(tmp_path / "run", "finetune=fnt2", "quant=fp32")
     _, folder = train(tmp_path / "run", "finetune=fnt2", "quant=fp32")
     assert torch.load(folder.checkpoints / "best.pt", weights_only=True)["progress"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "gone"])
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatch, caplog, uninterrupted, harm):
+    overrides = ("finetune=fnt1",)
+    interrupt(monkeypatch, Trainer, "train_step", 12)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    good = path.read_bytes()
+    middle = len(good) // 2
+    content = {"truncated": good[:middle], "flipped": good[:middle] + b"?" + good[middle + 1 :], "empty": b""}
+    path.unlink() if harm == "gone" else path.write_bytes(content[harm])
+    _, resumed = train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
+    assert "Going on from the one before" in caplog.text
+    assert (path.with_name("damaged.pt")).exists() == (harm != "gone")
+    assert_same_run(resumed, uninterrupted(*overrides))
+
+
+def test_two_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
+    interrupt(monkeypatch, Trainer, "train_step", 8)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", "tracking.checkpoint_every=2")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / "checkpoints" / name).write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"previous\.pt is truncated or not a checkpoint"):
+        train(tmp_path / "run")

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -11,12 +13,14 @@ from running import composed, tiny
 
 from luqrun import run_folder
 from luqrun.config import Config
-from luqrun.run_folder import RunFolder, provenance, run_id, what_decides_the_result, write_atomically
+from luqrun.run_folder import Busy, RunFolder, provenance, run_id, what_decides_the_result, write_atomically
 from luqrun.validate import to_config
 
 SAME_RESULT = [
     "study=other",
     "resume=never",
+    "reuse=true",
+    "cell.table=fig2",
     "device=auto",
     "compile=true",
     "dataset.workers=3",
@@ -27,6 +31,7 @@ SAME_RESULT = [
     "tracking.checkpoint_every=1",
 ]
 OTHER_RESULT = [
+    "task=rounding",
     "seed=1",
     "precision=bf16",
     "model=resnext8",
@@ -155,3 +160,26 @@ def test_provenance_names_versions_and_the_commit():
 def test_provenance_of_an_installed_package_takes_no_commit_of_a_repository_around_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "luqrun" / "run_folder.py"))
     assert provenance()["git_commit"] is None
+
+
+HOLDER = """
+import sys, time
+from luqrun.run_folder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_locked_while_its_process_lives(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        message = rf"{tmp_path} is being run by another process \(pid {holder.pid} on "
+        with pytest.raises(Busy, match=message), RunFolder(tmp_path).locked():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with RunFolder(tmp_path).locked():  # nothing is left of a dead one
+        pass

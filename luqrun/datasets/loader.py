@@ -7,6 +7,7 @@ what the uninterrupted one would have seen.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from luqrun.config import DatasetConfig, check_at_least
 from luqrun.datasets import Data
 from luqrun.datasets.pixels import Images, seeded
 from luqrun.errors import UserError
+from luqrun.stopping import ASKING
 
 _ORDER, _AUGMENT = 1, 2  # what a key is for: order and augmentation share no bits
 
@@ -101,6 +103,7 @@ def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, sche
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         collate_fn=_as_it_is,
+        worker_init_fn=_undisturbed,
         pin_memory=config.workers > 0 and torch.cuda.is_available(),
         generator=torch.Generator(),  # else starting the loader would draw from torch's own generator
     )
@@ -108,6 +111,12 @@ def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, sche
 
 def _as_it_is(batch):
     return batch
+
+
+def _undisturbed(worker: int) -> None:
+    """Signals often go to the whole group of processes: the run needs its workers until its step is done."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_ranks(config: DatasetConfig, world_size: int) -> None:

@@ -110,14 +110,18 @@ def _test(table: Table, claim: Claim, row: str | None) -> Finding:
     cells = [(table.cells.get((own or row, column)), weight) for (own, column), weight in claim.cells.items()]
     if any(cell is None or not cell.runs for cell, _ in cells):
         return Finding(table.study, claim, row, MISSING)
-    worst = [weight < 0 for cell, weight in cells if cell.diverged]
-    if worst:  # a diverged run is worse than any number
-        return Finding(table.study, claim, row, HOLDS if all(worst) else CONTRADICTED)
+    diverged = [(cell, weight) for cell, weight in cells if cell.diverged]
+    if any(weight > 0 for _, weight in diverged):  # a diverged run is worse than any number
+        return Finding(table.study, claim, row, CONTRADICTED)
+    if any(cell.diverged == len(cell.runs) for cell, _ in diverged):
+        return Finding(table.study, claim, row, HOLDS)
     seeds = sorted(set.intersection(*(set(cell.values) for cell, _ in cells)))
     if not seeds:
         return Finding(table.study, claim, row, MISSING)
     sums = [sum(weight * cell.values[seed] for cell, weight in cells) - claim.margin for seed in seeds]
     low, high = bounds(sums, CONFIDENCE)
-    shown = low > 0 or (not claim.strict and len(seeds) > 1)
-    verdict = CONTRADICTED if high < 0 else HOLDS if shown else NOT_SHOWN
+    if high < 0:  # what diverged in some of the seeds speaks for the claim, but with no known confidence
+        verdict = NOT_SHOWN if diverged else CONTRADICTED
+    else:
+        verdict = HOLDS if low > 0 or (not claim.strict and len(seeds) > 1) else NOT_SHOWN
     return Finding(table.study, claim, row, verdict, Spread.of(sums), low, high)

@@ -51,7 +51,10 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
     findings = check_claims(tables) if tables else []
     out.mkdir(parents=True, exist_ok=True)
     for table in tables:
-        _write_table(table, out)
+        name = _flat(table.study)
+        if sum(_flat(other.study) == name for other in tables) > 1:  # one study, several tables
+            name += f"-{table.name}-{table.scale}"
+        _write_table(table, out, name)
     for name in measured.NAMES:
         _write_measured(name, measured.of_table(rounding, name), out)
     notes = markdown_findings(findings, left_out)
@@ -60,7 +63,8 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
     print(notes, end="")
     _write(out / "findings.md", notes)
     if html:
-        for name in sorted({record.study.split("/")[0] for record in records}):
+        shown = [table.study for table in tables] + [record.study for record in rounding]
+        for name in sorted({study.split("/")[0] for study in shown}):
             _write(out / f"{_flat(name)}.html", _page(name, tables, rounding, findings, left_out))
     failed = [finding for finding in findings if finding.verdict != HOLDS]
     if check and (failed or not findings):
@@ -69,8 +73,8 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
     return 0
 
 
-def _write_table(table: Table, out: Path) -> None:
-    name, text = _flat(table.study), markdown(table)
+def _write_table(table: Table, out: Path, name: str) -> None:
+    text = markdown(table)
     print(text)
     _write(out / f"{name}.md", text)
     _write(out / f"{name}.csv", csv_text(table))

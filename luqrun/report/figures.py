@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from luqrun.errors import UserError
+from luqrun.report.layout import BASELINES
 from luqrun.report.tables import Table
 
 CURVES = ("fig1b", "fig1c", "fig2", "options")
@@ -50,6 +51,8 @@ def _curves(table: Table):
     for number, cell in enumerate(table.cells.values()):
         curves = [run.curve for run in cell.runs.values() if run.curve]
         if not curves:
+            if cell.diverged:
+                axes.plot([], [], " ", label=f"{cell.row}: all {cell.diverged} diverged")
             continue
         epochs = range(1, min(len(curve) for curve in curves) + 1)
         columns = [[curve[epoch - 1] for curve in curves] for epoch in epochs]
@@ -60,7 +63,7 @@ def _curves(table: Table):
             spreads = [stdev(values) for values in columns]
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    if not axes.lines:
+    if not any(len(line.get_xdata()) for line in axes.lines):
         plt.close(figure)
         return None
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -79,6 +82,8 @@ def _samples(table: Table):
             continue
         name = re.fullmatch(r"fp2_(smp|both)(\d+)", cell.row)
         if name is None:
+            if cell.row != BASELINES["fig5"][0]:
+                continue
             mean = fmean(values)
             axes.axhline(
                 mean, color="black", linestyle="--", linewidth=1, label=f"full-precision gradients ({mean:.1f})"

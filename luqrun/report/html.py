@@ -14,6 +14,7 @@ from luqrun.report.records import LeftOut, Record
 from luqrun.report.render import HEADER, line
 from luqrun.report.tables import Table
 
+NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -75,7 +76,8 @@ def _measured(records: Sequence[Record], name: str) -> str:
     chosen = measured.of_table(records, name)
     figure = measured.draw(chosen) if name == "fig1a" else None
     rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in measured.lines(chosen)]
-    note = "<p>In brackets the closed form.</p>"
+    links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in chosen)
+    note = f"<p>In brackets the closed form. Runs: {links}.</p>"
     return f"<h2>{escape(TITLES[name])}</h2>{_html_table(measured.HEADER, rows)}{note}{_svg(figure)}"
 
 
@@ -100,7 +102,8 @@ def _svg(figure) -> str:
     if figure is None:
         return ""
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata=about)
     figures.pyplot().close(figure)
     _, tag, rest = text.getvalue().partition("<svg")  # without the XML declaration
-    return f"<figure>{tag}{rest}</figure>"
+    return f"<figure>{re.sub(NAMESPACE, '', tag + rest)}</figure>"

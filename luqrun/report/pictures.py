@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
+from yaml import YAMLError
 
+from luqrun import checkpoint
 from luqrun.config import Config
 from luqrun.convert import quantize_model, quantized_layers, set_step
 from luqrun.datasets import build_dataset
@@ -37,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     out = chosen.out or chosen.run / "pictures"
     try:
+        if not (chosen.run / "config.yaml").is_file():
+            raise UserError(f"{chosen.run} is not a run folder: it has no config.yaml")
+        pictures = {"health": draw_health(chosen.run)}
+        pictures["gradients"] = draw_gradients(*layer_gradients(chosen.run, chosen.layer))
         out.mkdir(parents=True, exist_ok=True)
-        paths = save(draw_health(chosen.run), out, "health")
-        paths += save(draw_gradients(*layer_gradients(chosen.run, chosen.layer)), out, "gradients")
+        paths = [path for name, figure in pictures.items() for path in save(figure, out, name)]
     except (UserError, OSError) as error:
         parser.exit(1, f"pictures.py: {error}\n")
     print("\n".join(map(str, paths)))
@@ -50,18 +55,17 @@ def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
     """The name of a quantized layer and the gradient of its output: the first batch after the run's last checkpoint."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{run / 'config.yaml'}: {str(error).splitlines()[0]}") from None
-    path = run / "checkpoints" / "last.pt"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the gradients are those of a trained network")
+    path = run / "checkpoints" / checkpoint.LAST
     data = build_dataset(config.dataset)
     model = build_model(config.model, len(data.classes), data.channels, data.image_size)
     model = quantize_model(model, Recipe.from_config(config.quant), seed=config.seed)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = checkpoint.read(path)
     model.load_state_dict(content["model"])
     set_step(model, content["progress"]["step"])
-    layers = dict(quantized_layers(model))
+    # Attention as a whole returns a tuple; what is quantized behind it is its out_proj, a layer too.
+    layers = {name: each for name, each in quantized_layers(model) if not isinstance(each, nn.MultiheadAttention)}
     if not layers:
         raise UserError(f"quant={config.quant.name} quantizes no layer: there is nothing to show")
     if layer is not None and layer not in layers:

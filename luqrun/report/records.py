@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from luqrun import __version__
+from luqrun.errors import UserError
 from luqrun.run_folder import METRICS, RUN, SUMMARY
 
 CONFIG = "config.yaml"
@@ -42,7 +43,11 @@ class Record:
 
     @property
     def command(self) -> str:
-        return " ".join(["luqrun", *self.run.get("overrides", [])])
+        return shlex.join(["luqrun", *self.overrides])
+
+    @property
+    def overrides(self) -> list[str]:
+        return self.run.get("overrides") or []
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class LeftOut:
 
 class _Unusable(Exception):
     """The reason why a folder is left out."""
+
+
+class _NotANumber(Exception):
+    """NaN, Infinity or -Infinity, anywhere in a file."""
+
+
+def _refuse_nan(constant: str):
+    raise _NotANumber(constant)
 
 
 def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
@@ -73,7 +86,8 @@ def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
             records += [record] if record else []
     by_cell: dict[tuple, list[Record]] = {}
     for record in records:
-        by_cell.setdefault((record.study, record.row, record.column, record.seed), []).append(record)
+        cell = record.study, record.table, record.scale, record.row, record.column, record.seed
+        by_cell.setdefault(cell, []).append(record)
     kept = []
     for same in by_cell.values():
         if len(same) == 1:
@@ -100,7 +114,8 @@ def read_run(path: Path, outputs: Path) -> Record | None:
     status = run.get("status")
     if status not in ("finished", "diverged"):
         raise _Unusable(f"incomplete: {status or 'no status'}" + (f" ({run['reason']})" if run.get("reason") else ""))
-    version = (run.get("versions") or {}).get("luqrun")
+    versions = run.get("versions")
+    version = versions.get("luqrun") if isinstance(versions, dict) else None
     if version != __version__:
         raise _Unusable(f"of another version: {version}, this is {__version__}")
     if status == "finished" and not (path / SUMMARY).is_file():
@@ -111,37 +126,49 @@ def read_run(path: Path, outputs: Path) -> Record | None:
         raise _Unusable("its cell or seed is incomplete")
     top1 = summary.get("val/top1")
     rounding = summary.get("rounding", [])
-    if status == "finished" and not rounding and not isinstance(top1, (int, float)):
+    if not isinstance(rounding, list):
+        raise _Unusable(f"{SUMMARY} is damaged")
+    if status == "finished" and not rounding and top1 is None:
         raise _Unusable(f"{SUMMARY} has no val/top1")
-    if top1 is not None and not 0 <= top1 <= 100:  # NaN too
+    if top1 is not None and not (isinstance(top1, (int, float)) and 0 <= top1 <= 100):
         raise _Unusable(f"val/top1 is {top1}")
+    curve = _curve(path / METRICS) if top1 is not None else ()
+    if top1 is not None and curve[-1:] != (top1,):
+        raise _Unusable(f"incomplete: {METRICS} does not end in the val/top1 of {SUMMARY}")
     return Record(
         path=path,
-        study=str(path.parent.relative_to(outputs)),
+        study=_study(path, outputs),
         table=str(cell["table"]),
         scale=cell.get("scale"),
         row=cell["row"],
         column=cell["column"],
         seed=seed,
         top1=top1,
-        curve=_curve(path / METRICS) if top1 is not None else (),
+        curve=curve,
         rounding=tuple(rounding),
         config=text,
         run=run,
     )
 
 
+def _study(path: Path, outputs: Path) -> str:
+    if path == outputs:
+        raise UserError(f"{outputs} is a run; give the folder that holds its study, as outputs/ does")
+    study = path.parent.relative_to(outputs)
+    return str(study) if study.parts else outputs.resolve().name
+
+
 def _curve(path: Path) -> tuple[float, ...]:
     found = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse_nan)
             if row.get("kind") == "epoch":
                 found.append(float(row["val/top1"]))
+        except _NotANumber as constant:
+            raise _Unusable(f"{METRICS} holds {constant} in line {number}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _Unusable(f"{METRICS} is damaged in line {number}") from None
-    if not all(math.isfinite(value) for value in found):
-        raise _Unusable(f"{METRICS} holds NaN")
     return tuple(found)
 
 
@@ -154,7 +181,9 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(_text(path), parse_constant=_refuse_nan)
+    except _NotANumber as constant:
+        raise _Unusable(f"{path.name} holds {constant}") from None
     except ValueError:
         raise _Unusable(f"{path.name} is damaged") from None
     if not isinstance(content, dict):

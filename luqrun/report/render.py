@@ -16,15 +16,14 @@ HEADER = ("", "ours, top-1 %", "against our baseline", "paper", "against its bas
 def line(table: Table, cell: Cell) -> tuple[str, ...]:
     """A cell as text, in the order of HEADER; the first is its name."""
     ours, paper = table.difference(cell), table.paper(cell)
-    base = table.baseline(cell)
-    difference = "baseline" if base is None and cell.runs else "" if ours is None else _signed(ours)
+    difference = "baseline" if table.is_baseline(cell) and cell.runs else "" if ours is None else _signed(ours)
     theirs = table.paper_difference(cell)
     return (
         cell.row if len({column for _, column in table.cells}) == 1 else f"{cell.row}, {cell.column}",
         cell.ours(),
         difference,
         "" if paper is None else paper.what if paper.value is None else f"{paper.value:g} ({paper.what})",
-        "" if theirs is None else f"{theirs:+.2f}",
+        "" if theirs is None else f"{theirs:+.2f}".replace("-", "−"),
     )
 
 

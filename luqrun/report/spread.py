@@ -38,6 +38,6 @@ def bounds(values: Sequence[float], confidence: float) -> tuple[float, float]:
     try:
         from scipy.stats import t
     except ImportError:
-        raise UserError("--check needs scipy: pip install 'luqrun[plot]'") from None
+        raise UserError("bounds of a mean need scipy: pip install 'luqrun[plot]'") from None
     reach = t.ppf(confidence, spread.count - 1) * spread.deviation / math.sqrt(spread.count)
     return spread.mean - reach, spread.mean + reach

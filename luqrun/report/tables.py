@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from luqrun.report.layout import BASELINES, TITLES, Expected, expected
 from luqrun.report.paper import Published, published
@@ -55,11 +56,16 @@ class Table:
     def rows(self) -> list[str]:
         return list(dict.fromkeys(row for row, _ in self.cells))
 
-    def baseline(self, cell: Cell) -> Cell | None:
-        """The cell that `cell` is compared with; None for the baseline itself."""
+    def _compared_with(self, cell: Cell) -> tuple[str, str]:
         row, column = BASELINES[self.name]
-        found = self.cells.get((row or cell.row, column or cell.column))
-        return None if found is cell else found
+        return row or cell.row, column or cell.column
+
+    def is_baseline(self, cell: Cell) -> bool:
+        return self._compared_with(cell) == (cell.row, cell.column)
+
+    def baseline(self, cell: Cell) -> Cell | None:
+        """The cell that `cell` is compared with; None for the baseline itself, and where there is none."""
+        return None if self.is_baseline(cell) else self.cells.get(self._compared_with(cell))
 
     def difference(self, cell: Cell) -> Spread | None:
         """Ours less our baseline, seed by seed."""
@@ -90,10 +96,22 @@ def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[
 def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
-    for wish in expected(name, scale):
+    shared = [given for given in records[0].overrides if all(given in record.overrides for record in records)]
+    for wish in (_with_overrides(wish, shared) for wish in expected(name, scale)):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
             cell.missing.append(wish)
     for (row, column, seed), record in sorted(by_cell.items()):
         cells.setdefault((row, column), Cell(row, column)).runs[seed] = record
     return Table(study, name, scale, cells)
+
+
+def _with_overrides(wish: Expected, shared: Sequence[str]) -> Expected:
+    """With what all runs of the study were given (study=, schedule.epochs=): else it would not be like them."""
+    own = {_key(part) for part in wish.command.split()}
+    more = [given for given in shared if _key(given) not in own]
+    return replace(wish, command=f"{wish.command} {shlex.join(more)}") if more else wish
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")

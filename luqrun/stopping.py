@@ -1,0 +1,64 @@
+"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 (which Slurm sends before it preempts) end a run after its step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """The process was asked to stop. Not an Exception: nothing between the loop and the command line may swallow it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it."""
+        return 128 + self.number
+
+
+class Requests:
+    """The signals that came: raised at once, except inside `deferred`, where the first waits for `check`."""
+
+    def __init__(self):
+        self.deferring, self.received = False, None
+
+    def handle(self, number: int, frame: object) -> None:
+        """Signal handler. A second signal, or one outside `deferred`, raises Stopped where the program is."""
+        again, self.received = self.received is not None, number
+        if again or not self.deferring:
+            raise Stopped(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In here the first signal only leaves a note."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+
+    def check(self) -> int | None:
+        """The number of the signal that came inside `deferred`, or None."""
+        return self.received if self.deferring else None
+
+
+@contextmanager
+def handled() -> Iterator[Requests]:
+    """Handle the signals in this block, then give them back; other threads than the main one get none."""
+    requests = Requests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {number: signal.signal(number, requests.handle) for number in ASKING}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

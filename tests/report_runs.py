@@ -1,0 +1,146 @@
+"""For the tests of the report: run folders as a training leaves them, and records of them, without any training."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from running import composed
+
+from luqrun import __version__
+from luqrun.report.records import Record
+from luqrun.report.tables import Table, build_tables
+from luqrun.run_folder import RunFolder
+from luqrun.validate import to_config
+
+STEPS = 78  # of an epoch
+DIVERGED = None  # in place of a top-1
+
+
+@functools.cache  # OmegaConf takes a twentieth of a second
+def _template() -> str:
+    """config.yaml as the command line writes it, without what differs."""
+    values = OmegaConf.to_container(OmegaConf.structured(to_config(composed("reuse=true"))))
+    rest = {name: value for name, value in values.items() if name not in ("seed", "study", "cell")}
+    return yaml.safe_dump(rest, sort_keys=False)
+
+
+def config_text(cell: dict | None, seed: int, study: str) -> str:
+    """config.yaml of a run."""
+    return _template() + yaml.safe_dump({"seed": seed, "study": study, "cell": cell}, sort_keys=False)
+
+
+def run_json(status: str, overrides: list[str]) -> dict:
+    """run.json of a run in this state."""
+    started = {
+        "status": status,
+        "overrides": overrides,
+        "start": "2026-01-02T03:04:05Z",
+        "end": None if status == "running" else "2026-01-02T03:05:05Z",
+        "reason": "disk full" if status == "failed" else None,
+        "versions": {"python": "3.11.7", "luqrun": __version__, "torch": "2.15.0", "numba": "0.68.1"},
+        "platform": "Linux",
+        "command": ["luqrun", "-m", *overrides],
+        "git_commit": "c0ffee",
+        "git_dirty": False,
+        "device": "cpu",
+        "kernel_backend": "numba 0.68.1, 1 thread(s), GEMMs in int8",
+        "threads": 1,
+    }
+    return {**started, "diverged_at_step": 123} if status == "diverged" else started
+
+
+def summary_json(top1: float) -> dict:
+    """summary.json of a run without a fine-tune."""
+    last = {"val/top1": top1, "val/top5": 97.4, "val/loss": 0.876}
+    return {
+        **last,
+        "before_finetune": last,
+        "finetune": [],
+        "best_top1": top1,
+        "train_seconds": 44.4,
+        "images_per_second": 2125.1,
+        "peak_memory_bytes": 1208082432,
+    }
+
+
+def metrics_lines(curve) -> list[str]:
+    """metrics.jsonl: a line within each epoch and one after it."""
+    rows = []
+    for epoch, top1 in enumerate(curve, 1):
+        where = {"phase": "train", "epoch": epoch}
+        within = {"loss": 3.8, "lr": 0.01, "images_per_second": 2100.0}
+        rows.append({"kind": "step", **where, "step": STEPS * (epoch - 1) + 20, **within})
+        after = {"train/loss": 3.8, "train/top1": 2.3, "images_per_second": 2300.0}
+        after |= {"val/loss": 0.876, "val/top1": top1, "val/top5": 97.4}
+        rows.append({"kind": "epoch", **where, "step": STEPS * epoch, **after})
+    return [json.dumps(row) for row in rows]
+
+
+def write_run(
+    outputs: Path, table="fig2", row="luq", column="top1", seed=0, top1=80.0, *,
+    scale="glyphs", study=None, status="finished", curve=None, name=None, more=(), cell=True,
+) -> Path:  # fmt: skip
+    """A run folder; a top1 of DIVERGED makes it a diverged one. more: overrides beside the usual ones."""
+    study = study or f"{scale}/{table}"
+    path = outputs / study / (name or f"resnet8-glyphs-{row}-{column}-seed{seed}-0123abcd")
+    path.mkdir(parents=True)
+    about = {"table": table, "scale": scale, "row": row, "column": column} if cell else None
+    (path / "config.yaml").write_text(config_text(about, seed, study))
+    status = "diverged" if top1 is DIVERGED else status
+    overrides = [f"seed={seed}", f"quant={row}", f"+experiment={table}/{scale}", *more]
+    RunFolder(path).write_json("run.json", run_json(status, overrides))
+    curve = curve or ([4.0, 30.5] if status == "diverged" else [4.0, 30.5, top1])
+    (path / "metrics.jsonl").write_text("".join(line + "\n" for line in metrics_lines(curve)))
+    if status == "finished":
+        RunFolder(path).write_json("summary.json", summary_json(top1))
+    return path
+
+
+def write_study(outputs: Path, table: str, values: dict, **more) -> None:
+    """Runs of a table. values: row, or (row, column), to its top-1 for seeds 0, 1, ..."""
+    for cell, found in values.items():
+        row, column = cell if isinstance(cell, tuple) else (cell, "top1")
+        for seed, top1 in enumerate(found):
+            write_run(outputs, table, row, column, seed, top1, **more)
+
+
+def a_record(table, row, column, seed, top1, *, scale="glyphs", study=None, curve=None, more=()) -> Record:
+    """What would be read from such a folder."""
+    diverged = top1 is DIVERGED
+    overrides = [f"seed={seed}", f"+experiment={table}/{scale}", *more]
+    study = study or f"{scale}/{table}"
+    return Record(
+        path=Path(f"outputs/{study}/{row}-{column}-seed{seed}"),
+        study=study,
+        table=table,
+        scale=scale,
+        row=row,
+        column=column,
+        seed=seed,
+        top1=top1,
+        curve=() if diverged else tuple(curve or (4.0, 30.5, top1)),
+        rounding=(),
+        config=f"seed: {seed}\n",
+        run=run_json("diverged" if diverged else "finished", overrides),
+    )
+
+
+def a_table(name: str, values: dict, **more) -> Table:
+    """A table of records. values: row, or (row, column), to {seed: top-1}, or to the top-1 of seeds 0, 1, ..."""
+    records = []
+    for cell, found in values.items():
+        row, column = cell if isinstance(cell, tuple) else (cell, "top1")
+        by_seed = found if isinstance(found, dict) else dict(enumerate(found))
+        records += [a_record(name, row, column, seed, top1, **more) for seed, top1 in by_seed.items()]
+    (table,) = build_tables(records)
+    return table
+
+
+def hide(monkeypatch, *modules: str) -> None:
+    """As if these packages were not installed."""
+    for name in [*sys.modules, *modules]:
+        if name.partition(".")[0] in modules:
+            monkeypatch.setitem(sys.modules, name, None)

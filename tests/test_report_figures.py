@@ -1,0 +1,204 @@
+"""Figures from runs: what they draw, that they are written alike twice, and Table 1 with Fig. 1a as measured."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from report_runs import DIVERGED, a_table, config_text, hide, run_json
+from running import composed, quiet_machine
+
+from luqrun import rounding
+from luqrun.errors import UserError
+from luqrun.report import figures, measured
+from luqrun.report.records import read_outputs
+from luqrun.run_folder import RunFolder
+from luqrun.validate import to_config
+
+POINTS, DRAWS = 41, 64
+SCOPES = ("averaged for wgrad", "averaged for wgrad and dgrad")
+
+
+@pytest.fixture(scope="module")
+def plt():
+    pytest.importorskip("matplotlib")
+    return figures.pyplot()
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        figures.pyplot().close("all")
+
+
+def drawn(table):
+    figure = figures.draw(table)
+    (axes,) = figure.axes
+    return axes
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    hide(monkeypatch, "matplotlib")
+    with pytest.raises(UserError, match=r"pip install 'luqrun\[plot\]'"):
+        figures.pyplot()
+
+
+def test_tables_of_numbers_have_no_figure(monkeypatch):
+    hide(monkeypatch, "matplotlib")
+    for name in ("table2", "table3", "table6"):
+        assert figures.draw(a_table(name, {("resnet8", "fp32"): [80.0]})) is None
+
+
+def test_curves_are_means_with_bands(plt):
+    records = {0: (10.0, 20.0, 80.0), 1: (14.0, 30.0, 84.0)}
+    table = a_table("fig2", {"fp32": {}, "luq": {}} | {"fp32": [80.0]}, curve=(4.0, 30.5, 80.0))
+    for seed, curve in records.items():
+        (run,) = a_table("fig2", {"luq": {seed: curve[-1]}}, curve=curve).cells["luq", "top1"].runs.values()
+        table.cells["luq", "top1"].runs[seed] = run
+    axes = drawn(table)
+    single, mean = axes.lines
+    assert list(single.get_xdata()) == [1, 2, 3]
+    assert list(single.get_ydata()) == [4.0, 30.5, 80.0]
+    assert list(mean.get_ydata()) == [12.0, 25.0, 82.0]
+    (band,) = axes.collections  # of the two seeds; one has none
+    low, high = band.get_paths()[0].get_extents().get_points()[:, 1]
+    assert (low, high) == pytest.approx((12 - 8**0.5, 82 + 8**0.5))
+    assert labels(axes) == ["fp32 (1)", "luq (2)"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation top-1, %")
+
+
+def test_curves_of_unequal_length_end_with_the_shortest(plt):
+    table = a_table("fig2", {"luq": {0: 30.0}}, curve=(10.0, 20.0, 30.0))
+    (run,) = a_table("fig2", {"luq": {1: 40.0}}, curve=(20.0, 40.0)).cells["luq", "top1"].runs.values()
+    table.cells["luq", "top1"].runs[1] = run
+    (line,) = drawn(table).lines
+    assert list(line.get_ydata()) == [15.0, 30.0]
+
+
+def test_what_diverged_is_in_the_legend(plt):
+    axes = drawn(a_table("fig2", {"fp32": [80.0], "luq": [79.0, DIVERGED], "uniform_sr": [DIVERGED] * 2}))
+    assert labels(axes) == ["fp32 (1)", "uniform_sr: all 2 diverged", "luq (1), 1 diverged"]
+    assert [len(line.get_xdata()) for line in axes.lines] == [3, 0, 3]
+
+
+@pytest.mark.parametrize("name", ["fig1b", "fig1c", "fig2", "options", "fig5"])
+def test_every_figure_of_a_study_is_drawn(plt, name):
+    rows = {"fig1c": "backward_only", "fig5": "fp2_both4", "fig1b": "forward_only"}
+    axes = drawn(a_table(name, {rows.get(name, "luq"): [80.0, 81.0]}))
+    assert axes.get_title().endswith(f"(glyphs/{name})")
+    assert len(labels(axes)) == 1
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig5"])
+def test_without_a_number_there_is_no_figure(plt, name):
+    row = {"fig2": "luq", "fig5": "fp2_smp2"}[name]
+    assert figures.draw(a_table(name, {row: [DIVERGED]})) is None
+    assert plt.get_fignums() == []
+
+
+def test_accuracy_against_samples(plt):
+    values = {
+        "forward_only": [81.0, 82.0],
+        "fp2_smp1": [30.0, 32.0],
+        "fp2_both2": [50.0],
+        "fp2_smp16": [40.0, DIVERGED],
+        "luq": [1.0],  # not of this figure
+    }
+    axes = drawn(a_table("fig5", values))
+    found = dict(zip((container.get_label() for container in axes.containers), axes.containers, strict=True))
+    assert set(found) == set(SCOPES)
+    points = {name: [tuple(each) for each in container[0].get_xydata()] for name, container in found.items()}
+    assert points == {SCOPES[0]: [(1, 31.0), (16, 40.0)], SCOPES[1]: [(1, 31.0), (2, 50.0)]}  # one sample is in both
+    assert labels(axes)[0] == "full-precision gradients (81.5)"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "16"]
+    level = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in level] == [[81.5, 81.5]]
+
+
+def test_png_and_svg_are_written_and_the_svg_is_the_same_again(plt, tmp_path):
+    written = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        table = a_table("fig2", {"fp32": [80.0, 81.0], "luq": [79.0, 78.0]})
+        written.append(figures.save(figures.draw(table), tmp_path / name, "picture"))
+    assert [path.name for path in written[0]] == ["picture.png", "picture.svg"]
+    assert written[0][0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert written[0][1].read_text().rstrip().endswith("</svg>")
+    assert written[0][1].read_bytes() == written[1][1].read_bytes()
+    assert plt.get_fignums() == []
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """What task=rounding leaves behind for two tables, with few draws."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    recipes = ("forward_only", "forward_sr", "backward_nearest", "backward_only", "biased_log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "DRAWS", DRAWS)
+        for name, table in itertools.product(recipes, measured.NAMES):
+            path = outputs / "measured" / table / f"rounding-{name}-seed0-01234567"
+            path.mkdir(parents=True)
+            cell = {"table": table, "scale": "measured", "row": name, "column": "rounding"}
+            (path / "config.yaml").write_text(config_text(cell, 0, f"measured/{table}"))
+            RunFolder(path).write_json("run.json", run_json("running", [f"quant={name}"]))
+            with quiet_machine(outputs):
+                rounding.run(to_config(composed("task=rounding", f"quant={name}")), RunFolder(path))
+    return outputs
+
+
+def test_measured_runs_are_read(studies):
+    records, left_out = read_outputs(studies)
+    assert left_out == []
+    assert {len(measured.of_table(records, name)) for name in measured.NAMES} == {5}
+    assert all(record.top1 is None and not record.diverged for record in records)
+
+
+def test_measured_runs_with_nan_are_left_out(studies, tmp_path):
+    path = tmp_path / "measured" / "table1" / "run"
+    path.mkdir(parents=True)
+    for name in ("config.yaml", "run.json", "summary.json"):
+        text = next(studies.glob(f"measured/table1/*forward_sr*/{name}")).read_text()
+        (path / name).write_text(text.replace('"z": ', '"z": NaN, "was": ', 1))
+    records, (left_out,) = read_outputs(tmp_path)
+    assert (records, left_out.reason) == ([], "summary.json holds NaN")
+
+
+def test_table_1_sets_the_measured_beside_the_closed_forms(studies):
+    records, _ = read_outputs(studies)
+    found = {row[:3]: row[3:] for row in measured.lines(measured.of_table(records, "table1"))}
+    assert all(len(row) == len(measured.HEADER) for row in measured.lines(records))
+    # Round to nearest over [0, 1] at 0, 1/40, ...: bias at most 1/2, no variance, and a mean of min(x, 1-x)^2.
+    grid = [i / 40 for i in range(POINTS)]
+    mse = sum(min(x, 1 - x) ** 2 for x in grid) / POINTS
+    assert found["RDN", "int4", "[0, 1]"] == ("0.5 (0.5)", "0 (0)", f"{mse:.4g} ({mse:.4g})", "0.00")
+    bias, variance, mse, z = found["SR", "int4", "[0, 1]"]
+    mean = sum(x * (1 - x) for x in grid) / POINTS
+    assert [text.partition(" ")[2] for text in (bias, variance, mse)] == ["(0)", "(0.25)", f"({mean:.4g})"]
+    assert float(mse.split()[0]) == pytest.approx(mean, rel=0.2)
+    assert 0 < float(z) < 5
+    # FP4: below the smallest level stochastic, or pruned with a bias of up to nearly 1.
+    assert found["SR", "e3m0", "[0, 1]"][0].endswith("(0)")
+    assert found["pruned", "e3m0", "[0, 1]"][0] == "0.975 (0.975)"
+    assert found["RDN", "e3m0", "[32, 64]"][0] == "16 (16)"
+    assert len(found) == len({row[:3] for row in measured.lines(records)})
+
+
+def test_fig_1a_is_drawn_from_the_lowest_bin_of_an_integer_format(plt, studies):
+    records, _ = read_outputs(studies)
+    figure = measured.draw(measured.of_table(records, "fig1a"))
+    (axes,) = figure.axes
+    assert labels(axes) == ["RDN, closed form", "RDN, measured", "SR, closed form", "SR, measured"]
+    lines = {line.get_label(): line for line in axes.lines}
+    x = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    assert torch.tensor(lines["SR, closed form"].get_ydata()).allclose(x * (1 - x), atol=1e-7)
+    assert torch.tensor(lines["RDN, measured"].get_ydata()).allclose(torch.minimum(x, 1 - x) ** 2, atol=1e-7)
+    assert list(lines["RDN, measured"].get_ydata()) == pytest.approx(list(lines["RDN, closed form"].get_ydata()))
+    plt.close(figure)
+    assert measured.draw([]) is None
+    only_gradients = [record for record in records if record.row == "backward_only"]
+    assert measured.draw(only_gradients) is None

@@ -1,0 +1,89 @@
+"""Signals: a note while a step runs, an exception anywhere else, and a run that goes on as if nothing had been."""
+
+import os
+import signal
+import threading
+
+import pytest
+from running import last, metrics, quiet_machine, tiny, train
+
+from luqrun import trainer
+from luqrun.run_folder import RunFolder
+from luqrun.stopping import ASKING, Requests, Stopped, handled
+from luqrun.trainer import Trainer
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_outside_of_a_step_a_signal_ends_it_at_once(number):
+    with pytest.raises(Stopped) as stopped, handled():
+        os.kill(os.getpid(), number)
+    assert stopped.value.exit_code == 128 + number
+    assert str(stopped.value) == signal.Signals(number).name
+
+
+def test_within_a_step_the_first_waits_and_the_second_does_not():
+    reached = []
+
+    def two_signals():
+        with handled() as requests, requests.deferred():
+            assert requests.check() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append(requests.check())
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("never")
+
+    with pytest.raises(Stopped) as stopped:
+        two_signals()
+    assert reached == [signal.SIGTERM]
+    assert stopped.value.number == signal.SIGINT
+
+
+def test_handlers_are_given_back():
+    before = {number: signal.getsignal(number) for number in ASKING}
+    with handled():
+        assert all(signal.getsignal(number) != before[number] for number in ASKING)
+    assert {number: signal.getsignal(number) for number in ASKING} == before
+
+
+def test_another_thread_than_the_main_one_gets_none():
+    found = []
+
+    def work():
+        with handled() as requests:
+            found.append((requests.check(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "step"),
+    [("train_step", 5, 5), ("train_step", 8, 8), ("evaluate", 1, 8), ("train_step", 11, 11)],
+    ids=["mid-epoch", "last step", "evaluation", "fine-tune"],
+)
+def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, name, call, step):
+    """Eight steps an epoch; the run that goes on afterwards equals the one that never stopped."""
+    overrides = ("finetune=fnt1", "tracking.checkpoint_every=0")
+    original, calls, requests = getattr(Trainer, name), [], Requests()
+
+    def asked(self, *arguments):
+        calls.append(1)
+        if len(calls) == call:
+            requests.handle(signal.SIGUSR1, None)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, name, asked)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with pytest.raises(Stopped, match="SIGUSR1"), quiet_machine(tmp_path / "cache"):
+        trainer.run(tiny(*overrides), folder, requests)
+    assert last(folder)["progress"]["step"] == step
+    assert folder.summary() is None
+    assert len(calls) == call  # nothing after it
+    monkeypatch.undo()
+    _, resumed = train(tmp_path / "run", *overrides)
+    _, whole = train(tmp_path / "whole", *overrides)
+    assert metrics(resumed) == metrics(whole)
