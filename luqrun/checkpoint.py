@@ -61,7 +61,11 @@ def _keep(path: Path, twin: Path) -> None:
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
+        try:
+            shutil.copyfile(path, temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     temporary.replace(twin)
 
 

@@ -130,32 +130,49 @@ def job(composed: DictConfig) -> None:
             config = to_config(composed)
             validate(config)
             with folder.locked():
-                _start_or_show(config, folder, requests)
+                _marking_failure(config, folder, requests)
+            requests.insist()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
             _refuse(busy)
         log.warning("luqrun: %s; left to it", busy)
     except Stopped as stopped:
-        _mark_failed(folder, f"stopped by {stopped}")
         found = (folder.checkpoints / "last.pt").exists()
         then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
+        if folder.summary() is not None:
+            then = "shows the result, for the run is finished,"
         log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
         sys.exit(stopped.exit_code)
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder.path)  # a file that was open when the disk filled up
-        _mark_failed(folder, one_line(error))
         if HydraConfig.get().mode == RunMode.RUN:
             _refuse(error)
         log.error("luqrun: %s", one_line(error))
         folder.remove_if_never_started()
         raise Refused(f"a job of the sweep was refused: {one_line(error)}") from None
     except Exception as error:
-        _mark_failed(folder, f"{type(error).__name__}: {error}")
         log.exception("the run failed")
         traceback.clear_frames(error.__traceback__)  # or the failed job's tensors live to the end of a sweep
+        raise
+
+
+def _marking_failure(config: Config, folder: RunFolder, requests: Requests) -> None:
+    """The run; if it ends otherwise, run.json says why. Under the lock: without it run.json may be another's."""
+    try:
+        _start_or_show(config, folder, requests)
+    except Stopped as stopped:
+        _mark_failed(folder, f"stopped by {stopped}")
+        raise
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder.path)  # a file that was open when the disk filled up
+        _mark_failed(folder, one_line(error))
+        raise
+    except Exception as error:
+        _mark_failed(folder, f"{type(error).__name__}: {error}")
         raise
 
 

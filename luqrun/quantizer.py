@@ -71,9 +71,10 @@ class Quantizer:
     hindsight (Eq. 18, with `hindsight_momentum` for eta). rounding: nearest or stochastic. underflow, below the
     smallest power of two of a logarithmic format: flush, nearest or stochastic (default: as `rounding`). samples:
     independent draws whose weight gradients are averaged (SMP, 5.1); samples_scope: wgrad, or both for dgrad too.
-    pow2_scale: the scale is rounded up to a power of two (A.7). redraw_every: steps that share their random numbers
-    (re-use, A.5.2). two_phase: wgrad gets a quantization of its own, with levels half way (in powers) between those of
-    dgrad's: radix 4 only, after Ultra-low (Sun et al., 2020). Raises UserError for what does not go together.
+    pow2_scale: the scale is rounded up to a power of two (A.7). redraw_every: steps (and micro-steps of one) that
+    share their random numbers (re-use, A.5.2). two_phase: wgrad gets a quantization of its own, with levels half way
+    (in powers) between those of dgrad's: radix 4 only, after Ultra-low (Sun et al., 2020). Raises UserError for what
+    does not go together.
     """
 
     format: str
@@ -112,8 +113,8 @@ class Quantizer:
             raise UserError(
                 f"redraw_every={self.redraw_every} needs rounding or underflow=stochastic: nothing is drawn"
             )
-        if self.two_phase and (form.radix != 4 or self.samples > 1):
-            raise UserError("two_phase=true needs format=e3m0_radix4 and samples=1")
+        if self.two_phase and (form.radix != 4 or self.is_stochastic):  # stochastic, wgrad's would clip and be biased
+            raise UserError("two_phase=true needs format=e3m0_radix4, and rounding and underflow without draws")
         if self.samples > 1 and not self.is_stochastic:
             raise UserError(f"samples={self.samples} needs rounding or underflow=stochastic: all draws would be equal")
 

@@ -133,6 +133,9 @@ class RunFolder:
                 log.warning(
                     "%s cannot be locked (%s): take care that no second process runs this run", self.path, error
                 )
+            # What a process left that was killed while it wrote.
+            for left in [*self.path.glob(".*.[0-9]*"), *self.checkpoints.glob(".*.[0-9]*")]:
+                left.unlink(missing_ok=True)
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {platform.node()}\n")
             file.flush()
@@ -142,9 +145,14 @@ class RunFolder:
         """Remove the folder where it holds nothing but its log and its lock."""
         names = {path.name for path in self.path.iterdir()}
         if names <= {"run.log", LOCK}:
-            for name in names:
-                (self.path / name).unlink()
-            self.path.rmdir()
+            try:
+                with self.locked():
+                    for name in names:
+                        (self.path / name).unlink()
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    self.path.rmdir()
+            except Busy:
+                return  # a process has just begun there
 
     def append_metrics(self, row: dict) -> None:
         """Add a line to metrics.jsonl, at once on disk."""

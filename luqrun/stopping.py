@@ -44,6 +44,11 @@ class Requests:
         finally:
             self.deferring = False
 
+    def insist(self) -> None:
+        """Raise Stopped if a signal was deferred and nobody acted on it."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
     def check(self) -> int | None:
         """The number of the signal that came inside `deferred`, or None."""
         return self.received if self.deferring else None

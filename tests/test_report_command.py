@@ -46,9 +46,10 @@ def test_unknown_tables_are_refused_with_the_known_ones(tmp_path, capsys):
     assert not (tmp_path / "tables").exists()
 
 
-def test_runs_of_unknown_tables_are_refused_with_the_known_ones(tmp_path, capsys):
+def test_runs_of_unknown_tables_are_left_out_with_the_known_ones(tmp_path, capsys):
     write_run(tmp_path, "fig9")
-    assert refused(capsys, tmp_path).startswith("runs name tables that are not known: fig9; known: table1, ")
+    assert main([str(tmp_path)]) == 0
+    assert "its table fig9 is not known; known: table1, " in capsys.readouterr().out
 
 
 def test_what_is_no_folder_of_studies_is_refused(tmp_path, capsys):

@@ -173,7 +173,9 @@ def backward(trainer, name, step):
     set_step(trainer.model.train(), step)
     layer = dict(quantized_layers(trainer.model))[name]
     hook = layer.register_full_backward_hook(lambda module, given, output: found.append(output[0]))
-    images, labels = next(iter(train_loader(trainer.data, trainer.config.dataset, trainer.config.seed, 0)))
+    images, labels = next(
+        iter(train_loader(trainer.data, trainer.config.dataset, trainer.config.seed, trainer.progress["epoch"]))
+    )
     F.cross_entropy(trainer.model(images.to(memory_format=torch.channels_last)), labels).backward()
     hook.remove()
     return found[0]

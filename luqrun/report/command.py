@@ -12,8 +12,9 @@ from luqrun.report import figures, measured
 from luqrun.report.claims import CONFIDENCE, HOLDS, check_claims
 from luqrun.report.html import page
 from luqrun.report.layout import TITLES, check_tables
-from luqrun.report.records import Record, read_outputs
+from luqrun.report.records import LeftOut, Record, read_outputs
 from luqrun.report.render import csv_text, markdown, markdown_findings
+from luqrun.report.settings import of_one_kind
 from luqrun.report.tables import Table, build_tables
 from luqrun.run_folder import write_atomically
 
@@ -43,9 +44,8 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
     if not outputs.is_dir():
         raise UserError(f"{outputs} is not a folder; it must hold studies, as outputs/ does")
     records, left_out = read_outputs(outputs)
-    unknown = sorted({record.table for record in records} - set(TITLES))
-    if unknown:
-        raise UserError(f"runs name tables that are not known: {', '.join(unknown)}; known: {', '.join(TITLES)}")
+    records, others = of_one_kind(records)
+    left_out = [LeftOut(_within(each.path, outputs), each.reason) for each in [*left_out, *others]]
     tables = build_tables(records, wanted)
     rounding = [record for record in records if record.rounding and (not wanted or record.table in wanted)]
     findings = check_claims(tables) if tables else []
@@ -67,10 +67,17 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
         for name in sorted({study.split("/")[0] for study in shown}):
             _write(out / f"{_flat(name)}.html", _page(name, tables, rounding, findings, left_out))
     failed = [finding for finding in findings if finding.verdict != HOLDS]
-    if check and (failed or not findings):
+    if check and not findings:
+        print("--check: there is no run of a table that the paper makes claims about")
+        return 1
+    if check and failed:
         print(f"--check: {len(failed)} of {len(findings)} claims do not hold in these runs")
         return 1
     return 0
+
+
+def _within(path: Path, outputs: Path) -> Path:
+    return path.relative_to(outputs) if path.is_relative_to(outputs) else path
 
 
 def _write_table(table: Table, out: Path, name: str) -> None:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
-    """The name of a quantized layer and the gradient of its output: the first batch after the run's last checkpoint."""
+    """The name of a quantized layer and the gradient of its output, of the first batch of the epoch to come."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -77,7 +77,7 @@ def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
         output.register_hook(found.append)
 
     layers[name].register_forward_hook(watch)
-    images, labels = next(iter(train_loader(data, config.dataset, config.seed, 0)))
+    images, labels = next(iter(train_loader(data, config.dataset, config.seed, content["progress"]["epoch"])))
     model.to(memory_format=torch.channels_last).train()
     F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels).backward()
     return name, found[0].detach().float()

@@ -11,9 +11,11 @@ import yaml
 
 from luqrun import __version__
 from luqrun.errors import UserError
+from luqrun.report.layout import TITLES
 from luqrun.run_folder import METRICS, RUN, SUMMARY
 
 CONFIG = "config.yaml"
+ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def read_run(path: Path, outputs: Path) -> Record | None:
     cell = config.get("cell")
     if not isinstance(cell, dict) or not cell.get("table"):
         return None
+    if cell["table"] not in TITLES:
+        raise _Unusable(f"its table {cell['table']} is not known; known: {', '.join(TITLES)}")
     run = _json(path / RUN)
     status = run.get("status")
     if status not in ("finished", "diverged"):
@@ -118,6 +122,10 @@ def read_run(path: Path, outputs: Path) -> Record | None:
     version = versions.get("luqrun") if isinstance(versions, dict) else None
     if version != __version__:
         raise _Unusable(f"of another version: {version}, this is {__version__}")
+    overrides, commit = run.get("overrides", []), run.get("git_commit")
+    texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or "", cell.get("scale") or ""]
+    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in texts):
+        raise _Unusable(f"{RUN} is damaged")
     if status == "finished" and not (path / SUMMARY).is_file():
         raise _Unusable(f"incomplete: finished without {SUMMARY}")
     summary = _json(path / SUMMARY) if status == "finished" else {}
@@ -126,7 +134,7 @@ def read_run(path: Path, outputs: Path) -> Record | None:
         raise _Unusable("its cell or seed is incomplete")
     top1 = summary.get("val/top1")
     rounding = summary.get("rounding", [])
-    if not isinstance(rounding, list):
+    if not isinstance(rounding, list) or not all(isinstance(row, dict) and row.keys() >= ROUNDING for row in rounding):
         raise _Unusable(f"{SUMMARY} is damaged")
     if status == "finished" and not rounding and top1 is None:
         raise _Unusable(f"{SUMMARY} has no val/top1")

@@ -37,7 +37,7 @@ def markdown(table: Table) -> str:
     lines += [_md_row(line(table, cell)) for cell in table.cells.values()]
     lines += [
         "",
-        "Mean ± standard deviation (seeds); differences are paired by seed. The paper's numbers are ImageNet's.",
+        "Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data.",
     ]
     missing = [wish.command for cell in table.cells.values() for wish in cell.missing]
     if missing:
