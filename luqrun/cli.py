@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import hydra
@@ -23,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from luqrun import ranks
 from luqrun.closing import closing_table, jobs_table
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
@@ -50,7 +53,8 @@ def main() -> None:
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
     try:
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+            command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+            ranks.recorded(command)()
         finally:
             if jobs:
                 print(jobs_table(jobs), flush=True)
@@ -87,16 +91,15 @@ class Checks(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            if _under_torchrun():
-                raise UserError("WORLD_SIZE > 1: training in several processes is not part of this version yet")
             validate(to_config(config))
-            _make_folder(Path(config.hydra.run.dir))
+            if ranks.is_first():
+                _make_folder(Path(config.hydra.run.dir))
         except (UserError, OSError) as error:
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            if _under_torchrun():
+            if ranks.world_size() > 1:
                 raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
             _make_folder(Path(config.hydra.sweep.dir))
         except (UserError, OSError) as error:
@@ -106,10 +109,6 @@ class Checks(Callback):
         if config.hydra.mode == RunMode.MULTIRUN:
             folder = Path(job_return.working_dir if config.hydra.job.chdir else config.hydra.runtime.output_dir)
             jobs.append((" ".join(job_return.overrides), folder))
-
-
-def _under_torchrun() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _make_folder(path: Path) -> None:
@@ -123,25 +122,36 @@ def _make_folder(path: Path) -> None:
 
 
 def job(composed: DictConfig) -> None:
-    """One run, from its composed config to its run folder."""
-    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    """One run, from its composed config to its run folder; one process of it, where torchrun started several."""
+    folder = RunFolder(HydraConfig.get().runtime.output_dir, writes=ranks.is_first())
+    if not folder.writes:
+        _only_warn()
     try:
-        with handled() as requests:
+        with handled() as requests, ExitStack() as held:
             config = to_config(composed)
             validate(config)
-            with folder.locked():
-                _marking_failure(config, folder, requests)
+            ranks.join()
+            held.callback(ranks.leave)
+            summary = ranks.from_first(lambda: _begin(config, folder, held))
+            if summary is None:
+                with _marking_failure(folder):
+                    summary = _work(config, folder, requests)
+            if folder.writes:
+                print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
             requests.insist()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
             _refuse(busy)
         log.warning("luqrun: %s; left to it", busy)
+    except ranks.RefusedByFirst:
+        sys.exit(1)
     except Stopped as stopped:
         found = (folder.checkpoints / "last.pt").exists()
         then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
         if folder.summary() is not None:
             then = "shows the result, for the run is finished,"
-        log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
+        if folder.writes:
+            log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
         sys.exit(stopped.exit_code)
     except BrokenPipeError:
         raise
@@ -157,10 +167,19 @@ def job(composed: DictConfig) -> None:
         raise
 
 
-def _marking_failure(config: Config, folder: RunFolder, requests: Requests) -> None:
-    """The run; if it ends otherwise, run.json says why. Under the lock: without it run.json may be another's."""
+def _only_warn() -> None:
+    """On the console, what is wrong; nothing to a file."""
+    for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
+        logging.root.removeHandler(handler)
+        handler.close()
+    logging.root.setLevel(logging.WARNING)
+
+
+@contextmanager
+def _marking_failure(folder: RunFolder) -> Iterator[None]:
+    """If the run ends otherwise, run.json says why. Under the lock: without it run.json may be another's."""
     try:
-        _start_or_show(config, folder, requests)
+        yield
     except Stopped as stopped:
         _mark_failed(folder, f"stopped by {stopped}")
         raise
@@ -176,16 +195,17 @@ def _marking_failure(config: Config, folder: RunFolder, requests: Requests) -> N
         raise
 
 
-def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> None:
-    """Run, unless the folder already holds the result."""
-    summary = folder.summary()
-    run = folder.run()
-    if summary is not None:
-        log.info("this run is finished%s; study=NAME runs it again elsewhere", _other_root(config, folder))
-    elif run.get("status") == "diverged":
-        summary = {"diverged": run["diverged_at_step"]}
-        log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
-    else:
+def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
+    """Lock the folder until `held` ends; the result, where there is one already, or None for a run to be done."""
+    held.enter_context(folder.locked())
+    with _marking_failure(folder):
+        summary, run = folder.summary(), folder.run()
+        if summary is not None:
+            log.info("this run is finished%s; study=NAME runs it again elsewhere", _other_root(config, folder))
+            return summary
+        if run.get("status") == "diverged":
+            log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
+            return {"diverged": run["diverged_at_step"]}
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
         overrides = list(HydraConfig.get().overrides.task)
@@ -195,13 +215,11 @@ def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> Non
         base = diverged_base(config, folder) if twin is None and not begun else None
         if twin is not None:
             log.info("taken over from %s, the same run in another study (in a new study, reuse=false trains it)", twin)
-            summary = adopt(twin, folder)
-        elif base is not None:
+            return adopt(twin, folder)
+        if base is not None:
             log.info("diverged as the run without fine-tuning, %s, did", base)
-            summary = adopt(base, folder)
-        else:
-            summary = _work(config, folder, requests)
-    print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
+            return adopt(base, folder)
+        return None
 
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
@@ -227,12 +245,13 @@ def _other_root(config: Config, folder: RunFolder) -> str:
 def _mark_failed(folder: RunFolder, reason: str) -> None:
     """Say so in run.json, if a run had begun there and the disk still takes it."""
     try:
-        if folder.run().get("status") == "running":
+        if folder.writes and folder.run().get("status") == "running":
             folder.update_run(status="failed", reason=reason, end=now())
     except (OSError, UserError) as error:
         log.error("run.json could not be updated: %s", one_line(error))
 
 
 def _refuse(error: Exception) -> None:
-    print(f"luqrun: {one_line(error)}", file=sys.stderr)
+    who = f"luqrun (rank {ranks.rank()})" if ranks.world_size() > 1 else "luqrun"
+    print(f"{who}: {one_line(error)}", file=sys.stderr)
     sys.exit(1)

@@ -14,6 +14,8 @@ from luqrun.errors import UserError
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
 TASKS = ("train", "rounding")
+BATCH_NORMS = ("local", "sync")
+RANGE_SCOPES = ("rank", "global")
 
 
 @dataclass
@@ -122,6 +124,15 @@ class TrackingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """What several processes (torchrun) share. `batch_norm`: local (each its own statistics) or sync; `range`: the
+    ranges of activations and gradients are of a rank's part of the batch, or global, of all parts."""
+
+    batch_norm: str = "local"
+    range: str = "rank"
+
+
+@dataclass
 class CellConfig:
     """Which cell of which of the paper's tables or figures a run is; `scale`: glyphs, cifar or paper."""
 
@@ -141,6 +152,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     task: str = "train"
     seed: int = 0
     device: str = "auto"

@@ -114,3 +114,9 @@ def set_finetune(model: nn.Module, on: bool) -> None:
     """FNT: train with INT4 weights and everything else in high precision."""
     for _, layer in quantized_layers(model):
         layer.finetune = on
+
+
+def set_shared_ranges(model: nn.Module, on: bool) -> None:
+    """Of several processes: activations and gradients get the range of all processes' parts of the batch."""
+    for _, layer in quantized_layers(model):
+        layer.shares_ranges = on

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import torch
 
+from luqrun import ranks
 from luqrun.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `device=auto|cpu|cuda`; UserError for cuda without a GPU."""
+    """The device for `device=auto|cpu|cuda`; UserError for cuda without a GPU. Of several processes, each takes one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU; allowed here: auto, cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or ranks.world_size() == 1:
+        return torch.device(name)
+    if ranks.local_rank() >= torch.cuda.device_count():
+        raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    torch.cuda.set_device(ranks.local_rank())
+    return torch.device("cuda", ranks.local_rank())
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -30,13 +30,14 @@ class QuantLayer(nn.Module):
     `set_step` restarts it.
     Evaluation draws (of recipes with a stochastic forward) are always the same. finetune: in training, only the
     weight is quantized (FNT); evaluation is the recipe's all the same. health: a dict to be filled by the next
-    training pass, or None.
+    training pass, or None. shares_ranges: in training, ranges of activations and gradients are those of all processes.
     """
 
     recipe: Recipe
     streams: Tensor
     finetune: bool
     health: dict | None
+    shares_ranges: bool
 
     @classmethod
     def from_module(cls, module: nn.Module, recipe: Recipe, seed: int, index: int):
@@ -44,7 +45,7 @@ class QuantLayer(nn.Module):
         layer = cls.__new__(cls)
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
-        layer.recipe, layer.finetune, layer.health = recipe, False, None
+        layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
         for device_type in {"cpu", next(module.parameters()).device.type}:
             use_int8(device_type), fuses(device_type)  # loads the kernels, which a compiler cannot trace
         streams = [make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))]
@@ -94,6 +95,7 @@ class QuantLayer(nn.Module):
             observe=self._observe if learning else None,
             health=self.health if learning and not compiling else None,
             keep=torch.is_grad_enabled(),
+            share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
         )
 
     def _is_repetition(self) -> bool:
@@ -142,6 +144,14 @@ class QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(part for part in (super().extra_repr(), str(self.recipe)) if part)
+
+
+def over_processes(statistics: Tensor) -> Tensor:
+    """The statistics (float64 (4,), see Quantizer.measure) of one part a process as those of all: maxima, mean sums."""
+    parts = statistics.new_empty(dist.get_world_size() * 4)
+    dist.all_gather_into_tensor(parts, statistics)
+    parts = parts.view(-1, 4)
+    return torch.cat([parts[:, :2].amax(0), parts[:, 2:].mean(0)])
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -8,6 +8,7 @@ What is kept for the backward pass are packed codes: half a byte an element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,7 +84,8 @@ class Plan:
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
-    a backward pass may follow.
+    a backward pass may follow. share: what makes a tensor's statistics those of all processes (Quantizer.measure), for
+    operands that are not the same in all of them.
     """
 
     weight: Quantizer | None
@@ -94,6 +96,7 @@ class Plan:
     observe: object = None
     health: dict | None = None
     keep: bool = True
+    share: Callable[[Tensor], Tensor] | None = None
 
     def quantize(self, operand: str, x: Tensor, dtype: torch.dtype, packed: bool = False) -> tuple[Operand, Kept]:
         """x as an Operand with codes of `dtype` (or float32 where that cannot hold them), and as what is kept of it
@@ -103,7 +106,8 @@ class Plan:
             return Operand(x), Kept((x,))
         form = quantizer.form
         dtype = held_by(form, dtype)
-        encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed)
+        share = None if operand == "weight" else self.share
+        encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed, share)
         if operand in self.hindsight and self.observe is not None and x.numel():
             self.observe(operand, encoded.maximum)
         if self.health is not None:

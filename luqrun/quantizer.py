@@ -5,6 +5,7 @@ Immutable and without state: what a hindsight range remembers is a tensor that t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -151,13 +152,17 @@ class Quantizer:
         parts += [name for name in ("pow2_scale", "two_phase") if getattr(self, name)]
         return "/".join(parts)
 
-    def measure(self, x: Tensor, hindsight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(
+        self, x: Tensor, hindsight: Tensor | None = None, share: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(scale 0-dim float32, signed 0-dim bool, max|x| 0-dim float32) of x, all on x's device.
 
-        hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used).
+        hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used). share:
+        turns the statistics of x (ops.statistics) into those of all parts of a distributed tensor, of equal size.
         """
         x = x.detach()
-        largest, negative, sum1, sum2 = ops.statistics(x, self.range == "sawb").unbind()
+        statistics = ops.statistics(x, self.range == "sawb")
+        largest, negative, sum1, sum2 = (statistics if share is None else share(statistics)).unbind()
         maximum = clip = largest.float()
         if self.range == "sawb":
             c1, c2 = SAWB[self.form.bits]
@@ -203,25 +208,31 @@ class Quantizer:
         return ops.encode(x.detach(), scale, signed, *how, stream, sample, dtype, packed, observe)
 
     def run(
-        self, x: Tensor, stream: Tensor, hindsight: Tensor | None, dtype: torch.dtype, packed: bool = False
+        self,
+        x: Tensor,
+        stream: Tensor,
+        hindsight: Tensor | None,
+        dtype: torch.dtype,
+        packed: bool = False,
+        share: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
         """Measure and encode x in as few passes as the range allows, the first sample of the draw `stream`.
 
-        hindsight: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
+        hindsight, share: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
         x = x.detach()
-        if fuses(x.device.type) and self.form.radix == 2:
+        if fuses(x.device.type) and self.form.radix == 2 and share is None:
             sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
             how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
             return Encoded(*ops.quantize(x, *how, stream, dtype, packed))
-        if self.range == "hindsight" and self.form.logarithmic and hindsight is not None:
+        if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
             scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self.form.limit)
             signed = torch.ones_like(negative, dtype=torch.bool)
             codes, fields, maximum = self._encode(x, scale, signed, stream, 0, dtype, packed, observe=True)
             scale = torch.where(maximum.isfinite(), scale, torch.nan)
         else:
-            scale, signed, maximum = self.measure(x, hindsight)
+            scale, signed, maximum = self.measure(x, hindsight, share)
             codes, fields, _ = self._encode(x, scale, signed, stream, 0, dtype, packed)
         return Encoded(codes, scale, signed, fields, maximum)
 

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from luqrun import __version__
-from luqrun.config import Config
+from luqrun.config import Config, DistributedConfig
 from luqrun.errors import UserError
 
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
@@ -53,6 +53,8 @@ def what_decides_the_result(config: Config) -> dict:
     for part, names in NOT_IN_RESULT.items():
         for name in names:
             (values[part] if part else values).pop(name)
+    if config.distributed == DistributedConfig():  # the only choice that one process has
+        values.pop("distributed")
     if config.finetune.epochs == 0:
         values["finetune"] = {"epochs": 0}
     if config.dataset.name == "folder" and config.dataset.root is not None:
@@ -88,10 +90,13 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 class RunFolder:
-    """Reads and writes the files of one run. `path` must exist."""
+    """Reads and writes the files of one run. `path` must exist.
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    writes: False in the other processes of a distributed run, where changes are left to the first.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = Path(path), writes
         self.checkpoints = self.path / "checkpoints"
 
     def summary(self) -> dict | None:
@@ -114,11 +119,13 @@ class RunFolder:
             ) from None
 
     def write_json(self, name: str, content: dict) -> None:
-        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+        if self.writes:
+            write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def update_run(self, **fields) -> None:
         """Change fields of run.json."""
-        self.write_json(RUN, {**self.run(), **fields})
+        if self.writes:
+            self.write_json(RUN, {**self.run(), **fields})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -143,6 +150,8 @@ class RunFolder:
 
     def remove_if_never_started(self) -> None:
         """Remove the folder where it holds nothing but its log and its lock."""
+        if not self.writes:
+            return
         names = {path.name for path in self.path.iterdir()}
         if names <= {"run.log", LOCK}:
             try:
@@ -156,6 +165,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict) -> None:
         """Add a line to metrics.jsonl, at once on disk."""
+        assert self.writes
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -167,7 +177,7 @@ class RunFolder:
     def truncate_metrics(self, size: int) -> None:
         """Forget the lines written after the checkpoint that a run resumes from."""
         path = self.path / METRICS
-        if path.exists() and path.stat().st_size > size:
+        if self.writes and path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
 
 

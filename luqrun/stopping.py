@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from luqrun import ranks
+
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+BURST = 2.0  # seconds in which signals under torchrun count as one: it passes on what the terminal sent already
+PATIENCE = 5.0  # seconds that a process under torchrun may be deaf, waiting for another that died
 
 
 class Stopped(BaseException):
@@ -26,11 +33,18 @@ class Stopped(BaseException):
 class Requests:
     """The signals that came: raised at once, except inside `deferred`, where the first waits for `check`."""
 
-    def __init__(self):
+    def __init__(self, burst: float = 0.0):
         self.deferring, self.received = False, None
+        self.burst, self.since = burst, 0.0
 
     def handle(self, number: int, frame: object) -> None:
-        """Signal handler. A second signal, or one outside `deferred`, raises Stopped where the program is."""
+        """Signal handler. A second signal (not within `burst` seconds), or one outside `deferred`, raises Stopped
+        where the program is."""
+        now = time.monotonic()
+        if self.received is None:
+            self.since = now
+        elif now - self.since < self.burst:
+            return
         again, self.received = self.received is not None, number
         if again or not self.deferring:
             raise Stopped(number)
@@ -57,13 +71,43 @@ class Requests:
 @contextmanager
 def handled() -> Iterator[Requests]:
     """Handle the signals in this block, then give them back; other threads than the main one get none."""
-    requests = Requests()
+    requests = Requests(BURST if ranks.under_torchrun() else 0.0)
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
     before = {number: signal.signal(number, requests.handle) for number in ASKING}
     try:
-        yield requests
+        if ranks.under_torchrun():
+            with _not_deaf(requests):
+                yield requests
+        else:
+            yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _not_deaf(requests: Requests) -> Iterator[None]:
+    """End the process where a signal came and Python could not handle it for PATIENCE seconds.
+
+    So it is inside a collective while another process died: torchrun would wait half a minute before it kills.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def watch() -> None:
+        with ours:
+            while came := ours.recv(1):
+                if came[0] in ASKING:
+                    time.sleep(PATIENCE)
+                    if requests.received is None:
+                        os._exit(128 + came[0])
+
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()  # ends the thread

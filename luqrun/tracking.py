@@ -88,6 +88,22 @@ class Tracker:
         self.writer.close()
 
 
+class NoTracker:
+    """What has a tracker's place in the processes that write nothing."""
+
+    def row(self, *what) -> None:
+        pass
+
+    def health(self, *what) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
     """By layer and operand ("layer1.0.conv1/weight"): the shares and errors that the last pass left in the layers."""
     found = {}

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from luqrun import checkpoint, gemms
+from luqrun import assembly, checkpoint, gemms, ranks
 from luqrun.config import Config
-from luqrun.convert import quantize_model, quantized_layers, set_finetune, set_step
+from luqrun.convert import quantized_layers, set_finetune, set_step
 from luqrun.datasets import build_dataset
 from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
 from luqrun.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.errors import UserError
-from luqrun.models import build_model
+from luqrun.keys import DROPOUT, mix
 from luqrun.profiling import DATA, StepProfiler
 from luqrun.recipes import Recipe
 from luqrun.resuming import find_start
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
 from luqrun.stopping import Requests, Stopped
-from luqrun.tracking import Tracker, read_health
+from luqrun.tracking import NoTracker, Tracker, read_health
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         kernel_backend=gemms.describe(device.type),
         threads=torch.get_num_threads(),
+        world_size=ranks.world_size(),
     )
     trainer = Trainer(config, folder, device, requests)
     try:
@@ -72,26 +73,14 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     return summary
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(model)
-
-
 class Trainer:
     """One run: everything built from its config, and its position in the training."""
 
     def __init__(self, config: Config, folder: RunFolder, device: torch.device, requests: Requests | None = None):
         self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
         self.data = build_dataset(config.dataset)
-        num_classes = len(self.data.classes)
         self.recipe = Recipe.from_config(config.quant)
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, num_classes, self.data.channels, self.data.image_size)
-        model = quantize_model(model, self.recipe, seed=config.seed)
-        # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.network = _compiled(self.model) if config.compile else self.model
+        self.model = assembly.build(config, self.recipe, self.data, device)
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)
         self.steps_per_epoch = self.batches // config.schedule.accumulate
@@ -103,10 +92,12 @@ class Trainer:
             "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
             "seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0, "evaluations": [], "metrics_bytes": 0,
         }  # fmt: skip
+        self.no_bar = None if folder.writes else True  # None: where there is a terminal
         self.warm, self.interval_seconds, self.interval_images = False, 0.0, 0
         self._resume()
-        self.profiler = StepProfiler(folder.path, config.tracking.profile_steps, device)
-        self.tracker = Tracker(config, folder, done=self.progress["step"])
+        self.network = assembly.wrap(self.model, config, device)
+        self.profiler = StepProfiler(folder.path, config.tracking.profile_steps if folder.writes else 0, device)
+        self.tracker = Tracker(config, folder, done=self.progress["step"]) if folder.writes else NoTracker()
         quantized = [name for name, _ in quantized_layers(self.model)]
         log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
         if quantized:
@@ -116,7 +107,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue where `resume` and the folder say."""
-        start = find_start(self.config, self.folder, self.data)
+        start = ranks.from_first(lambda: find_start(self.config, self.folder, self.data))
         if start is None:
             self.folder.truncate_metrics(0)
             return
@@ -169,10 +160,13 @@ class Trainer:
         """The micro-batches of one epoch that are left, `accumulate` of them a step."""
         accumulate, tracking, progress = self.config.schedule.accumulate, self.config.tracking, self.progress
         self.model.train()
-        loader = train_loader(self.data, self.config.dataset, self.config.seed, epoch, first_batch=progress["batch"])
+        loader = train_loader(
+            *(self.data, self.config.dataset, self.config.seed, epoch),
+            *(progress["batch"], ranks.rank(), ranks.world_size()),
+        )
         usable = self.steps_per_epoch * accumulate
         title = f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}"
-        bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=None, leave=False)
+        bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=self.no_bar, leave=False)
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
                 started = time.perf_counter()
@@ -225,33 +219,43 @@ class Trainer:
         layers record the health of the last pass.
         """
         step = self.progress["step"]
-        torch.manual_seed((self.config.seed << 32) + step)  # dropout
-        network = self.model if examine else self.network  # what a layer records, a compiled one cannot
+        # Of a seed, the CPU's generator takes 32 bits.
+        torch.manual_seed(int(mix(self.config.seed, DROPOUT, step, ranks.rank())[0]) & 0xFFFFFFFF)
         set_step(self.model, step)
         self._examine(examine)
         self.optimizer.zero_grad(set_to_none=True)
         total, correct, count = 0.0, 0, 0
-        for images, labels in micro_batches:
-            images, labels = self._to_device(images, labels)
-            with self._autocast():
-                logits = network(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
-            (loss / len(micro_batches)).backward()
-            total += loss.item()
-            if not math.isfinite(total):
-                break  # the layers' health is then that of the pass that failed
-            correct += (logits.detach().argmax(1) == labels).sum().item()
-            count += len(labels)
+        with assembly.eager(self.config.compile and examine):  # what a layer records, a compiled one cannot
+            for number, (images, labels) in enumerate(micro_batches, 1):
+                with assembly.synchronizing(self.network, number == len(micro_batches)):
+                    loss, hits = self._forward_and_backward(images, labels, len(micro_batches))
+                loss, hits, seen = ranks.add_up([loss, hits, len(labels)])
+                total += loss / ranks.world_size()
+                if not math.isfinite(total):
+                    break  # the layers' health is then that of the pass that failed
+                correct, count = correct + int(hits), count + int(seen)
         return total / len(micro_batches), correct, count
+
+    def _forward_and_backward(self, images: Tensor, labels: Tensor, parts: int) -> tuple[float, int]:
+        """Add the gradients of a micro-batch, one of `parts`; returns (mean loss, correct)."""
+        images, labels = self._to_device(images, labels)
+        with self._autocast():
+            logits = self.network(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
+        (loss / parts).backward()
+        return loss.item(), (logits.detach().argmax(1) == labels).sum().item()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """val/loss, val/top1 and val/top5 (per cent), with the recipe's weights and activations whatever the phase."""
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
-        count = 0
-        for images, labels in tqdm(val_loader(self.data, self.config.dataset), "evaluation", disable=None, leave=False):
-            self._stop_if_asked()  # it is done again from the start
+        assembly.share_buffers(self.model)
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        loader = val_loader(self.data, self.config.dataset, ranks.rank(), ranks.world_size())
+        everywhere = len(self.data.val) // self.config.dataset.batch_size  # the batches that every process has
+        for number, (images, labels) in enumerate(tqdm(loader, "evaluation", disable=self.no_bar, leave=False)):
+            if number < everywhere:
+                self._stop_if_asked()  # it is done again from the start
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 logits = self.network(images).float()
@@ -259,17 +263,20 @@ class Trainer:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()]).cpu()
             count += len(labels)
-        loss, top1, top5 = (sums / count).tolist()
+        *sums, count = ranks.add_up([*sums.tolist(), count])
+        loss, top1, top5 = (total / count for total in sums)
         return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
 
     def _stop_if_asked(self) -> None:
-        number = self.requests.check()
-        if number is not None:
+        number = int(ranks.largest(self.requests.check() or 0))
+        if number:
             self.save_checkpoint()
             raise Stopped(number)
 
     def save_checkpoint(self, name: str = checkpoint.LAST) -> None:
         """Write a checkpoint of where the run is."""
+        if not self.folder.writes:
+            return
         self.progress["metrics_bytes"] = self.folder.metrics_size()
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         self.tracker.flush()
@@ -326,7 +333,7 @@ class Trainer:
         raise Diverged(f"diverged: the {what} is {value} at step {step} (epoch {epoch})")
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.progress["step"] % every == 0
+        return every > 0 and self.progress["step"] % every == 0 and self.folder.writes
 
     def _examine(self, on: bool) -> None:
         for _, layer in quantized_layers(self.model):

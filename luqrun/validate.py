@@ -8,7 +8,18 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun.config import DEVICES, PRECISIONS, TASKS, Config, check_at_least, check_at_most, check_choice
+from luqrun import ranks
+from luqrun.config import (
+    BATCH_NORMS,
+    DEVICES,
+    PRECISIONS,
+    RANGE_SCOPES,
+    TASKS,
+    Config,
+    check_at_least,
+    check_at_most,
+    check_choice,
+)
 from luqrun.errors import UserError
 from luqrun.refusals import one_line
 
@@ -50,10 +61,26 @@ def validate(config: Config) -> None:
     from luqrun.recipes import Recipe
     from luqrun.schedules import validate_finetune, validate_schedule
 
-    choose_device(config.device)
+    device = choose_device(config.device)
     check_choice("model.name", config.model.name, MODELS)
     check_choice("model.stem", config.model.stem, STEMS)
     Recipe.from_config(config.quant)
     validate_dataset(config.dataset)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
+    check_choice("distributed.batch_norm", config.distributed.batch_norm, BATCH_NORMS)
+    check_choice("distributed.range", config.distributed.range, RANGE_SCOPES)
+    if ranks.world_size() > 1:
+        _validate_distributed(config, device.type)
+
+
+def _validate_distributed(config: Config, device_type: str) -> None:
+    if config.task != "train":
+        raise UserError(f"task={config.task} runs in one process, without torchrun")
+    if config.dataset.batch_size % ranks.world_size():
+        wanted = f"dataset.batch_size={config.dataset.batch_size}"
+        raise UserError(f"{wanted} must be a multiple of the {ranks.world_size()} processes, which share each batch")
+    if config.distributed.batch_norm == "sync" and device_type == "cpu":
+        raise UserError("distributed.batch_norm=sync needs GPUs, as torch's SyncBatchNorm does; allowed here: local")
+    if config.compile and config.distributed.range == "global":
+        raise UserError("distributed.range=global cannot be compiled; allowed with compile=true: rank")

@@ -18,9 +18,8 @@ from luqrun.config import DatasetConfig, check_at_least
 from luqrun.datasets import Data
 from luqrun.datasets.pixels import Images, seeded
 from luqrun.errors import UserError
+from luqrun.keys import AUGMENT, ORDER, mix
 from luqrun.stopping import ASKING
-
-_ORDER, _AUGMENT = 1, 2  # what a key is for: order and augmentation share no bits
 
 
 def train_loader(
@@ -34,7 +33,7 @@ def train_loader(
     """
     batches = batches_per_epoch(data, config)
     _check_ranks(config, world_size)
-    rng = np.random.Generator(np.random.Philox(key=int(_key(seed, _ORDER, epoch)[0])))
+    rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
     order = rng.permutation(len(data.train))
     schedule = [
         order[start : start + config.batch_size][rank::world_size]
@@ -85,7 +84,7 @@ class _Served(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: np.ndarray):
-        keys = _key(self.seed, _AUGMENT, self.epoch, indices)
+        keys = mix(self.seed, AUGMENT, self.epoch, indices)
         try:
             if isinstance(self.dataset, Images):
                 return self.dataset.batch(indices, keys)
@@ -123,18 +122,3 @@ def _check_ranks(config: DatasetConfig, world_size: int) -> None:
     check_at_least("dataset.batch_size", config.batch_size, 1)
     if config.batch_size % world_size:
         raise UserError(f"dataset.batch_size={config.batch_size} must be a multiple of the {world_size} processes")
-
-
-def _key(*words) -> np.ndarray:
-    """Mix integers, the last may be many, into uint64 keys: a chain of splitmix64 steps (Steele et al. 2014).
-
-    Each step is a bijection, so that in one epoch no two images share a key.
-    """
-    key = np.zeros(1, np.uint64)
-    for word in words:
-        word = np.atleast_1d(np.asarray(word)).astype(np.uint64)
-        key = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        key = (key ^ key >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        key = (key ^ key >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        key = key ^ key >> np.uint64(31)
-    return key

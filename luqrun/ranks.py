@@ -1,0 +1,130 @@
+"""The processes of a run, as torchrun starts them: who writes, what is added up, what one reads for all.
+
+Light to import: the command line asks for `rank` before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from luqrun.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+# Of a collective. That a process died is noticed at once, on its closed connections.
+TIMEOUT = timedelta(minutes=30)
+
+
+class RefusedByFirst(UserError):
+    """What the first process refused, and has told already."""
+
+
+def rank() -> int:
+    """Of this process; 0 where there is only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Of this process among those of its machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, perhaps as the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def recorded(command: Callable[[], T]) -> Callable[[], T]:
+    """`command`, such that torchrun's last words on a failed job hold the error of the process that failed first."""
+    if not under_torchrun():
+        return command
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(command)
+
+
+def join() -> None:
+    """Meet the other processes. Nothing to do where there is only one."""
+    if world_size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        # What the host adds up goes over gloo also where the gradients go over NCCL: no GPU is waited for.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def add_up(values: Iterable[float]) -> list[float]:
+    """Each value's sum over all processes."""
+    return _reduced(values, "SUM")
+
+
+def largest(value: float) -> float:
+    """The largest of all processes' values."""
+    return _reduced([value], "MAX")[0]
+
+
+def _reduced(values: Iterable[float], op: str) -> list[float]:
+    if world_size() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(total, op=getattr(dist.ReduceOp, op))
+    return total.tolist()
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """What `read` returns in the first process, in all of them. Where it raises a UserError or OSError there, the
+    others raise RefusedByFirst."""
+    if world_size() == 1:
+        return read()
+    import torch.distributed as dist
+
+    told: list = [None, None]
+    refusal = None
+    if is_first():
+        try:
+            told[0] = read()
+        except (UserError, OSError) as error:
+            refusal, told[1] = error, str(error)
+    dist.broadcast_object_list(told, src=0)
+    if refusal is not None:
+        raise refusal
+    if told[1] is not None:
+        raise RefusedByFirst(told[1])
+    return told[0]
+
+
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors of all processes with the first one's."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
