@@ -5,6 +5,7 @@ Light to import: the command line asks for `rank` before torch is loaded.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -14,6 +15,8 @@ from luqrun.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # Of a collective. That a process died is noticed at once, on its closed connections.
@@ -60,13 +63,22 @@ def recorded(command: Callable[[], T]) -> Callable[[], T]:
 
 def join() -> None:
     """Meet the other processes. Nothing to do where there is only one."""
-    if world_size() > 1:
-        import torch
-        import torch.distributed as dist
+    if world_size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-        # What the host adds up goes over gloo also where the gradients go over NCCL: no GPU is waited for.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    store, *place = next(rendezvous("env://", timeout=TIMEOUT))
+    # After a restart torchrun serves the same store, with the addresses of the dead in it (pytorch issue 135712). The
+    # number of restarts tells them apart, but each machine counts its own.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and is_first():
+        log.warning("for restarts on several machines, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun")
+    # What the host adds up goes over gloo also where the gradients go over NCCL: no GPU is waited for.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=place[0], world_size=place[1], timeout=TIMEOUT)
 
 
 def leave() -> None:

@@ -48,6 +48,8 @@ OTHER_RESULT = [
     "schedule.accumulate=2",
     "finetune=fnt1",
     "finetune.epochs=4",
+    "distributed.batch_norm=sync",
+    "distributed.range=global",
 ]
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -87,3 +89,34 @@ def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, n
     _, resumed = train(tmp_path / "run", *overrides)
     _, whole = train(tmp_path / "whole", *overrides)
     assert metrics(resumed) == metrics(whole)
+
+
+def test_under_torchrun_a_signal_and_its_echo_are_one():
+    requests = Requests(burst=60)
+    with requests.deferred():
+        requests.handle(signal.SIGINT, None)
+        requests.handle(signal.SIGTERM, None)
+        assert requests.check() == signal.SIGINT
+        requests.since -= 61
+        with pytest.raises(Stopped):
+            requests.handle(signal.SIGTERM, None)
+
+
+DEAF = """
+import hashlib, luqrun.stopping as stopping
+stopping.PATIENCE = 0.1
+with stopping.handled():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes in C, where Python handles no signal
+"""
+
+
+def test_under_torchrun_a_process_that_cannot_listen_ends_all_the_same():
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "a test's"}
+    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        process.terminate()
+        try:
+            assert process.wait(100) == 128 + signal.SIGTERM
+        finally:
+            process.kill()

@@ -1,0 +1,123 @@
+"""What the processes of tests/test_ranks.py do: torchrun starts this file, and each leaves its findings in a folder."""
+
+import sys
+from pathlib import Path
+
+import running
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import luqrun
+from luqrun import ranks, trainer
+from luqrun.convert import set_shared_ranges
+from luqrun.modules import over_processes
+from luqrun.quantizer import Quantizer
+from luqrun.recipes import Recipe
+from luqrun.run_folder import RunFolder
+
+QUANTIZERS = {
+    "absmax": Quantizer("e3m0"),
+    "sawb": Quantizer("int4", range="sawb"),
+    "two-sided": Quantizer("int4"),
+}
+NEAREST = Recipe("nearest", weight=QUANTIZERS["sawb"], activation=QUANTIZERS["sawb"], gradient=QUANTIZERS["absmax"])
+HINDSIGHT = Recipe("hindsight", gradient=Quantizer("e3m0", range="hindsight", rounding="stochastic"))
+# 10 batches an epoch for one, two and three processes; 94 validation images are no multiple of any of them.
+RUN = ("dataset.batch_size=24", "model=vit_tiny", "quant=fp32", "tracking.health_every=4")
+
+
+def whole() -> torch.Tensor:
+    """A tensor of which each process has a part; only the last row has the maximum, and negative values."""
+    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1)).abs()
+    x[-1] *= -3
+    return x
+
+
+def part(x: torch.Tensor) -> torch.Tensor:
+    return x[ranks.rank() :: ranks.world_size()].clone()
+
+
+def linear(recipe: Recipe) -> nn.Module:
+    torch.manual_seed(0)
+    return luqrun.quantize_model(nn.Linear(64, 32), recipe, skip=())
+
+
+def one_pass(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the gradient of x where that of the output is the output times its row's mean."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(y.detach() * x.detach().mean(1, keepdim=True))
+    return y.detach(), x.grad
+
+
+def statistics():
+    return {name: each.measure(part(whole()), share=over_processes) for name, each in QUANTIZERS.items()}
+
+
+def shared_ranges():
+    layer = linear(NEAREST)
+    own = one_pass(layer, part(whole()))
+    set_shared_ranges(layer, True)
+    return own, one_pass(layer, part(whole()))
+
+
+def hindsight():
+    """The same gradient in all processes, then rank + 1 times as much."""
+    layer, x = linear(HINDSIGHT), whole()
+    gradient = torch.randn(12, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    for factor in (1.0, ranks.rank() + 1.0):
+        layer.zero_grad()
+        layer(x).backward(gradient * factor)
+        found.append((layer.weight.grad.clone(), layer.gradient_hindsight.clone()))
+    return gradient.abs().max(), found
+
+
+def sharded():
+    """One step of SGD on a quantized model, its parameters sharded (FSDP2); the gathered weights, and the codes' count.
+
+    The reference is the same step with whole parameters, the gradients averaged by hand.
+    """
+    weights = []
+    for shard in (True, False):
+        torch.manual_seed(0)
+        model = luqrun.quantize_model(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)), NEAREST, skip=())
+        if shard:
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks.world_size(),)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(part(whole())).square().mean().backward()
+        if not shard:
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= ranks.world_size()
+        optimizer.step()
+        weights.append([each.full_tensor() if shard else each.detach() for each in model.parameters()])
+    return [[each.detach().clone() for each in found] for found in weights]
+
+
+def trained(folder):
+    path = folder / "run"
+    if ranks.is_first():
+        path.mkdir()
+    dist.barrier()
+    with running.quiet_machine(folder / f"cache{ranks.rank()}"):
+        summary = trainer.run(running.tiny(*RUN), RunFolder(path, writes=ranks.is_first()))
+    return {name: value for name, value in summary.items() if name.startswith("val/")}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks.join()
+    found = {each.__name__: each() for each in (statistics, shared_ranges, hindsight, sharded)}
+    found["trained"] = trained(folder)
+    found["sums"] = ranks.add_up([1.0, ranks.rank()]), ranks.largest(ranks.rank())
+    found["told"] = ranks.from_first(lambda: f"by {ranks.rank()}")
+    torch.save(found, folder / f"{ranks.rank()}.pt")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,108 @@
+"""Two and three processes, gloo between them: what they share, what each has for itself, and that it adds up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_code
+import torch
+from running import metrics, train
+
+from luqrun.run_folder import RunFolder
+
+HERE = Path(__file__).resolve().parent
+
+
+def torchrun(processes, *arguments, **variables):
+    """The command that starts that many processes, and its environment: one thread each, no GPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(HERE.parent),
+        **variables,
+    }
+    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, tmp_path_factory):
+    """(what each process found, the folder) of that many processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    job = subprocess.run(**torchrun(request.param, HERE / "rank_code.py", folder), capture_output=True, timeout=400)
+    assert job.returncode == 0, job.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)], folder
+
+
+def test_a_shared_range_is_that_of_the_whole_tensor(found):
+    for name, quantizer in rank_code.QUANTIZERS.items():
+        scale, signed, maximum = quantizer.measure(rank_code.whole())
+        for each in found[0]:
+            torch.testing.assert_close(each["statistics"][name][0], scale, rtol=1e-6, atol=0)
+            assert each["statistics"][name][1:] == (signed, maximum)
+
+
+def test_layers_with_shared_ranges_do_to_the_parts_what_one_does_to_the_whole(found):
+    """Rounding to nearest draws nothing: the rows of both are the same, and with ranges of their own they are not."""
+    each_one, (output, gradient) = found[0], rank_code.one_pass(rank_code.linear(rank_code.NEAREST), rank_code.whole())
+    for rank, each in enumerate(each_one):
+        own, shared = each["shared_ranges"]
+        torch.testing.assert_close(shared[0], output[rank :: len(each_one)])
+        torch.testing.assert_close(shared[1], gradient[rank :: len(each_one)])
+        assert not torch.allclose(own[0], output[rank :: len(each_one)], atol=1e-3)
+
+
+def test_ranks_share_the_hindsight_maximum_and_draw_apart(found):
+    (maximum, first), (_, second) = (each["hindsight"] for each in found[0][:2])
+    # The same gradient and scale, so only the draws can differ.
+    assert not torch.equal(first[0][0], second[0][0])
+    assert first[0][1] == second[0][1] == maximum
+    # Then both learn the largest maximum (Eq. 18 with eta 0.1).
+    assert first[1][1] == second[1][1]
+    torch.testing.assert_close(first[1][1], 0.9 * len(found[0]) * maximum + 0.1 * maximum)
+
+
+def test_a_sharded_step_is_the_step_of_whole_parameters(found):
+    for each in found[0]:
+        for sharded, whole in zip(*each["sharded"], strict=True):
+            torch.testing.assert_close(sharded, whole)
+
+
+def test_sums_maxima_and_what_the_first_one_tells(found):
+    count = len(found[0])
+    for each in found[0]:
+        assert each["sums"] == ([count, count * (count - 1) / 2], count - 1)
+        assert each["told"] == "by 0"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of rank_code.trained in one process."""
+    return train(tmp_path_factory.mktemp("alone") / "run", *rank_code.RUN)[1]
+
+
+def test_batch_learning_rate_and_evaluation_mean_the_same_for_any_number_of_processes(found, alone):
+    """In full precision and without batch norm the processes compute what one does, but for the order of sums."""
+    ours, theirs = metrics(RunFolder(found[1] / "run")), metrics(alone)
+    assert len(ours) == len(theirs) > 5
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.pop("kind"), one.pop("phase")) == (other.pop("kind"), other.pop("phase"))
+        assert one == pytest.approx(other, rel=1e-3)
+    # Of 94 images one more or less would change top-1 by a hundredth of it.
+    assert found[0][0]["trained"] == pytest.approx(
+        {name: value for name, value in alone.summary().items() if name in found[0][0]["trained"]}, rel=1e-3
+    )
+    assert all(each["trained"] == found[0][0]["trained"] for each in found[0])
+
+
+def test_the_first_alone_writes(found):
+    folder, count = found[1] / "run", len(found[0])
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert json.loads((folder / "run.json").read_text())["world_size"] == count
+    steps = [line["step"] for line in metrics(RunFolder(folder), "step")]
+    assert steps == sorted(set(steps))
