@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 (which Slurm sends before it preempts) end a run after its step."""
+"""Being asked to stop by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 (before a cluster preempts): a run ends after its step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(BaseException):
@@ -67,3 +67,15 @@ def handled() -> Iterator[Requests]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hand_on(number: int) -> bool:
+    """Let whoever handled the signal before have it too; False where nobody did.
+
+    submitit asks Slurm to run the job again and leaves the process, on every rank but the first it only returns.
+    """
+    handler = signal.getsignal(number)
+    if not callable(handler) or handler is signal.default_int_handler:
+        return False
+    handler(number, None)
+    return True
