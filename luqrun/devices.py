@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start counting anew: the jobs of a sweep share a process, and what one of them freed is given back first."""
-    _give_back()
+    give_back_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -46,8 +46,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _give_back() -> None:
-    """Return the memory that is free but still the process' to the system: glibc keeps hundreds of megabytes."""
+def give_back_memory() -> None:
+    """Return memory that is free, but still the process', to the system: glibc keeps hundreds of megabytes."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
