@@ -9,39 +9,35 @@ import hashlib
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun import ranks
+from luqrun import __version__, ranks, sweeps
 from luqrun.closing import closing_table, jobs_table
+from luqrun.cluster import join_ranks
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.refusals import below_null, one_line
 from luqrun.reuse import adopt, diverged_base, find_twin
 from luqrun.run_folder import Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
-from luqrun.stopping import Requests, Stopped, handled
+from luqrun.stopping import Requests, Stopped, hand_on, handled
 from luqrun.validate import to_config, validate
 
 log = logging.getLogger("luqrun")
-jobs: list[tuple[str, Path]] = []  # of the sweep, those that have ended: overrides and run folder
-
-
-class Refused(CompactHydraException):
-    """A user's mistake in one job of a sweep: the others go on."""
 
 
 def main() -> None:
@@ -52,15 +48,18 @@ def main() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
     try:
+        sys.argv[1:] = _options_first(sys.argv[1:])
         try:
-            command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
-            ranks.recorded(command)()
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
         finally:
-            if jobs:
-                print(jobs_table(jobs), flush=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            if sweeps.jobs:
+                print(jobs_table(sweeps.jobs), flush=True)
+        _tell_failures()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         _refuse(error)
     except ValueError as error:
+        if "No trials are completed" in str(error):  # Optuna's, where all have failed
+            _tell_failures()
         if "Only one of" not in str(error):  # of the options that say what to do
             raise
         _refuse(UserError(str(error)))
@@ -70,12 +69,43 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("luqrun: interrupted before the run began", file=sys.stderr)
+        when = "; the same command goes on with what is missing" if sweeps.jobs else " before the run began"
+        print(f"luqrun: interrupted{when}", file=sys.stderr)
         sys.exit(130)
     except AssertionError as error:
         if "Unexpected type for root" not in str(error):
             raise
         _refuse(UserError(below_null(sys.argv[1:])))
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """The command line as Hydra can read it, whose overrides may not stand on both sides of an option."""
+    if "--version" in arguments:
+        print(f"luqrun {__version__}")
+        sys.exit()
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; luqrun --help shows how it is used")
+
+    parser.error = refuse
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    left, options = list(overrides), []
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            options.append(argument)
+    return [*options, *overrides]
+
+
+def _tell_failures() -> None:
+    """A line for each job of a sweep that failed, and the exit code 1."""
+    failures = sweeps.failures(sweeps.jobs)
+    for line in failures:
+        print(f"luqrun: {line}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 def _resolve_run_id(*, _root_: DictConfig) -> str:
@@ -101,14 +131,14 @@ class Checks(Callback):
         try:
             if ranks.world_size() > 1:
                 raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
+            sweeps.watch(config)
             _make_folder(Path(config.hydra.sweep.dir))
         except (UserError, OSError) as error:
             _refuse(error)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            folder = Path(job_return.working_dir if config.hydra.job.chdir else config.hydra.runtime.output_dir)
-            jobs.append((" ".join(job_return.overrides), folder))
+            sweeps.ended(config.hydra.job.num, job_return)
 
 
 def _make_folder(path: Path) -> None:
@@ -121,11 +151,16 @@ def _make_folder(path: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def job(composed: DictConfig) -> None:
-    """One run, from its composed config to its run folder; one process of it, where torchrun started several."""
+def job(composed: DictConfig) -> float | None:
+    """One run, from its composed config to its run folder, or one process of it, where there are several.
+
+    Returns what a sweeper maximizes (see _objective).
+    """
+    join_ranks()
     folder = RunFolder(HydraConfig.get().runtime.output_dir, writes=ranks.is_first())
     if not folder.writes:
         _only_warn()
+    summary = failure = None
     try:
         with handled() as requests, ExitStack() as held:
             config = to_config(composed)
@@ -152,7 +187,9 @@ def job(composed: DictConfig) -> None:
             then = "shows the result, for the run is finished,"
         if folder.writes:
             log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
-        sys.exit(stopped.exit_code)
+        handed_on = hand_on(stopped.number)
+        # A rank that leaves with an error could end the first one before that has asked Slurm to run the job again.
+        sys.exit(0 if handed_on and not ranks.is_first() else stopped.exit_code)
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
@@ -160,11 +197,22 @@ def job(composed: DictConfig) -> None:
             _refuse(error)
         log.error("luqrun: %s", one_line(error))
         folder.remove_if_never_started()
-        raise Refused(f"a job of the sweep was refused: {one_line(error)}") from None
+        failure = sweeps.Refused(one_line(error))
     except Exception as error:
         log.exception("the run failed")
-        traceback.clear_frames(error.__traceback__)  # or the failed job's tensors live to the end of a sweep
-        raise
+        failure = sweeps.Failed(f"{type(error).__name__}: {error}; the traceback is in {folder.path / 'run.log'}")
+        if HydraConfig.get().mode == RunMode.RUN:
+            _refuse(failure)
+    if failure is not None:  # raised here, without the first error as its context: that holds the job's tensors
+        raise failure
+    return _objective(summary)
+
+
+def _objective(summary: dict | None) -> float | None:
+    """The final top-1; of a diverged run 0, the worst there is; None where there is none."""
+    if summary is None:
+        return None
+    return 0.0 if "diverged" in summary else summary.get("val/top1")
 
 
 def _only_warn() -> None:
@@ -233,7 +281,7 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     from luqrun import trainer
 
     with logging_redirect_tqdm():
-        return trainer.run(config, folder, requests)
+        return ranks.recorded(trainer.run)(config, folder, requests)
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luqrun.config import Config
-from luqrun.errors import UserError
-from luqrun.run_folder import RunFolder
+from luqrun.sweeps import Job, own_overrides
 
 
 def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequence[str] = ()) -> str:
@@ -56,23 +55,10 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def jobs_table(jobs: Sequence[tuple[str, Path]]) -> str:
+def jobs_table(jobs: Sequence[Job]) -> str:
     """The end of a sweep: each job's status and top-1, what differs in its overrides, and its folder."""
-    common = set.intersection(*(set(overrides.split()) for overrides, _ in jobs)) if len(jobs) > 1 else set()
     rows = [("status", "top-1 %", "job", "run folder")]
-    for overrides, path in jobs:
-        own = " ".join(override for override in overrides.split() if override not in common)
-        rows.append((*_outcome(path), own, _shown(path) if path.is_dir() else ""))
+    for job, own in zip(jobs, own_overrides(jobs), strict=True):
+        rows.append((*job.outcome(), own, _shown(job.folder) if job.folder.is_dir() else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
-
-
-def _outcome(path: Path) -> tuple[str, str]:
-    """(status, top-1) of a job's run folder; refused where there is none."""
-    try:
-        folder = RunFolder(path)
-        status, summary = folder.run().get("status", "refused"), folder.summary() or {}
-    except UserError:
-        return "damaged", ""
-    # A job of ours has ended: what still runs there is another process's.
-    return "elsewhere" if status == "running" else status, f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""

@@ -52,13 +52,13 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def recorded(command: Callable[[], T]) -> Callable[[], T]:
-    """`command`, such that torchrun's last words on a failed job hold the error of the process that failed first."""
+def recorded(work: Callable[..., T]) -> Callable[..., T]:
+    """`work`, such that torchrun's last words on a failed job hold the error of the process that failed first."""
     if not under_torchrun():
-        return command
+        return work
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(command)
+    return record(work)
 
 
 def join() -> None:

@@ -14,12 +14,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.config import Config, conf_dir
 
+EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
+
 
 def one_line(error: BaseException) -> str:
     """The error's text in one line: the key or file, what is wrong, what is allowed."""
     text = str(error)
     # Before OSError, which Hydra's error for a group option that does not exist is too.
-    if found := re.search(r"Could not find '([^/']+)/([^']+)'", text):
+    if found := re.search(r"Could not (?:find|load) '(hydra/\w+)/(submitit_local|submitit_slurm|optuna)'", text):
+        extra = EXTRAS[found[1]]
+        return f"{found[1]}={found[2]} needs the extra {extra}: pip install 'luqrun[{extra}]'"
+    if found := re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
         group = conf_dir() / found[1]
         options = options or sorted(str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml"))

@@ -148,6 +148,17 @@ class RunFolder:
             file.flush()
             yield
 
+    def is_locked(self) -> bool:
+        """Whether another process runs this run."""
+        try:
+            with (self.path / LOCK).open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:  # none there, or a file system without locks
+            return False
+        return False
+
     def remove_if_never_started(self) -> None:
         """Remove the folder where it holds nothing but its log and its lock."""
         if not self.writes:

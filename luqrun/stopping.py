@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 (which Slurm sends before it preempts) end a run after its step."""
+"""Being asked to stop by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 (before a cluster preempts): a run ends after its step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from luqrun import ranks
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BURST = 2.0  # seconds in which signals under torchrun count as one: it passes on what the terminal sent already
 PATIENCE = 5.0  # seconds that a process under torchrun may be deaf, waiting for another that died
 
@@ -111,3 +111,15 @@ def _not_deaf(requests: Requests) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         theirs.close()  # ends the thread
+
+
+def hand_on(number: int) -> bool:
+    """Let whoever handled the signal before have it too; False where nobody did.
+
+    submitit asks Slurm to run the job again and leaves the process, on every rank but the first it only returns.
+    """
+    handler = signal.getsignal(number)
+    if not callable(handler) or handler is signal.default_int_handler:
+        return False
+    handler(number, None)
+    return True

@@ -15,6 +15,7 @@ from running import TINY, tiny
 from shell import Shell, environment
 from torch import nn
 
+from luqrun import __version__ as luqrun_version
 from luqrun.run_folder import run_id
 
 FAST = (*TINY, "quant=fp32")
@@ -287,6 +288,22 @@ def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     assert not resumed.get("reason")  # of the interruption
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 161))
+
+
+def test_options_may_stand_among_the_overrides(luqrun, tmp_path):
+    (tmp_path / "mine" / "quant").mkdir(parents=True)
+    (tmp_path / "mine" / "quant" / "own.yaml").write_text("name: own\n")
+    shown = luqrun("seed=7", "--config-dir", "mine", "quant=own", "--cfg", "job", "precision=bf16")
+    assert shown.code == 0
+    for line in ("seed: 7", "  name: own", "precision: bf16"):
+        assert line in shown.out.splitlines()
+    assert_refused(luqrun("seed=7", "--fast", "quant=fp32"), tmp_path, "--fast", "luqrun --help")
+    assert_refused(luqrun("--cfg", "jobs"), tmp_path, "--cfg", "jobs", "'hydra', 'all'")
+
+
+def test_the_version_is_ours(luqrun):
+    result = luqrun("--version")
+    assert (result.code, result.out) == (0, f"luqrun {luqrun_version}\n")
 
 
 def loaded_by(*arguments) -> set[str]:

@@ -70,6 +70,15 @@ def test_the_default_is_the_contract():
     assert command("config.yaml") == []
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if re.match("hydra/(launcher|sweeper)/", name)])
+def test_a_launcher_or_sweeper_says_its_command_and_composes(name):
+    extra = "hydra_plugins.hydra_submitit_launcher" if "launcher" in name else "hydra_plugins.hydra_optuna_sweeper"
+    pytest.importorskip(extra, reason="the extras slurm and sweep are not installed")
+    option = "=".join(name.removesuffix(".yaml").rsplit("/", 1))
+    assert command(name) == ["-m", option]
+    validate(to_config(composed(option)))
+
+
 def test_every_option_that_hydra_lists_is_a_file_of_ours():
     config = composed()
     assert set(config) == set(Config.__dataclass_fields__)

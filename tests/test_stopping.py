@@ -11,7 +11,7 @@ from running import last, metrics, quiet_machine, tiny, train
 
 from luqrun import trainer
 from luqrun.run_folder import RunFolder
-from luqrun.stopping import ASKING, Requests, Stopped, handled
+from luqrun.stopping import ASKING, Requests, Stopped, hand_on, handled
 from luqrun.trainer import Trainer
 
 
@@ -45,6 +45,21 @@ def test_handlers_are_given_back():
     with handled():
         assert all(signal.getsignal(number) != before[number] for number in ASKING)
     assert {number: signal.getsignal(number) for number in ASKING} == before
+
+
+def test_whoever_handled_a_signal_before_gets_it_too():
+    got = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: got.append(number))
+    try:
+        with pytest.raises(Stopped), handled():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert got == []
+        assert hand_on(signal.SIGUSR2)
+        assert got == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not hand_on(signal.SIGUSR2)
+    assert not hand_on(signal.SIGINT)  # Python's own handler is nobody
 
 
 def test_another_thread_than_the_main_one_gets_none():
