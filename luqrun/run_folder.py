@@ -36,6 +36,7 @@ MAX_NAME = 200  # bytes; file systems take 255
 SUMMARY = "summary.json"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,30 @@ class RunFolder:
     def truncate_metrics(self, size: int) -> None:
         """Forget the lines written after the checkpoint that a run resumes from."""
         path = self.path / METRICS
-        if self.writes and path.exists() and path.stat().st_size > size:
+        if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
+
+    def written(self) -> dict[str, object]:
+        """How long metrics.jsonl and each file of TensorBoard curves is: a checkpoint remembers it."""
+        events = {path.name: path.stat().st_size for path in self.path.glob(EVENTS)}
+        return {"metrics_bytes": self.metrics_size(), "event_bytes": events}
+
+    def rewind(self, written: dict[str, object]) -> None:
+        """Forget what was written after the checkpoint that a run resumes from; {}: all. Some of it may repeat a step.
+
+        A file of curves that the checkpoint does not know was begun after it, and goes.
+        """
+        if not self.writes:
+            return
+        self.truncate_metrics(written.get("metrics_bytes", 0))
+        if written and "event_bytes" not in written:
+            return  # the checkpoint of an earlier commit: TensorBoard's own purge must do
+        sizes = written.get("event_bytes", {})
+        for path in self.path.glob(EVENTS):
+            if path.name not in sizes:
+                path.unlink()
+            elif path.stat().st_size > sizes[path.name]:
+                os.truncate(path, sizes[path.name])
 
 
 def now() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 from luqrun.config import Config
 from luqrun.convert import quantized_layers
 from luqrun.recipes import OPERANDS
-from luqrun.run_folder import RunFolder, what_decides_the_result
+from luqrun.run_folder import EVENTS, RunFolder, what_decides_the_result
 
 # The same in every run, so that the hyper-parameter tab can compare them.
 FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
@@ -28,12 +29,16 @@ def _without_writer_threads(args) -> None:
 
 
 class Tracker:
-    """Writes to one run folder. done: steps of the checkpoint that the run goes on from; later points are cut off."""
+    """Writes to one run folder. done: steps of the checkpoint that the run goes on from.
+
+    Later points are no longer in the files; a TensorBoard that has read them already is told to forget them.
+    """
 
     def __init__(self, config: Config, folder: RunFolder, done: int):
         self.config, self.folder = config, folder
-        first_start = done == 0 or not any(folder.path.glob("events.out.tfevents.*"))
+        first_start = not any(folder.path.glob(EVENTS))
         threading.excepthook = _without_writer_threads
+        _wait_for_a_later_name(folder)
         self.writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else 0)
         if first_start:
             self._write_hyper_parameters()
@@ -102,6 +107,13 @@ class NoTracker:
 
     def close(self) -> None:
         pass
+
+
+def _wait_for_a_later_name(folder: RunFolder) -> None:
+    """TensorBoard reads a run's files in the order of their names: the second they were made, then host and process."""
+    newest = max((int(path.name.split(".")[3]) for path in folder.path.glob(EVENTS)), default=0)
+    if newest == int(time.time()):
+        time.sleep(1 - time.time() % 1)
 
 
 def read_health(model: nn.Module) -> dict[str, dict[str, float]]:

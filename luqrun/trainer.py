@@ -90,7 +90,7 @@ class Trainer:
         # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
-            "seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0, "evaluations": [], "metrics_bytes": 0,
+            "seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0, "evaluations": [],
         }  # fmt: skip
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         self.warm, self.interval_seconds, self.interval_images = False, 0.0, 0
@@ -109,12 +109,12 @@ class Trainer:
         """Continue where `resume` and the folder say."""
         start = ranks.from_first(lambda: find_start(self.config, self.folder, self.data))
         if start is None:
-            self.folder.truncate_metrics(0)
+            self.folder.rewind({})
             return
         self.model.load_state_dict(start.content["model"])
         self.optimizer.load_state_dict(start.content["optimizer"])
         self.progress = start.content["progress"]
-        self.folder.truncate_metrics(self.progress["metrics_bytes"] if start.own else 0)
+        self.folder.rewind(self.progress if start.own else {})
         log.info("continuing from %s: epoch %d, step %d", start.path, self.progress["epoch"] + 1, self.progress["step"])
 
     @property
@@ -277,9 +277,9 @@ class Trainer:
         """Write a checkpoint of where the run is."""
         if not self.folder.writes:
             return
-        self.progress["metrics_bytes"] = self.folder.metrics_size()
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         self.tracker.flush()
+        self.progress.update(self.folder.written())
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
         checkpoint.save(path, self.config, self.data, model, optimizer, self.progress)
 

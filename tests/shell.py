@@ -1,13 +1,15 @@
 """For the tests of the command line: processes of `python -m luqrun` without two seconds of imports each.
 
-Run as a script it imports what the job needs and then forks once for each line of JSON on its standard input. The
+Run as a script it imports what the job needs and then forks for each command on its standard input, a line of JSON. The
 child is what `python -m luqrun ARGUMENTS` is: the same main, its own file descriptors, and a real exit code.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +36,24 @@ def environment(cache, **variables) -> dict[str, str]:
     }
 
 
+@dataclass
+class Process:
+    """A command that runs. Its `pid` is its own until `wait` has seen its end."""
+
+    shell: "Shell"
+    pid: int
+
+    def wait(self, timeout=None) -> Result | None:
+        """Its end, or None if it still runs after `timeout` seconds."""
+        result = self.shell.ask({"wait": self.pid, "timeout": timeout})
+        return result and Result(**result)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Shell:
-    """luqrun(*arguments): run a command in the folder `cwd`."""
+    """luqrun(*arguments): run a command in the folder `cwd` to its end; start: do not wait for it."""
 
     def __init__(self, cache):
         self.process = subprocess.Popen(
@@ -44,8 +62,15 @@ class Shell:
         )  # fmt: skip
 
     def luqrun(self, cwd, *arguments, **variables) -> Result:
-        print(json.dumps([str(cwd), arguments, variables]), file=self.process.stdin, flush=True)
-        return Result(**json.loads(self.process.stdout.readline()))
+        return self.start(cwd, *arguments, **variables).wait()
+
+    def start(self, cwd, *arguments, file_size=None, **variables) -> Process:
+        """file_size: bytes that the process may write to one file (ulimit -f)."""
+        return Process(self, self.ask({"start": [str(cwd), arguments, variables, file_size]}))
+
+    def ask(self, request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
 
     def close(self):
         self.process.stdin.close()
@@ -53,9 +78,12 @@ class Shell:
         self.process.stdout.close()
 
 
-def _child(cwd, arguments, variables, out, err):
+def _child(cwd, arguments, variables, file_size, out, err):
+    import resource
     import runpy
 
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -72,18 +100,43 @@ def _serve():
     import luqrun.kernels.cpu
     import luqrun.trainer  # noqa: F401
 
+    running = {}
     for line in sys.stdin:
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        request = json.loads(line)
+        if "start" in request:
+            out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
             process = os.fork()
             if process == 0:
-                _child(*json.loads(line), out.fileno(), err.fileno())
+                _child(*request["start"], out.fileno(), err.fileno())
                 sys.exit()
-            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            texts = {}
-            for name, file in (("out", out), ("err", err)):
-                file.seek(0)
-                texts[name] = file.read()
-            print(json.dumps({"code": code, **texts}), flush=True)
+            running[process] = out, err
+            answer = process
+        else:
+            process = request["wait"]
+            code = _end(process, request["timeout"])
+            answer = None if code is None else {"code": code, **_texts(*running.pop(process))}
+        print(json.dumps(answer), flush=True)
+
+
+def _end(process, timeout) -> int | None:
+    if timeout is None:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    deadline = time.monotonic() + timeout
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        left = deadline - time.monotonic()
+        if found or left <= 0:
+            return os.waitstatus_to_exitcode(status) if found else None
+        time.sleep(min(left, 0.005))
+
+
+def _texts(out, err) -> dict[str, str]:
+    texts = {}
+    for name, file in (("out", out), ("err", err)):
+        with file:
+            file.seek(0)
+            texts[name] = file.read()
+    return texts
 
 
 if __name__ == "__main__":

@@ -152,6 +152,22 @@ def test_metrics_are_on_disk_at_once_and_cut_to_a_checkpoint(tmp_path):
     assert folder.metrics_size() == size + len(lines[1]) + 1
 
 
+def test_curves_are_cut_to_a_checkpoint(tmp_path):
+    folder, (first, second) = RunFolder(tmp_path), (tmp_path / f"events.out.tfevents.{n}" for n in (1, 2))
+    first.write_bytes(b"12345")
+    written = folder.written()
+    assert written == {"metrics_bytes": 0, "event_bytes": {first.name: 5}}
+    first.write_bytes(b"12345678")
+    second.write_bytes(b"1234")
+    folder.append_metrics({"step": 1})
+    folder.rewind({"metrics_bytes": 0})  # of a checkpoint that says nothing of curves
+    assert (folder.metrics_size(), first.read_bytes(), second.exists()) == (0, b"12345678", True)
+    folder.rewind(written)
+    assert (first.read_bytes(), second.exists()) == (b"12345", False)
+    folder.rewind({})
+    assert not first.exists()
+
+
 def test_provenance_names_versions_and_the_commit():
     found = provenance()
     assert found["versions"].keys() >= {"python", "luqrun", "torch", "torchvision", "numba"}

@@ -1,7 +1,9 @@
 """What a run shows of itself: curves read back from the event files, and hyper-parameters that compare."""
 
 import math
+import signal
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ from running import build_trainer, metrics, quiet_machine, tiny, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from luqrun import checkpoint
 from luqrun.convert import quantized_layers
 from luqrun.run_folder import RunFolder
+from luqrun.stopping import Requests, Stopped
 from luqrun.tracking import FINAL_METRICS, Tracker
 from luqrun.trainer import Trainer
+from luqrun.trainer import run as run_training
 
 LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
 OPERANDS = ("weight", "activation", "gradient")
@@ -184,6 +189,67 @@ def test_a_run_that_starts_over_has_no_points_of_the_first_attempt(tmp_path, mon
     interrupted(monkeypatch, tmp_path / "run", 6, "quant=fp32")  # before any checkpoint
     _, again = train(tmp_path / "run", "quant=fp32")
     assert points(again, "loss") == points(fp32_run, "loss")
+
+
+def stopped_at_the_end_of_an_epoch(path, *overrides):
+    """Asked to stop in the last step of the first epoch: the checkpoint has all its steps and none of its results."""
+    requests, folder = Requests(), RunFolder(path)
+    path.mkdir()
+
+    def asked(self, micro_batches, step=Trainer.train_step):
+        if self.progress["step"] == 7:
+            requests.handle(signal.SIGTERM, None)
+        return step(self, micro_batches)
+
+    with (
+        mock.patch.object(Trainer, "train_step", asked),
+        quiet_machine(path.parent / "cache"),
+        pytest.raises(Stopped),
+    ):
+        run_training(tiny(*overrides), folder, requests)
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["interrupted before its next checkpoint", "last.pt damaged"])
+def test_results_of_an_epoch_are_points_once_though_its_last_step_is_in_the_checkpoint(
+    tmp_path, monkeypatch, fp32_run, harm
+):
+    overrides = ("quant=fp32", "tracking.checkpoint_every=0")
+    folder = stopped_at_the_end_of_an_epoch(tmp_path / "run", *overrides)
+    if harm == "last.pt damaged":
+        train(folder.path, *overrides)
+        (folder.path / "summary.json").unlink()
+        (folder.checkpoints / "last.pt").write_bytes(b"")
+    else:
+
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(folder.path, *overrides)
+    train(folder.path, *overrides)
+    for tag in ("loss", "val/top1", "train/loss"):
+        assert points(folder, tag) == points(fp32_run, tag)
+
+
+def test_a_fine_tune_killed_before_its_first_checkpoint_has_hyper_parameters(tmp_path, monkeypatch, fp32_run):
+    overrides = ("quant=fp32", "finetune=fnt1", f"resume={fp32_run.checkpoints / 'last.pt'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "_write_hyper_parameters", lambda tracker: None)  # as if they had not come to disk
+        interrupted(monkeypatch, tmp_path / "run", 10, *overrides)
+    _, folder = train(tmp_path / "run", *overrides)
+    assert session(folder)[0]["finetune.name"] == "fnt1"
+
+
+def test_files_of_curves_are_named_in_the_order_of_their_making(tmp_path, monkeypatch):
+    """TensorBoard reads them by name, in which a process number follows the second."""
+    for number in (99999, 100001, 100002):
+        monkeypatch.setattr("os.getpid", lambda number=number: number)
+        Tracker(tiny("quant=fp32"), RunFolder(tmp_path), done=0).close()
+    names = sorted(path.name for path in tmp_path.glob("events.*"))
+    assert [name.split(".")[-2] for name in names] == ["99999", "100001", "100002"]
 
 
 def test_a_fine_tune_of_another_run_has_hyper_parameters_too(tmp_path, fp32_run):
