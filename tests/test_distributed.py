@@ -3,59 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import time
 
 import pytest
-from running import TINY, assert_same_tensors, last, metrics
-from test_ranks import torchrun
+from jobs import STEPS, finish, processes_of, reached, run_folder, start
+from running import assert_same_tensors, last, metrics
 
 from luqrun.run_folder import RunFolder
-
-LIMIT = 400  # seconds for what takes ten, before a job counts as hanging
-# 10 steps an epoch; 24 images a step are shared by one, two or three processes.
-RUN = (*TINY, "dataset.batch_size=24", "finetune=fnt1", "quant=luq_hindsight", "tracking.checkpoint_every=3")
-STEPS = 20
-
-
-def start(cwd, processes, *overrides, options=(), **variables):
-    """A job in the folder `cwd`; its output goes to the file `console` there."""
-    command = torchrun(processes, "-m", "luqrun", *RUN, *overrides, XDG_CACHE_HOME=str(cwd / "cache"), **variables)
-    command["args"][3:3] = options
-    with (cwd / "console").open("w") as console:
-        return subprocess.Popen(**command, cwd=cwd, stdout=console, stderr=console, start_new_session=True)
-
-
-def finish(job, cwd):
-    """(exit code, console) at the end of the job; nothing of it is left behind."""
-    try:
-        code = job.wait(LIMIT)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    return code, (cwd / "console").read_text()
-
-
-def run_folder(cwd) -> RunFolder:
-    (path,) = (cwd / "outputs" / "default").iterdir()
-    return RunFolder(path)
-
-
-def reached(cwd, step):
-    """Wait until the job has logged this step."""
-    deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        logged = list((cwd / "outputs" / "default").glob("*/metrics.jsonl"))
-        if logged and any(line["step"] >= step for line in metrics(RunFolder(logged[0].parent))):
-            return
-        time.sleep(0.05)
-    raise AssertionError((cwd / "console").read_text())
-
-
-def processes_of(job) -> list[int]:
-    """The process ids of the ranks."""
-    children = subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in children.stdout.split()]
 
 
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:

@@ -1,33 +1,18 @@
 """Two and three processes, gloo between them: what they share, what each has for itself, and that it adds up."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rank_code
 import torch
+from jobs import torchrun
 from running import metrics, train
 
 from luqrun.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
-
-
-def torchrun(processes, *arguments, **variables):
-    """The command that starts that many processes, and its environment: one thread each, no GPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "NUMBA_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(HERE.parent),
-        **variables,
-    }
-    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
