@@ -31,27 +31,32 @@ class Stopped(BaseException):
 
 
 class Requests:
-    """The signals that came: raised at once, except inside `deferred`, where the first waits for `check`."""
+    """The signals that came: raised at once, except inside `deferred`, where they wait for `check`."""
 
     def __init__(self, burst: float = 0.0):
         self.deferring, self.received = False, None
         self.burst, self.since = burst, 0.0
 
     def handle(self, number: int, frame: object) -> None:
-        """Signal handler. A second signal (not within `burst` seconds), or one outside `deferred`, raises Stopped
-        where the program is."""
+        """Signal handler. Ctrl-C after another signal, or any one outside `deferred`, raises Stopped at once.
+
+        What follows the first within `burst` seconds is its echo.
+        """
         now = time.monotonic()
         if self.received is None:
             self.since = now
         elif now - self.since < self.burst:
             return
-        again, self.received = self.received is not None, number
-        if again or not self.deferring:
+        insisting = self.received is not None and number == signal.SIGINT
+        # Before it preempts, a cluster may send SIGTERM beside the signal that submitit waits for: that one counts.
+        if self.received in (None, signal.SIGTERM) or insisting:
+            self.received = number
+        if insisting or not self.deferring:
             raise Stopped(number)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here the first signal only leaves a note."""
+        """In here a signal only leaves a note."""
         self.deferring = True
         try:
             yield

@@ -23,7 +23,16 @@ def test_outside_of_a_step_a_signal_ends_it_at_once(number):
     assert str(stopped.value) == signal.Signals(number).name
 
 
-def test_within_a_step_the_first_waits_and_the_second_does_not():
+@pytest.mark.parametrize("order", [(signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)])
+def test_a_cluster_that_sends_two_signals_gets_its_checkpoint_too(order):
+    with handled() as requests, requests.deferred():
+        for number in order:
+            os.kill(os.getpid(), number)
+        assert requests.check() == signal.SIGUSR2
+    assert requests.received == signal.SIGUSR2
+
+
+def test_within_a_step_the_first_waits_and_ctrl_c_after_it_does_not():
     reached = []
 
     def two_signals():
@@ -114,7 +123,7 @@ def test_under_torchrun_a_signal_and_its_echo_are_one():
         assert requests.check() == signal.SIGINT
         requests.since -= 61
         with pytest.raises(Stopped):
-            requests.handle(signal.SIGTERM, None)
+            requests.handle(signal.SIGINT, None)
 
 
 DEAF = """

@@ -112,26 +112,36 @@ def test_interrupted_between_two_jobs(luqrun, monkeypatch):
     assert complaints(result) == ["luqrun: interrupted; the same command goes on with what is missing"]
 
 
-def test_two_sweeps_at_once_share_their_jobs(tmp_path, cache):
-    sweep = ("-m", *FAST, "seed=0,1,2,3")
+def test_two_sweeps_at_once_share_their_jobs(tmp_path, cache, monkeypatch):
+    fit = Trainer.fit
+
+    def beside_each_other(self):
+        (tmp_path / f"in{os.getpid()}").touch()
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("in*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)  # until the other sweep is in a job too
+        fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", beside_each_other)
+    sweep = ("-m", *FAST, "seed=0,1,2")
     both = [Forked(tmp_path, cache, *sweep) for _ in range(2)]
     results = [one.result() for one in both]
     for result in results:
         assert result.code == 0
-        assert list(table(result)) == ["seed=0", "seed=1", "seed=2", "seed=3"]
+        assert list(table(result)) == ["seed=0", "seed=1", "seed=2"]
         assert set(table(result).values()) <= {"finished", "elsewhere"}
     folders = [path.parent for path in tmp_path.glob("outputs/default/*/summary.json")]
-    assert len(folders) == 4
+    assert len(folders) == 3
     assert all((folder / "run.log").read_text().count("epoch 1/1") == 1 for folder in folders)
     trained = [result.err.count("epoch 1/1") for result in results]
-    assert sum(trained) == 4
+    assert sum(trained) == 3
     assert all(trained)
     assert all(len((folder / "metrics.jsonl").read_text().splitlines()) == 5 for folder in folders)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process holds is read from Linux' /proc")
 def test_jobs_leave_nothing_behind(luqrun, tmp_path, monkeypatch):
-    """Of five jobs, the first warms up and the fourth fails. Measured over 20: half a MiB a job, Hydra's configs."""
+    """Of five jobs, the first warms up and the fourth fails. Over 20 (scripts/leaks.py) it is 3 MiB in 16 jobs."""
     fit = Trainer.fit
 
     def failing(self):
@@ -178,7 +188,7 @@ def test_optuna_survives_divergence_and_the_same_command_trains_nothing_again(lu
 def test_processes_of_submitit_are_queued_again_and_told_of(tmp_path, cache):
     """One job is refused; the other is preempted: its step ends, a checkpoint is there, the next process goes on."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    sweep = ("-m", "hydra/launcher=submitit_local", *FAST, "schedule.epochs=0,25", "tracking.checkpoint_every=0")
+    sweep = ("-m", "hydra/launcher=submitit_local", *FAST, "schedule.epochs=0,15", "tracking.checkpoint_every=0")
     command = subprocess.Popen(
         [sys.executable, "-m", "luqrun", *sweep, "tracking.log_every=0"],
         cwd=tmp_path, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -192,9 +202,9 @@ def test_processes_of_submitit_are_queued_again_and_told_of(tmp_path, cache):
     assert log.count("stopped by SIGUSR2; the same command continues from the last checkpoint") == 1
     assert log.count("Requeued job") == 1
     assert log.count("continuing from") == 1
-    assert all(log.count(f"epoch {number}/25 ") == 1 for number in range(1, 26))
+    assert all(log.count(f"epoch {number}/15 ") == 1 for number in range(1, 16))
     assert result.code == 1
-    assert table(result) == {"schedule.epochs=0": "refused", "schedule.epochs=25": "finished"}
+    assert table(result) == {"schedule.epochs=0": "refused", "schedule.epochs=15": "finished"}
     assert complaints(result) == [
         "luqrun: job 0 (schedule.epochs=0) was refused: schedule.epochs=0 is too small; it must be at least 1"
     ]
