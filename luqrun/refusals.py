@@ -80,4 +80,6 @@ def _about_files(error: OSError) -> str:
     where = f" while writing {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}: make room; the same command then continues from the last checkpoint"
+    if error.errno == errno.EFBIG:
+        return f"a file is larger than allowed{where} (ulimit -f): the same command continues under a higher limit"
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())

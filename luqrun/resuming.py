@@ -46,7 +46,11 @@ def find_start(config: Config, folder: RunFolder, data: Data) -> Start | None:
     except checkpoint.Damaged as damaged:
         if not previous.exists():
             raise
-        start = Start(checkpoint.load(previous, config, data), previous, own=True)
+        try:
+            start = Start(checkpoint.load(previous, config, data), previous, own=True)
+        except checkpoint.Damaged as other:
+            both = " and ".join(str(error).removesuffix(f"; {checkpoint.ADVICE}") for error in (damaged, other))
+            raise UserError(f"{both}; delete {own.parent} to start over, or give study= another name") from None
         log.warning("%s. Going on from the one before, %s", damaged, previous)
         if own.exists():
             own.replace(own.with_name("damaged.pt"))  # not to be kept as the one before the next

@@ -16,8 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from luqrun import checkpoint
-from luqrun.errors import UserError
-from luqrun.run_folder import RunFolder
+from luqrun.run_folder import EVENTS, RunFolder
 
 # Six batches an epoch, and a checkpoint after every step, so that many kills come while one is written.
 TINY = (
@@ -48,6 +47,8 @@ CLOCK = {"images_per_second", "train_seconds", "seconds", "timed_seconds"}
 # Of a process, not of the run: where it started, how long its files are, what memory it took.
 OF_A_PROCESS = {"timed_images", "metrics_bytes", "event_bytes", "peak_memory_bytes"}
 PATIENCE = 30  # seconds; a worker looks for its process every 5
+EARLY = 0.15  # of the kills come while a process starts; the others while it trains
+AIMED = 0.25  # of those wait for a checkpoint that is being written: few random instants meet one
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Tally:
     survived: int = 0  # kills of runs that ended bit-identical
     came: Counter = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
-    workers: list[tuple[int, str]] = field(default_factory=list)
+    workers: list[tuple[int, str]] = field(default_factory=list)  # of killed processes
+    left: list[tuple[int, str]] = field(default_factory=list)  # of these, those that live on
 
     def add(self, other: "Tally") -> None:
         for name in self.__dataclass_fields__:
@@ -67,9 +69,8 @@ class Tally:
 
     def row(self) -> str:
         came = ", ".join(f"{count} {where}" for where, count in self.came.most_common())
-        return (
-            f"{self.kills:5}  {self.survived:8}  {self.runs:4}  {came}; {len(self.workers)} workers orphaned, all ended"
-        )
+        workers = f"workers orphaned {len(self.workers)}, left {len(self.left)}"
+        return f"{self.kills:5}  {self.survived:8}  {self.runs:4}  {came}; {workers}"
 
 
 def kill_variant(shell, root: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> Tally:
@@ -78,15 +79,17 @@ def kill_variant(shell, root: Path, overrides: tuple[str, ...], kills: int, rng:
     shell: start(cwd, *arguments) gives a process with pid, wait(timeout) and kill(); see tests/shell.py.
     """
     arguments, tally = (*TINY, *overrides), Tally()
-    started = time.monotonic()
-    first = shell.start(root, *arguments, "study=whole").wait()
-    durations = [time.monotonic() - started]
+    process = shell.start(root, *arguments, "study=whole")
+    first = _await_training(process, root, "whole")
+    begun = time.monotonic()
+    first = first or process.wait()
+    duration = time.monotonic() - begun
     if first.code != 0:
         tally.differences.append(f"the uninterrupted run failed: {first.err.strip()}")
         return tally
     while tally.kills < kills:
         before, study = tally.kills, f"killed{tally.runs}"
-        found = _one_run(shell, root, (*arguments, f"study={study}"), kills, durations, rng, tally)
+        found = _one_run(shell, root, (*arguments, f"study={study}"), kills, duration, rng, tally)
         tally.runs += 1
         found = found or differences(only_run(root, "whole"), only_run(root, study))
         tally.differences += [f"{study}: {difference}" for difference in found]
@@ -94,17 +97,27 @@ def kill_variant(shell, root: Path, overrides: tuple[str, ...], kills: int, rng:
     deadline = time.monotonic() + PATIENCE
     while (left := [worker for worker in tally.workers if alive(worker)]) and time.monotonic() < deadline:
         time.sleep(0.1)
+    tally.left = left
     tally.differences += [f"worker {pid} lives on without its process" for pid, _ in left]
     return tally
 
 
-def _one_run(shell, root, arguments, kills, durations, rng, tally) -> list[str]:
+def _one_run(shell, root, arguments, kills, duration, rng, tally) -> list[str]:
     """Start a run, and kill it while kills are left, until it has finished; returns what is wrong with its end."""
-    started, before = time.monotonic(), tally.kills
+    study = arguments[-1].partition("=")[2]
     while True:
+        begun = time.time()
         process = shell.start(root, *arguments)
-        # The shortest: the first one may have compiled its loops.
-        result = process.wait(rng.uniform(0, min(durations)) if tally.kills < kills else None)
+        if tally.kills == kills:
+            result = process.wait()
+        elif rng.random() < EARLY:
+            result = process.wait(rng.uniform(0, 1))
+        else:
+            result = _await_training(process, root, study)
+            # Half: a process that goes on has less to do than the first one had.
+            result = result or process.wait(rng.uniform(0, duration / 2))
+            if result is None and rng.random() < AIMED:
+                _await_writing(root, study, process.pid)
         if result is None:
             os.kill(process.pid, signal.SIGSTOP)  # it starts no worker while they are listed
             tally.workers += [(child, begin_of(child)) for child in children(process.pid)]
@@ -112,10 +125,8 @@ def _one_run(shell, root, arguments, kills, durations, rng, tally) -> list[str]:
             result = process.wait()
         if result.code == -signal.SIGKILL:
             tally.kills += 1
-            tally.came[instant(root, arguments[-1].partition("=")[2])] += 1
+            tally.came[instant(root, study, process.pid, begun)] += 1
         else:
-            if tally.kills == before:
-                durations.append(time.monotonic() - started)
             wrong = "Traceback" in result.err or result.code != 0
             return [f"exit code {result.code}: {result.err.strip()}"] if wrong else []
 
@@ -125,19 +136,38 @@ def only_run(root: Path, study: str) -> RunFolder:
     return RunFolder(folder)
 
 
-def instant(root: Path, study: str) -> str:
-    """Where a kill came, as far as the run folder tells."""
-    folders = list((root / "outputs" / study).glob("*/checkpoints"))
-    if not folders:
-        return "before the first checkpoint"
-    if list(folders[0].glob(".*.[0-9]*")):
-        return "while a checkpoint was written"
-    try:
-        progress = checkpoint.read(folders[0] / checkpoint.LAST)["progress"]
-    except UserError:
-        return "before the first checkpoint"
-    phases = len({row["phase"] for row in progress["evaluations"]}) + (progress["batch"] > 0)
-    return f"{'in' if progress['batch'] else 'between'} epochs" if phases < 2 else "in the fine-tune phase"
+def _await_training(process, root: Path, study: str):
+    """Return when a process has begun its file of curves, the last thing before its first step; its end if it ended."""
+    pattern = f"*/{EVENTS.removesuffix('*')}*.{process.pid}.0"
+    while not list((root / "outputs" / study).glob(pattern)):
+        if (result := process.wait(0.01)) is not None:
+            return result
+    return None
+
+
+def _await_writing(root: Path, study: str, pid: int) -> None:
+    """Return when a process writes a checkpoint, or after a while without one."""
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and not _half_written(root, study, pid):
+        time.sleep(0.0005)
+
+
+def _half_written(root: Path, study: str, pid: int) -> list[Path]:
+    return list((root / "outputs" / study).glob(f"*/checkpoints/.*.{pid}"))
+
+
+def instant(root: Path, study: str, pid: int, begun: float) -> str:
+    """Where a kill came of a process that began at `begun` (time.time()), as far as the run folder tells."""
+    if _half_written(root, study, pid):
+        return "writing a checkpoint"
+    last = next((root / "outputs" / study).glob(f"*/checkpoints/{checkpoint.LAST}"), None)
+    if last is None or last.stat().st_mtime < begun:
+        return "before its first step's end"
+    content = checkpoint.read(last)
+    progress = content["progress"]
+    if not progress["batch"]:
+        return "near an epoch's end"
+    return "in training" if progress["epoch"] < content["config"]["schedule"]["epochs"] else "in fine-tuning"
 
 
 def differences(one: RunFolder, other: RunFolder) -> list[str]:
@@ -181,7 +211,12 @@ def _unequal(one, other, where: str) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    """Of a process that is stopped; none of one that has just ended."""
+    try:
+        found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for text in found for child in text.split()]
 
 
 def begin_of(pid: int) -> str:

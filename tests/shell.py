@@ -96,10 +96,14 @@ def _child(cwd, arguments, variables, file_size, out, err):
 def _serve():
     import tempfile
 
+    import numba
+
     import luqrun.cli
     import luqrun.kernels.cpu
+    import luqrun.kernels.int8
     import luqrun.trainer  # noqa: F401
 
+    numba.njit(lambda number: number)(1)  # the compiler loads more at its first use
     running = {}
     for line in sys.stdin:
         request = json.loads(line)

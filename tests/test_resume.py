@@ -188,7 +188,7 @@ def test_the_best_checkpoint_survives_an_interruption_beside_it(tmp_path, monkey
     assert torch.load(folder.checkpoints / "best.pt", weights_only=True)["progress"]["epoch"] == 2
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "gone"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "gone", "a folder"])
 def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatch, caplog, uninterrupted, harm):
     overrides = ("finetune=fnt1",)
     interrupt(monkeypatch, Trainer, "train_step", 12)
@@ -198,7 +198,11 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, monke
     good = path.read_bytes()
     middle = len(good) // 2
     content = {"truncated": good[:middle], "flipped": good[:middle] + b"?" + good[middle + 1 :], "empty": b""}
-    path.unlink() if harm == "gone" else path.write_bytes(content[harm])
+    path.unlink()
+    if harm == "a folder":
+        path.mkdir()
+    elif harm != "gone":
+        path.write_bytes(content[harm])
     _, resumed = train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
     assert "Going on from the one before" in caplog.text
     assert (path.with_name("damaged.pt")).exists() == (harm != "gone")
@@ -211,5 +215,8 @@ def test_two_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
         train(tmp_path / "run", "tracking.checkpoint_every=2")
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "run" / "checkpoints" / name).write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"previous\.pt is truncated or not a checkpoint"):
+    message = (
+        r"last\.pt is truncated or not .* and .*previous\.pt is truncated or not .*; delete .*checkpoints to start"
+    )
+    with pytest.raises(UserError, match=message):
         train(tmp_path / "run")

@@ -180,6 +180,22 @@ def test_provenance_of_an_installed_package_takes_no_commit_of_a_repository_arou
     assert provenance()["git_commit"] is None
 
 
+def test_asking_for_the_commit_leaves_the_repository_alone(tmp_path, monkeypatch):
+    """A plain `git status` writes the index anew, and one that is killed meanwhile leaves its lock."""
+    (tmp_path / "luqrun").mkdir()
+    tracked = tmp_path / "pyproject.toml"
+    tracked.write_text("")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    os.utime(tracked, (1, 1))  # as if it might have changed
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "luqrun" / "run_folder.py"))
+    found = provenance()
+    assert (len(found["git_commit"]), found["git_dirty"]) == (40, False)
+    assert (tmp_path / ".git" / "index").read_bytes() == before
+
+
 HOLDER = """
 import sys, time
 from luqrun.run_folder import RunFolder
