@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun.closing import closing_table, jobs_table
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
-from luqrun.refusals import below_null, one_line
+from luqrun.refusals import is_hydras, one_line, out_of_memory, stumbled
 from luqrun.reuse import adopt, diverged_base, find_twin
-from luqrun.run_folder import Busy, RunFolder, now, provenance, run_id, write_atomically
+from luqrun.run_folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
 from luqrun.stopping import Requests, Stopped, handled
 from luqrun.validate import to_config, validate
@@ -56,10 +56,6 @@ def main() -> None:
                 print(jobs_table(jobs), flush=True)
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(error)
-    except ValueError as error:
-        if "Only one of" not in str(error):  # of the options that say what to do
-            raise
-        _refuse(UserError(str(error)))
     except yaml.YAMLError as error:
         _refuse(UserError(f"a YAML file cannot be read: {error}"))
     except BrokenPipeError:  # `luqrun --help | head`
@@ -68,14 +64,18 @@ def main() -> None:
     except KeyboardInterrupt:
         print("luqrun: interrupted before the run began", file=sys.stderr)
         sys.exit(130)
-    except AssertionError as error:
-        if "Unexpected type for root" not in str(error):
+    except Exception as error:
+        if not is_hydras(error):
             raise
-        _refuse(UserError(below_null(sys.argv[1:])))
+        if isinstance(error.__cause__, OSError):  # run.log cannot be opened
+            _refuse(error.__cause__)
+        _refuse(UserError(stumbled(error, sys.argv[1:])))
 
 
 def _resolve_run_id(*, _root_: DictConfig) -> str:
     """${run_id:}, the name of the run folder. A config that job() will refuse gets a name too, or a sweep would end."""
+    if "hydra" not in _root_:  # to_config asks, for the settings that the name is made of
+        raise UserError("${run_id:} follows from the settings, so that none of them can hold it")
     try:
         return run_id(to_config(_root_))
     except UserError as error:
@@ -91,7 +91,7 @@ class Checks(Callback):
                 raise UserError("WORLD_SIZE > 1: training in several processes is not part of this version yet")
             validate(to_config(config))
             _make_folder(Path(config.hydra.run.dir))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, OmegaConfBaseException) as error:
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
@@ -99,7 +99,7 @@ class Checks(Callback):
             if _under_torchrun():
                 raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
             _make_folder(Path(config.hydra.sweep.dir))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, OmegaConfBaseException) as error:
             _refuse(error)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
@@ -183,7 +183,7 @@ def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> Non
     if summary is not None:
         log.info("this run is finished%s; study=NAME runs it again elsewhere", _other_root(config, folder))
     elif run.get("status") == "diverged":
-        summary = {"diverged": run["diverged_at_step"]}
+        summary = {"diverged": run.get("diverged_at_step")}
         log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
     else:
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
@@ -201,7 +201,11 @@ def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> Non
             summary = adopt(base, folder)
         else:
             summary = _work(config, folder, requests)
-    print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
+    try:
+        table = closing_table(config, summary, folder.path, folder.run().get("overrides", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise folder.damaged(SUMMARY, f"{type(error).__name__}: {error}") from None
+    print(table, flush=True)
 
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
@@ -214,13 +218,23 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
 
     from luqrun import trainer
 
-    with logging_redirect_tqdm():
-        return trainer.run(config, folder, requests)
+    try:
+        with logging_redirect_tqdm():
+            return trainer.run(config, folder, requests)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        sizes = f"dataset.batch_size={config.dataset.batch_size}, dataset.image_size={config.dataset.image_size}"
+        raise UserError(f"there is not enough memory for model.name={config.model.name}, {sizes}") from None
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:
     """A hint where the finished run read its images from another place: the run id does not tell."""
-    root = OmegaConf.load(folder.path / "config.yaml").dataset.root
+    try:
+        root = yaml.safe_load((folder.path / "config.yaml").read_text())["dataset"]["root"]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, KeyError):
+        return ""  # damaged: but the result is there
     return f" (with dataset.root={root})" if root != config.dataset.root else ""
 
 

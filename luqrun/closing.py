@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luqrun.config import Config
-from luqrun.errors import UserError
 from luqrun.run_folder import RunFolder
 
 
@@ -71,8 +70,9 @@ def _outcome(path: Path) -> tuple[str, str]:
     """(status, top-1) of a job's run folder; refused where there is none."""
     try:
         folder = RunFolder(path)
-        status, summary = folder.run().get("status", "refused"), folder.summary() or {}
-    except UserError:
+        status, summary = str(folder.run().get("status", "refused")), folder.summary() or {}
+        top1 = f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""
+    except (OSError, ValueError, TypeError):  # UserError too
         return "damaged", ""
     # A job of ours has ended: what still runs there is another process's.
-    return "elsewhere" if status == "running" else status, f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""
+    return "elsewhere" if status == "running" else status, top1
