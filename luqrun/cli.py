@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,9 +31,9 @@ from luqrun.closing import closing_table, jobs_table
 from luqrun.cluster import join_ranks
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
-from luqrun.refusals import below_null, one_line
+from luqrun.refusals import is_hydras, one_line, out_of_memory, stumbled
 from luqrun.reuse import adopt, diverged_base, find_twin
-from luqrun.run_folder import Busy, RunFolder, now, provenance, run_id, write_atomically
+from luqrun.run_folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
 from luqrun.stopping import Requests, Stopped, hand_on, handled
 from luqrun.validate import to_config, validate
@@ -57,12 +58,6 @@ def main() -> None:
         _tell_failures()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _refuse(error)
-    except ValueError as error:
-        if "No trials are completed" in str(error):  # Optuna's, where all have failed
-            _tell_failures()
-        if "Only one of" not in str(error):  # of the options that say what to do
-            raise
-        _refuse(UserError(str(error)))
     except yaml.YAMLError as error:
         _refuse(UserError(f"a YAML file cannot be read: {error}"))
     except BrokenPipeError:  # `luqrun --help | head`
@@ -72,10 +67,14 @@ def main() -> None:
         when = "; the same command goes on with what is missing" if sweeps.jobs else " before the run began"
         print(f"luqrun: interrupted{when}", file=sys.stderr)
         sys.exit(130)
-    except AssertionError as error:
-        if "Unexpected type for root" not in str(error):
+    except Exception as error:
+        if "No trials are completed" in str(error):  # Optuna's, where all have failed
+            _tell_failures()
+        if not is_hydras(error):
             raise
-        _refuse(UserError(below_null(sys.argv[1:])))
+        if isinstance(error.__cause__, OSError):  # run.log cannot be opened
+            _refuse(error.__cause__)
+        _refuse(UserError(stumbled(error, sys.argv[1:])))
 
 
 def _options_first(arguments: list[str]) -> list[str]:
@@ -110,6 +109,8 @@ def _tell_failures() -> None:
 
 def _resolve_run_id(*, _root_: DictConfig) -> str:
     """${run_id:}, the name of the run folder. A config that job() will refuse gets a name too, or a sweep would end."""
+    if "hydra" not in _root_:  # to_config asks, for the settings that the name is made of
+        raise UserError("${run_id:} follows from the settings, so that none of them can hold it")
     try:
         return run_id(to_config(_root_))
     except UserError as error:
@@ -124,7 +125,7 @@ class Checks(Callback):
             validate(to_config(config))
             if ranks.is_first():
                 _make_folder(Path(config.hydra.run.dir))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, OmegaConfBaseException) as error:
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
@@ -133,7 +134,7 @@ class Checks(Callback):
                 raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
             sweeps.watch(config)
             _make_folder(Path(config.hydra.sweep.dir))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, OmegaConfBaseException) as error:
             _refuse(error)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
@@ -172,7 +173,7 @@ def job(composed: DictConfig) -> float | None:
                 with _marking_failure(folder):
                     summary = _work(config, folder, requests)
             if folder.writes:
-                print(closing_table(config, summary, folder.path, folder.run().get("overrides", [])), flush=True)
+                print(_closing_table(config, summary, folder), flush=True)
             requests.insist()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
@@ -215,6 +216,13 @@ def _objective(summary: dict | None) -> float | None:
     return 0.0 if "diverged" in summary else summary.get("val/top1")
 
 
+def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
+    try:
+        return closing_table(config, summary, folder.path, folder.run().get("overrides", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise folder.damaged(SUMMARY, f"{type(error).__name__}: {error}") from None
+
+
 def _only_warn() -> None:
     """On the console, what is wrong; nothing to a file."""
     for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
@@ -253,7 +261,7 @@ def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
             return summary
         if run.get("status") == "diverged":
             log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
-            return {"diverged": run["diverged_at_step"]}
+            return {"diverged": run.get("diverged_at_step")}
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
         overrides = list(HydraConfig.get().overrides.task)
@@ -280,13 +288,23 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
 
     from luqrun import trainer
 
-    with logging_redirect_tqdm():
-        return ranks.recorded(trainer.run)(config, folder, requests)
+    try:
+        with logging_redirect_tqdm():
+            return ranks.recorded(trainer.run)(config, folder, requests)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        sizes = f"dataset.batch_size={config.dataset.batch_size}, dataset.image_size={config.dataset.image_size}"
+        raise UserError(f"there is not enough memory for model.name={config.model.name}, {sizes}") from None
 
 
 def _other_root(config: Config, folder: RunFolder) -> str:
     """A hint where the finished run read its images from another place: the run id does not tell."""
-    root = OmegaConf.load(folder.path / "config.yaml").dataset.root
+    try:
+        root = yaml.safe_load((folder.path / "config.yaml").read_text())["dataset"]["root"]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, KeyError):
+        return ""  # damaged: but the result is there
     return f" (with dataset.root={root})" if root != config.dataset.root else ""
 
 

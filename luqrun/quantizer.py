@@ -182,10 +182,11 @@ class Quantizer:
         scale = torch.where((scale.double() * limit < clip) & (scale < 2.0**-126), scale + SMALLEST, scale)
         if self.pow2_scale:
             # Up, so that nothing is clipped: carry any mantissa bit into the exponent.
-            power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+            bits = scale.view(torch.int32)
+            power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
             # Unless the largest code would leave float32: then down, and the top of the range is clipped.
             fits = (power.double() * limit <= torch.finfo(torch.float32).max) | ~clip.isfinite()
-            scale = torch.where(fits, power, power / 2)
+            scale = torch.where(fits, power, (bits & 0x7F800000).view(torch.float32))
         return scale
 
     def encode(

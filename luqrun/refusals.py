@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import errno
 import re
+import traceback
 import types
 import typing
+from collections.abc import Sequence
 
 from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -15,10 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun.config import Config, conf_dir
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
+HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def one_line(error: BaseException) -> str:
     """The error's text in one line: the key or file, what is wrong, what is allowed."""
+    return " ".join(_told(error).split())
+
+
+def _told(error: BaseException) -> str:
     text = str(error)
     # Before OSError, which Hydra's error for a group option that does not exist is too.
     if found := re.search(r"Could not (?:find|load) '(hydra/\w+)/(submitit_local|submitit_slurm|optuna)'", text):
@@ -33,6 +40,10 @@ def one_line(error: BaseException) -> str:
         return _about_files(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; an override is key=value, such as schedule.epochs=3"
+    if re.search("(override|delete|append to|Key) ''|Key None", text):
+        return "an override is key=value, such as schedule.epochs=3; here one has no key"
+    if "more than once in the final defaults list" in text:
+        return f"{text} (an override such as +experiment= is given twice)"
     if "Ambiguous value for argument" in text:
         return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1)"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -47,7 +58,7 @@ def one_line(error: BaseException) -> str:
         reason = "must be a list, such as [first,last]"
     if key and key not in reason:
         return f"{key}: {reason}"
-    return " ".join(reason.split())
+    return reason
 
 
 def unknown_key(key: str) -> str:
@@ -60,10 +71,34 @@ def unknown_key(key: str) -> str:
     return f"{key} is not a key; {hint}"
 
 
-def below_null(overrides: list[str]) -> str:
-    """What Hydra cannot say: that an override lies below a part of the config that is null."""
-    deep = [override for override in overrides if override.partition("=")[0].count(".") >= 2]
-    return f"{' '.join(deep)} sets a key below a part that is null here (such as quant.gradient with quant=fp32)"
+def is_hydras(error: Exception) -> bool:
+    """Whether Hydra or what it stands on raised this, and no run had begun: then the command line is to blame."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    raised_by = [package for package in packages if package in (*HYDRAS, "luqrun")][-1:]
+    in_job = any(
+        (package, frame.f_code.co_name) == ("luqrun", "job") for package, frame in zip(packages, frames, strict=True)
+    )
+    return raised_by != ["luqrun"] and not in_job
+
+
+def stumbled(error: Exception, arguments: Sequence[str]) -> str:
+    """What Hydra does not say itself: which of the overrides it could not digest, in whose frames it is a variable."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "Only one of" in text:  # of the options that say what to do
+        return text
+    at = [frame.f_locals.get("override") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [getattr(each, "input_line", each) for each in at]
+    found = [each for each in found if isinstance(each, str)]
+    named = found[-1] if found else " ".join(arguments)
+    if "Unexpected type for root" in text:
+        return f"{named} sets a key below a part that is null here (such as quant.gradient with quant=fp32)"
+    return f"{named} cannot be understood ({text})"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether torch or numpy could not get the memory they asked for."""
+    return isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)) is not None
 
 
 def dotted_keys(schema: type, prefix: str = "") -> list[str]:
@@ -82,4 +117,4 @@ def _about_files(error: OSError) -> str:
         return f"the disk is full{where}: make room; the same command then continues from the last checkpoint"
     if error.errno == errno.EFBIG:
         return f"a file is larger than allowed{where} (ulimit -f): the same command continues under a higher limit"
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

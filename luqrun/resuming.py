@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def find_start(config: Config, folder: RunFolder, data: Data) -> Start | None:
         based = wanted == "base" and config.finetune.epochs > 0
         if wanted in ("auto", "never", "base") and not based:
             return None
-        path = base_checkpoint(config, folder) if based else Path(wanted).expanduser()
+        path = base_checkpoint(config, folder) if based else Path(os.path.expanduser(wanted))
         return Start(checkpoint.load(path, config, data), path, own=False)
     if wanted == "never":
         raise UserError(f"resume=never, but {own.parent} exists: choose another study=, or delete the run folder")

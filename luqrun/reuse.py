@@ -25,7 +25,8 @@ def find_twin(config: Config, folder: RunFolder) -> Path | None:
     for path in sorted([*outputs.glob(f"*/{name}"), *outputs.glob(f"*/*/{name}")]):
         run = _read(path / RUN)
         done = run.get("status") == "diverged" or (run.get("status") == "finished" and _read(path / SUMMARY))
-        ours = (run.get("versions") or {}).get("luqrun") == __version__
+        versions = run.get("versions")
+        ours = isinstance(versions, dict) and versions.get("luqrun") == __version__
         if done and ours and not run.get("reused") and path != folder.path:
             return path
     return None
@@ -41,7 +42,7 @@ def adopt(twin: Path, folder: RunFolder) -> dict:
     folder.update_run(**{**run, **own, "reused": relative})
     if (twin / SUMMARY).is_file():  # last, as it says that all the rest is there
         write_atomically(folder.path / SUMMARY, (twin / SUMMARY).read_bytes())
-    return folder.summary() or {"diverged": run["diverged_at_step"]}
+    return folder.summary() or {"diverged": run.get("diverged_at_step")}
 
 
 def diverged_base(config: Config, folder: RunFolder) -> Path | None:
@@ -56,7 +57,7 @@ def base_checkpoint(config: Config, folder: RunFolder) -> Path:
     """For resume=base: the last checkpoint of the run that is this one without its fine-tune, in the same study."""
     base, run = _base(config, folder)
     # The checkpoint of a run taken over lies where it was trained. By name, as relpath made it: a study may be a link.
-    path = Path(os.path.normpath(base / (run.get("reused") or ""))) / "checkpoints" / "last.pt"
+    path = Path(os.path.normpath(base / str(run.get("reused") or ""))) / "checkpoints" / "last.pt"
     status, advice = run.get("status", "not there"), "run the same with finetune=none first"
     if status == "finished":
         if path.is_file():
@@ -75,6 +76,6 @@ def _read(path: Path) -> dict:
     """A file of a run folder, or {} where there is none or a damaged one: such a run is no twin and no base."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -113,13 +113,18 @@ class RunFolder:
     def _read(self, name: str) -> dict | None:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged ({error}): delete it, and the run goes on from its checkpoint"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(name, str(error)) from None
+        if not isinstance(content, dict):
+            raise self.damaged(name, f"it holds a {type(content).__name__}")
+        return content
+
+    def damaged(self, name: str, why: str) -> UserError:
+        """The error that a file of this folder is not what luqrun wrote."""
+        return UserError(f"{self.path / name} is damaged ({why}): delete it, and the run goes on from its checkpoint")
 
     def write_json(self, name: str, content: dict) -> None:
         if self.writes:

@@ -8,11 +8,13 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from luqrun.config import FinetuneConfig, ScheduleConfig, check_at_least, check_choice
+from luqrun.config import FinetuneConfig, ScheduleConfig, check_at_least, check_at_most, check_choice
 from luqrun.errors import UserError
 
 SCHEDULES = ("step", "cosine", "onecycle")
 OPTIMIZERS = ("sgd", "adamw")
+MAX_DECAY = 1e6
+MAX_BETA = 0.999999  # the first step is divided by 1 - beta1
 
 # torch.optim.lr_scheduler.OneCycleLR's defaults.
 _ONECYCLE_RISE = 0.3
@@ -102,10 +104,13 @@ def validate_schedule(config: ScheduleConfig) -> None:
     _check_positive("schedule.lr", config.lr)
     _check_positive("schedule.finetune_lr", config.finetune_lr)
     check_at_least("schedule.weight_decay", config.weight_decay, 0)
+    check_at_most("schedule.weight_decay", config.weight_decay, MAX_DECAY)
     check_at_least("schedule.accumulate", config.accumulate, 1)
     for key in ("momentum", "label_smoothing"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError(f"schedule.{key}={getattr(config, key)} must be at least 0 and less than 1")
+    if config.optimizer == "adamw":
+        check_at_most("schedule.momentum", config.momentum, MAX_BETA)
     if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
         raise UserError("schedule.nesterov=true needs schedule.optimizer=sgd and schedule.momentum above 0")
     if config.clip_grad_norm is not None:

@@ -51,13 +51,14 @@ class Job:
         folder = RunFolder(self.folder)
         try:
             status, summary = folder.run().get("status"), folder.summary() or {}
-        except UserError:
+            top1 = f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""
+        except (OSError, ValueError, TypeError):  # UserError too
             return "damaged", ""
         if status is None:
             status = "killed" if died else "not run"
         elif status == "running":
             status = "elsewhere" if folder.is_locked() else "killed"
-        return status, f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""
+        return str(status), top1
 
 
 jobs: list[Job] = []  # of this process' sweep, by Hydra's job number

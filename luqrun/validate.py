@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import re
-from pathlib import Path
+import unicodedata
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,13 +28,18 @@ from luqrun.refusals import one_line
 
 RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
 
+MAX_INTEGER = 2**31 - 1
+MAX_FLOAT = 1e30  # torch wants float32 of the products of two settings, too
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+MAX_PROFILED = 1000  # steps; a profile is kept in memory
+
 
 def to_config(composed: DictConfig) -> Config:
     """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
     values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
-        missing = OmegaConf.missing_keys(merged)
+        missing = OmegaConf.missing_keys(values) | OmegaConf.missing_keys(merged)  # merged: a list has its default
         if missing:
             raise UserError(f"not set: {', '.join(sorted(missing))}")
         return OmegaConf.to_object(merged)
@@ -41,6 +49,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def validate(config: Config) -> None:
     """Raise UserError naming the first key whose value is not allowed."""
+    _check_values(config)
     check_choice("task", config.task, TASKS)
     check_choice("device", config.device, DEVICES)
     check_choice("precision", config.precision, PRECISIONS)
@@ -50,10 +59,11 @@ def validate(config: Config) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError(f"resume= is empty; {RESUMES}")
-    if config.resume not in ("auto", "never", "base") and not Path(config.resume).expanduser().is_file():
+    if config.resume not in ("auto", "never", "base") and not os.path.isfile(os.path.expanduser(config.resume)):
         raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
+    check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)
     # These pull in torch; `luqrun --help` does without.
     from luqrun.datasets import validate_dataset
     from luqrun.devices import choose_device
@@ -84,3 +94,19 @@ def _validate_distributed(config: Config, device_type: str) -> None:
         raise UserError("distributed.batch_norm=sync needs GPUs, as torch's SyncBatchNorm does; allowed here: local")
     if config.compile and config.distributed.range == "global":
         raise UserError("distributed.range=global cannot be compiled; allowed with compile=true: rank")
+
+
+def _check_values(part, prefix: str = "") -> None:
+    """No number is NaN or beyond what every computation with it can take (for some there is a closer bound), and all
+    text can be written to a file and read again."""
+    for name, value in vars(part).items():
+        key = prefix + name
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{key}.")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, float) and not (math.isfinite(each) and abs(each) <= MAX_FLOAT):
+                raise UserError(f"{key}={each} must be a finite number of at most {MAX_FLOAT:g}")
+            if isinstance(each, int) and abs(each) > MAX_INTEGER:
+                raise UserError(f"{key}={each} must be an integer of at most {MAX_INTEGER}")
+            if isinstance(each, str) and any(unicodedata.category(character) in UNPRINTABLE for character in each):
+                raise UserError(f"{key}={each!r} holds a line break, a control character or what is not Unicode")

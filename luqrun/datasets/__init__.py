@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_choice
+from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
 from luqrun.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
 SUBSET_SEED = 2112
+MAX_IMAGE_SIZE = 4096
+MAX_WORKERS = 256  # each is a process
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ def validate_dataset(config: DatasetConfig) -> None:
     """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
     check_choice("dataset.name", config.name, NAMES)
     check_at_least("dataset.image_size", config.image_size, 8)
+    check_at_most("dataset.image_size", config.image_size, MAX_IMAGE_SIZE)
     check_at_least("dataset.batch_size", config.batch_size, 1)
     check_at_least("dataset.workers", config.workers, 0)
+    check_at_most("dataset.workers", config.workers, MAX_WORKERS)
     if config.limit is not None:
         check_at_least("dataset.limit", config.limit, 1)
     if config.name == "glyphs":

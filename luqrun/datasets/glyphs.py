@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.datasets import Data, subset
 from luqrun.datasets.pixels import MemoryImages
+from luqrun.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def build_glyphs(config: DatasetConfig) -> Data:
     because b and d are two classes.
     """
     glyphs = config.glyphs or GlyphsConfig()
+    _check_memory(glyphs, config.image_size)
     train, train_labels, val, val_labels = _cached(glyphs, config.image_size)
     chosen = subset(len(train), config.limit)
     return Data(
@@ -51,6 +53,18 @@ def build_glyphs(config: DatasetConfig) -> Data:
         channels=1,
         image_size=config.image_size,
     )
+
+
+def _check_memory(glyphs: GlyphsConfig, size: int) -> None:
+    """UserError for images that this machine's memory cannot hold: the system might end the process without a word."""
+    count = glyphs.train_images + glyphs.val_images
+    needed = count * (size**2 + 16) + len(CLASSES) * (OVERSAMPLING * size) ** 2 * 4 + CHUNK * size**2 * 64
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"dataset.glyphs.train_images={glyphs.train_images} and val_images={glyphs.val_images} at "
+            f"dataset.image_size={size} take {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB"
+        )
 
 
 def draw(count: int, size: int, noise: float, split: int) -> tuple[np.ndarray, np.ndarray]:

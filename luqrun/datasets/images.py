@@ -51,8 +51,8 @@ def build_images(config: DatasetConfig) -> Data:
 def _root(config: DatasetConfig) -> Path:
     if config.root is None:
         raise UserError(f"dataset.root is not given; dataset={config.name} expects {LAYOUTS[config.name]}")
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(config.root))
+    if not os.path.isdir(root):
         raise _wrong(config, "there is no such folder")
     if not any(root.iterdir()):
         raise _wrong(config, "the folder is empty")

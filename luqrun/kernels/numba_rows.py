@@ -163,7 +163,7 @@ def scale(clip, limit, pow2_scale):
         pattern = np.array([value], np.float32).view(np.int32)[0]
         power = as_float(i32(i32(pattern + i32(0x7FFFFF)) & i32(0x7F800000)))
         fits = f64(power) * f64(limit) <= f64(f32(3.4028234663852886e38)) or not np.isfinite(clip)
-        value = power if fits else f32(power / f32(2))
+        value = power if fits else as_float(i32(pattern & i32(0x7F800000)))
     return value
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from luqrun.report import figures, measured
 from luqrun.report.claims import CONFIDENCE, HOLDS, check_claims
 from luqrun.report.html import page
 from luqrun.report.layout import TITLES, check_tables
-from luqrun.report.records import LeftOut, Record, read_outputs
+from luqrun.report.records import LeftOut, Record, printable, read_outputs
 from luqrun.report.render import csv_text, markdown, markdown_findings
 from luqrun.report.settings import of_one_kind
 from luqrun.report.tables import Table, build_tables
@@ -32,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"fail where a claim of the paper is not shown with {CONFIDENCE:.0%} confidence",
     )
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name, or a terminal, may know less than Unicode
     try:
         return report(chosen.outputs, chosen.table, chosen.out or chosen.outputs / "tables", chosen.html, chosen.check)
     except (UserError, OSError) as error:
-        parser.exit(1, f"tables.py: {error}\n")
+        parser.exit(1, f"tables.py: {printable(str(error))}\n")
 
 
 def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: bool) -> int:
@@ -45,7 +49,7 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
         raise UserError(f"{outputs} is not a folder; it must hold studies, as outputs/ does")
     records, left_out = read_outputs(outputs)
     records, others = of_one_kind(records)
-    left_out = [LeftOut(_within(each.path, outputs), each.reason) for each in [*left_out, *others]]
+    left_out = [LeftOut(_within(each.path, outputs), printable(each.reason)) for each in [*left_out, *others]]
     tables = build_tables(records, wanted)
     rounding = [record for record in records if record.rounding and (not wanted or record.table in wanted)]
     findings = check_claims(tables) if tables else []
@@ -77,7 +81,7 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
 
 
 def _within(path: Path, outputs: Path) -> Path:
-    return path.relative_to(outputs) if path.is_relative_to(outputs) else path
+    return Path(printable(str(path.relative_to(outputs) if path.is_relative_to(outputs) else path)))
 
 
 def _write_table(table: Table, out: Path, name: str) -> None:
@@ -139,4 +143,4 @@ def _flat(study: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomically(path, text.encode())
+    write_atomically(path, text.encode(errors="backslashreplace"))  # a file's name may be no text

@@ -23,7 +23,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "luqrun"})
+    looks = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "luqrun"}
+    plt.rcParams.update({**looks, "text.parse_math": False})  # a dollar in a name is a dollar
     return plt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from yaml import YAMLError
 from luqrun import checkpoint
 from luqrun.config import Config
 from luqrun.convert import quantize_model, quantized_layers, set_step
-from luqrun.datasets import build_dataset
+from luqrun.datasets import build_dataset, validate_dataset
 from luqrun.datasets.loader import train_loader
 from luqrun.errors import UserError
 from luqrun.formats import get_format
 from luqrun.models import build_model
 from luqrun.recipes import Recipe
 from luqrun.report.figures import pyplot, save
+from luqrun.report.records import printable
 from luqrun.tracking import HEALTH
 
 SHOWN = ("e3m0", "int4", "e1m0")
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         paths = [path for name, figure in pictures.items() for path in save(figure, out, name)]
     except (UserError, OSError) as error:
-        parser.exit(1, f"pictures.py: {error}\n")
+        parser.exit(1, f"pictures.py: {printable(str(error))}\n")
     print("\n".join(map(str, paths)))
     return 0
 
@@ -55,14 +57,18 @@ def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
     """The name of a quantized layer and the gradient of its output, of the first batch of the epoch to come."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{run / 'config.yaml'}: {str(error).splitlines()[0]}") from None
+        validate_dataset(config.dataset)
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
+        raise UserError(f"{run / 'config.yaml'}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     path = run / "checkpoints" / checkpoint.LAST
     data = build_dataset(config.dataset)
     model = build_model(config.model, len(data.classes), data.channels, data.image_size)
     model = quantize_model(model, Recipe.from_config(config.quant), seed=config.seed)
     content = checkpoint.read(path)
-    model.load_state_dict(content["model"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError:
+        raise UserError(f"{path} is of another model than {run / 'config.yaml'} says") from None
     set_step(model, content["progress"]["step"])
     # Attention as a whole returns a tuple; what is quantized behind it is its out_proj, a layer too.
     layers = {name: each for name, each in quantized_layers(model) if not isinstance(each, nn.MultiheadAttention)}
@@ -110,7 +116,7 @@ def draw_health(run: Path):
     """Clipped share, underflow share and relative error of each layer's operands, over the steps of the run."""
     events = EventAccumulator(str(run), size_guidance={SCALARS: 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()[SCALARS] if tag.startswith(f"{GROUP}/")]
+    tags = [tag for tag in events.Tags()[SCALARS] if re.fullmatch(rf"{GROUP}/[^/]+/[^/]+/[^/]+", tag)]
     if not tags:
         raise UserError(f"{run} has no curves of quantization: tracking.health_every=0, or a recipe without quantizers")
     operands = sorted({tag.rpartition("/")[2] for tag in tags})

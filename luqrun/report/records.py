@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from luqrun.run_folder import METRICS, RUN, SUMMARY
 
 CONFIG = "config.yaml"
 ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
+DRAWN = ["nearest", "stochastic", "flush"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class LeftOut:
 
     path: Path
     reason: str
+
+
+def printable(text: str) -> str:
+    """In one line, without what a terminal or a file may not take, and not too long."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:1000])
+    return shown + ("..." if len(text) > 1000 else "")
 
 
 class _Unusable(Exception):
@@ -105,14 +113,14 @@ def read_run(path: Path, outputs: Path) -> Record | None:
     text = _text(path / CONFIG)
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a number or date that Python cannot hold
         raise _Unusable(f"{CONFIG} is not YAML") from None
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not _is_plain(config):
         raise _Unusable(f"{CONFIG} is not a configuration")
     cell = config.get("cell")
     if not isinstance(cell, dict) or not cell.get("table"):
         return None
-    if cell["table"] not in TITLES:
+    if cell["table"] not in list(TITLES):  # it may be of any type
         raise _Unusable(f"its table {cell['table']} is not known; known: {', '.join(TITLES)}")
     run = _json(path / RUN)
     status = run.get("status")
@@ -123,22 +131,25 @@ def read_run(path: Path, outputs: Path) -> Record | None:
     if version != __version__:
         raise _Unusable(f"of another version: {version}, this is {__version__}")
     overrides, commit = run.get("overrides", []), run.get("git_commit")
-    texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or "", cell.get("scale") or ""]
+    texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or ""]
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in texts):
         raise _Unusable(f"{RUN} is damaged")
     if status == "finished" and not (path / SUMMARY).is_file():
         raise _Unusable(f"incomplete: finished without {SUMMARY}")
     summary = _json(path / SUMMARY) if status == "finished" else {}
     seed = config.get("seed")
-    if not isinstance(seed, int) or any(not isinstance(cell.get(name), str) for name in ("row", "column")):
+    names = [cell.get("row"), cell.get("column"), cell.get("scale") or ""]
+    if type(seed) is not int or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise _Unusable("its cell or seed is incomplete")
+    if "/" in names[2]:
+        raise _Unusable(f"its scale {names[2]} is not known")
     top1 = summary.get("val/top1")
     rounding = summary.get("rounding", [])
-    if not isinstance(rounding, list) or not all(isinstance(row, dict) and row.keys() >= ROUNDING for row in rounding):
+    if not isinstance(rounding, list) or not all(map(_is_rounding, rounding)):
         raise _Unusable(f"{SUMMARY} is damaged")
     if status == "finished" and not rounding and top1 is None:
         raise _Unusable(f"{SUMMARY} has no val/top1")
-    if top1 is not None and not (isinstance(top1, (int, float)) and 0 <= top1 <= 100):
+    if top1 is not None and not _is_share(top1):
         raise _Unusable(f"val/top1 is {top1}")
     curve = _curve(path / METRICS) if top1 is not None else ()
     if top1 is not None and curve[-1:] != (top1,):
@@ -163,6 +174,8 @@ def _study(path: Path, outputs: Path) -> str:
     if path == outputs:
         raise UserError(f"{outputs} is a run; give the folder that holds its study, as outputs/ does")
     study = path.parent.relative_to(outputs)
+    if not str(path).isprintable():
+        raise _Unusable("the name of its folder is not printable")
     return str(study) if study.parts else outputs.resolve().name
 
 
@@ -172,15 +185,53 @@ def _curve(path: Path) -> tuple[float, ...]:
         try:
             row = json.loads(line, parse_constant=_refuse_nan)
             if row.get("kind") == "epoch":
-                found.append(float(row["val/top1"]))
+                found.append(float(row["val/top1"]) if _is_share(row["val/top1"]) else None)
         except _NotANumber as constant:
             raise _Unusable(f"{METRICS} holds {constant} in line {number}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, AttributeError, RecursionError):
             raise _Unusable(f"{METRICS} is damaged in line {number}") from None
+        if found[-1:] == [None]:
+            raise _Unusable(f"{METRICS} is damaged in line {number}")
     return tuple(found)
 
 
+def _is_share(value) -> bool:
+    """A number of per cent."""
+    return type(value) in (int, float) and 0 <= value <= 100
+
+
+def _is_rounding(row) -> bool:
+    """Whether this is a row as luqrun.rounding.measure returns it."""
+    if not isinstance(row, dict) or not row.keys() >= ROUNDING:
+        return False
+    parts = [row["measured"], row["closed_form"]]
+    if not all(isinstance(part, dict) and part.keys() >= {"bias", "variance", "mse"} for part in parts):
+        return False
+    lists = [row["x"], *(part[name] for part in parts for name in ("bias", "variance", "mse"))]
+    same = all(isinstance(each, list) and each and len(each) == len(lists[0]) for each in lists)
+    in_bin = isinstance(row["bin"], list) and len(row["bin"]) == 2
+    texts = isinstance(row["quantizer"], str) and row["quantizer"].isprintable() and row["drawn"] in DRAWN
+    if not (same and in_bin and texts):
+        return False
+    return all(map(_is_number, [*itertools.chain(*lists), *row["bin"], row["draws"], row["z"]]))
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+def _is_plain(config: dict) -> bool:
+    """Whether it can be compared as JSON: keys of one type, no dates, nothing that holds itself."""
+    try:
+        json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise _Unusable(f"incomplete: {path.name} is not a file")
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -192,7 +243,7 @@ def _json(path: Path) -> dict:
         content = json.loads(_text(path), parse_constant=_refuse_nan)
     except _NotANumber as constant:
         raise _Unusable(f"{path.name} holds {constant}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _Unusable(f"{path.name} is damaged") from None
     if not isinstance(content, dict):
         raise _Unusable(f"{path.name} is damaged")

@@ -23,7 +23,7 @@ def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]
     for record in records:
         config = yaml.safe_load(record.config)
         model = (config.get("model") or {}).get("name") if isinstance(config.get("model"), dict) else None
-        key = record.study, record.table, record.scale, model
+        key = record.study, record.table, record.scale, json.dumps(model)
         groups.setdefault(key, []).append((record, _flat(_settings(config))))
     kept, left_out = [], []
     for group in groups.values():
