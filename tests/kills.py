@@ -114,8 +114,8 @@ def _one_run(shell, root, arguments, kills, duration, rng, tally) -> list[str]:
             result = process.wait(rng.uniform(0, 1))
         else:
             result = _await_training(process, root, study)
-            # Half: a process that goes on has less to do than the first one had.
-            result = result or process.wait(rng.uniform(0, duration / 2))
+            # A quarter: each goes on where the one before was killed, so that the kills of a run spread over all of it.
+            result = result or process.wait(rng.uniform(0, duration / 4))
             if result is None and rng.random() < AIMED:
                 _await_writing(root, study, process.pid)
         if result is None:
