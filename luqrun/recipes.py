@@ -11,6 +11,7 @@ from pathlib import Path
 from luqrun.config import QuantConfig, conf_dir
 from luqrun.errors import UserError
 from luqrun.quantizer import Quantizer
+from luqrun.refusals import one_line
 
 OPERANDS = ("weight", "activation", "gradient")
 
@@ -75,4 +76,4 @@ def recipe(name: str, **overrides) -> Recipe:
         config = OmegaConf.merge(QuantConfig, OmegaConf.load(path), overrides)
         return Recipe.from_config(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise UserError(f"recipe {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"recipe {name!r}: {one_line(error)}") from None

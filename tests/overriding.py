@@ -143,8 +143,8 @@ def command(folder: Path, cache: Path, *arguments: str, work=None) -> Answer:
             handler.close()
         root.handlers[:], level, logging.raiseExceptions = kept[0], kept[1], kept[2]
         root.setLevel(level)
-    found = list(folder.rglob("config.yaml"))
-    config = yaml.safe_load(found[0].read_text()) if len(found) == 1 else None
+    found = [path for path in folder.rglob("config.yaml") if path.is_file()]
+    config = yaml.safe_load(found[0].read_text()) if len(found) == 1 and code in (0, 143) else None
     return Answer(code, out.getvalue(), err.getvalue(), config)
 
 

@@ -51,11 +51,11 @@ REFUSED = [
     (["schedule.optimizer=adamw", "schedule.nesterov=false", "schedule.momentum=0.99999999"], ("schedule.momentum",)),
     (["dataset.workers=100000"], ("dataset.workers=100000", "at most 256")),
     (["dataset.image_size=100000"], ("dataset.image_size=100000", "at most 4096")),
-    (["dataset.glyphs.train_images=2000000000"], ("dataset.glyphs.train_images=2000000000", "GiB")),
     (["tracking.profile_steps=100000"], ("tracking.profile_steps=100000", "at most 1000")),
-    (["=3"], ("an override is key=value", "no key")),
+    (["=3"], ("=3",)),
+    (["='a'"], ("an override is key=value", "no key")),
     (["hydra/job_logging='1\n2'"], ("job_logging",)),
-    (["hydra.job_logging=x"], ("hydra.job_logging=x",)),
+    (["hydra.job_logging=x"], ("hydra.job_logging",)),
 ]
 
 
@@ -73,6 +73,13 @@ def test_only_the_override_below_a_null_part_is_blamed(cache, tmp_path):
         "luqrun: quant.gradient.samples=2 sets a key below a part that is null here "
         "(such as quant.gradient with quant=fp32)"
     ]
+
+
+def test_more_glyphs_than_memory(cache, tmp_path):
+    answer = command(tmp_path, cache, *TINY, "dataset.glyphs.train_images=2000000000", work=cli._work)
+    assert (answer.code, len(answer.lines)) == (1, 1), answer
+    assert "dataset.glyphs.train_images=2000000000 and val_images=94" in answer.lines[0]
+    assert "GiB" in answer.lines[0]
 
 
 def test_too_little_memory_is_one_line(cache, tmp_path, monkeypatch):

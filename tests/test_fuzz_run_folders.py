@@ -92,8 +92,10 @@ def change(runs: list[Path], what: str, name: str, number: int, value) -> None:
         return
     content = path.read_bytes()
     if what in ("a value", "several values", "key deleted"):
+        if name not in FILES:
+            return
         for each in value if what == "several values" else [value]:
-            path.write_text(_with(path.read_text(), name, number, what == "key deleted", each))
+            path.write_text(_with(path.read_text(errors="replace"), name, number, what == "key deleted", each))
             number = number * 7919 + 1
         return
     path.unlink()

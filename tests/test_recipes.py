@@ -136,3 +136,12 @@ from torch import nn
 model = luqrun.quantize_model(nn.Sequential(nn.Linear(2, 2)), luqrun.recipe("luq"), skip=())
 """
     assert loaded_after(code) == {"torch", "numba"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [({"gradient": {"samples": "two"}}, "gradient.samples"), ({"weight": {"pow2_scale": "x"}}, "weight.pow2_scale")],
+)
+def test_a_wrong_type_is_named_with_its_key(overrides, key):
+    with pytest.raises(UserError, match=key):
+        luqrun.recipe("luq", **overrides)
