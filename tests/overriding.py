@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from omegaconf import BooleanNode
 from running import tiny
 
-from luqrun import cli, trainer
+from luqrun import cli, sweeps, trainer
 from luqrun.config import Config, conf_dir
 from luqrun.refusals import dotted_keys
 
@@ -126,7 +126,7 @@ def command(folder: Path, cache: Path, *arguments: str, work=None) -> Answer:
         with (
             mock.patch.object(sys, "argv", ["luqrun", *arguments]),
             mock.patch.object(cli, "_work", work or _one_step),
-            mock.patch.object(cli, "jobs", []),
+            mock.patch.object(sweeps, "jobs", []),
             mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

@@ -24,6 +24,7 @@ from luqrun.report.command import main as tables
 from luqrun.report.pictures import main as pictures
 from luqrun.report.records import printable
 from luqrun.run_folder import RunFolder
+from luqrun.sweeps import Job
 
 FILES = ("config.yaml", "run.json", "summary.json", "metrics.jsonl")
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -1, 0, 100, 101, 1e308, 80.5, True]))
@@ -257,7 +258,7 @@ def test_the_command_in_a_garbled_folder(work, done, more):
         assert "Traceback" not in answer.err
         assert answer.code in (0, 1, 143)
         assert answer.code != 1 or answer.lines[-1].startswith("luqrun: ")
-        assert jobs_table([("seed=0", path) for path in folder.glob("outputs/*/*")] or [("seed=0", run)])
+        assert jobs_table([Job("seed=0", path) for path in folder.glob("outputs/*/*")] or [Job("seed=0", run)])
 
 
 @pytest.mark.parametrize("name", ["run.json", "summary.json"])
