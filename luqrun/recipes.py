@@ -32,6 +32,8 @@ class Recipe:
     @classmethod
     def from_config(cls, config: QuantConfig) -> Recipe:
         """From the `quant` part of the config; UserError names the key that is wrong."""
+        if not all(isinstance(entry, str) for entry in config.skip):  # OmegaConf lets a list in a list pass
+            raise UserError(f"quant.skip={list(config.skip)} must be a list of names, such as [first, last, shortcut]")
         quantizers = {
             operand: part and Quantizer.from_config(part, f"quant.{operand}")
             for operand in OPERANDS

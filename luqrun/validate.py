@@ -104,6 +104,8 @@ def _check_values(part, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _check_values(value, f"{key}.")
         for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, list | dict):
+                raise UserError(f"{key}={value} must be a list of single values")
             if isinstance(each, float) and not (math.isfinite(each) and abs(each) <= MAX_FLOAT):
                 raise UserError(f"{key}={each} must be a finite number of at most {MAX_FLOAT:g}")
             if isinstance(each, int) and abs(each) > MAX_INTEGER:

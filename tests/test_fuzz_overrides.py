@@ -25,7 +25,7 @@ def shell(cache):
     shell.close()
 
 
-@examples(30)
+@examples(20)
 @given(texts=overrides)
 def test_any_override_is_refused_by_name_or_obeyed(cache, texts):
     with tempfile.TemporaryDirectory() as folder, quiet_machine(cache):
@@ -43,6 +43,8 @@ REFUSED = [
     (["schedule.epochs=" + "9" * 400], ("schedule.epochs=999", "at most 2147483647")),
     (["study=${run_id:}"], ("study", "run_id")),
     (["quant.skip=???"], ("not set", "quant.skip")),
+    (["quant.skip=[[first]]"], ("quant.skip", "single values")),
+    (["schedule.milestones=[[1]]"], ("schedule.milestones", "single values")),
     (["study=???"], ("study",)),
     (["resume='~nobody/last.pt'"], ("resume=~nobody/last.pt", "no such file")),
     (["resume=" + "a" * 300], ("resume=aaa", "no such file")),

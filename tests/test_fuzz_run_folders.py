@@ -87,7 +87,8 @@ def change(runs: list[Path], what: str, name: str, number: int, value) -> None:
     path = run / name
     if what in ("copied", "renamed"):
         if run.exists() and not (run.parent / value).exists():
-            (shutil.copytree if what == "copied" else os.rename)(run, run.parent / value)
+            with contextlib.suppress(shutil.Error):  # a loop cannot be copied
+                (shutil.copytree if what == "copied" else os.rename)(run, run.parent / value)
         return
     if not path.is_file():
         return
@@ -199,7 +200,7 @@ def check_report(pristine, done, *more) -> None:
             assert path.name in counted or named or _without_cell(path) or "fig1a" in str(path), path
 
 
-@examples(50)
+@examples(40)
 @given(done=st.lists(changes(*FILES), min_size=1, max_size=3))
 def test_the_report_names_what_it_leaves_out(pristine, undrawn, done):
     check_report(pristine, done)
@@ -225,7 +226,7 @@ def _without_cell(path: Path) -> bool:
         cell = yaml.safe_load((path / "config.yaml").read_text())["cell"]
     except Exception:
         return False
-    return not isinstance(cell, dict) or not cell.get("table")
+    return cell is None or (isinstance(cell, dict) and not cell.get("table", "missing"))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ TOUCHED = (*FILES, "checkpoints/last.pt", "run.log", ".lock")
 COMMANDS = [(), (), ("study=b", "reuse=true"), ("finetune=fnt1", "resume=base"), ("dataset.root=/x",)]
 
 
-@examples(25)
+@examples(12)
 @given(done=st.lists(changes(*TOUCHED, without="a pipe"), min_size=1, max_size=3), more=st.sampled_from(COMMANDS))
 def test_the_command_in_a_garbled_folder(work, done, more):
     with tempfile.TemporaryDirectory() as temporary, quiet_machine(work / "cache"):

@@ -69,7 +69,7 @@ streams = st.builds(make_stream, st.integers(0, 2**62), layer=st.integers(0, 200
 
 
 @example(Quantizer("e1m0", pow2_scale=True), torch.tensor([-3e38]), 0, 0)  # the power of two above is infinite
-@examples(150)
+@examples(100)
 @given(quantizers(), tensors(), st.integers(0, 2**31), st.integers(0, 3))
 def test_what_a_quantized_tensor_is(quantizer, x, seed, sample):
     before = x.clone()

@@ -117,9 +117,11 @@ def read_run(path: Path, outputs: Path) -> Record | None:
         raise _Unusable(f"{CONFIG} is not YAML") from None
     if not isinstance(config, dict) or not _is_plain(config):
         raise _Unusable(f"{CONFIG} is not a configuration")
-    cell = config.get("cell")
-    if not isinstance(cell, dict) or not cell.get("table"):
+    cell = config.get("cell", "cut off")
+    if cell is None or (isinstance(cell, dict) and not cell.get("table", "cut off")):
         return None
+    if not isinstance(cell, dict) or "table" not in cell:
+        raise _Unusable(f"{CONFIG} does not say which cell of which table this is")
     if cell["table"] not in list(TITLES):  # it may be of any type
         raise _Unusable(f"its table {cell['table']} is not known; known: {', '.join(TITLES)}")
     run = _json(path / RUN)
@@ -138,7 +140,7 @@ def read_run(path: Path, outputs: Path) -> Record | None:
         raise _Unusable(f"incomplete: finished without {SUMMARY}")
     summary = _json(path / SUMMARY) if status == "finished" else {}
     seed = config.get("seed")
-    names = [cell.get("row"), cell.get("column"), cell.get("scale") or ""]
+    names = [cell.get("row"), cell.get("column"), "" if cell.get("scale") is None else cell["scale"]]
     if type(seed) is not int or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise _Unusable("its cell or seed is incomplete")
     if "/" in names[2]:
