@@ -8,9 +8,10 @@ from torch.utils.data import TensorDataset
 
 from luqrun.config import DatasetConfig
 from luqrun.datasets import Data, build_dataset
-from luqrun.datasets.loader import _key, batches_per_epoch, train_loader, val_loader
+from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
 from luqrun.datasets.pixels import MemoryImages
 from luqrun.errors import UserError
+from luqrun.keys import mix
 
 COUNT = 21
 
@@ -135,7 +136,7 @@ def test_small_augmentation_is_pad_crop_and_mirror():
     size, pad, count = 16, 2, 5000
     image = np.random.default_rng(0).integers(1, 256, (1, 3, size, size), dtype=np.uint8)
     dataset = MemoryImages(image, [0], (0.0,) * 3, (1.0,) * 3, augment=True)
-    out = dataset.pixels(np.zeros(count, np.int64), _key(1, 2, 3, np.arange(count)))
+    out = dataset.pixels(np.zeros(count, np.int64), mix(1, 2, 3, np.arange(count)))
     padded = np.pad(image[0], ((0, 0), (pad, pad), (pad, pad)))
     known = {}
     for row in range(5):
@@ -147,14 +148,6 @@ def test_small_augmentation_is_pad_crop_and_mirror():
         counts[known[pixels.tobytes()]] += 1  # a KeyError: not a crop of the padded image
     # 50 cells, 100 expected in each: chi-square with 49 degrees of freedom exceeds 98.2 once in 20,000 seeds.
     assert ((counts - 100) ** 2 / 100).sum() < 98.2
-
-
-def test_keys_differ():
-    many = np.arange(100_000)
-    keys = np.concatenate([_key(seed, use, epoch, many) for seed in (0, 1) for use in (1, 2) for epoch in (0, 1)])
-    assert len(np.unique(keys)) == 800_000
-    bits = np.unpackbits(keys.view(np.uint8)).reshape(-1, 64).mean(0)
-    assert np.abs(bits - 0.5).max() < 5 * 0.5 / 800_000**0.5  # 5 sigma, 64 bits: false alarm once in 27,000
 
 
 def test_order_is_not_the_files_order(root):
