@@ -188,7 +188,7 @@ def _start_or_show(config: Config, folder: RunFolder, requests: Requests) -> Non
     else:
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
         folder.update_run(status="running", overrides=overrides, **started, **provenance())
         begun = folder.checkpoints.exists()
         twin = find_twin(config, folder) if config.reuse and not begun else None
