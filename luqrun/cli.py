@@ -264,7 +264,7 @@ def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
             return {"diverged": run.get("diverged_at_step")}
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
         folder.update_run(status="running", overrides=overrides, **started, **provenance())
         begun = folder.checkpoints.exists()
         twin = find_twin(config, folder) if config.reuse and not begun else None

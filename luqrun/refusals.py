@@ -47,7 +47,7 @@ def _told(error: BaseException) -> str:
     if "Ambiguous value for argument" in text:
         return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1)"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    overridden = re.search(r"Could not (?:override|append) '?([^'\s=]+)", text)
+    overridden = re.search(r"(?:Could not (?:override|append)|Error merging override) '?[+~]*([^'\s=]+)", text)
     key = overridden[1] if overridden else getattr(cause, "full_key", None)
     reason = str(cause).splitlines()[0] if str(cause) else type(error).__name__
     if cause is error and overridden:

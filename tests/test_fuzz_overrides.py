@@ -1,5 +1,6 @@
 """Any key with any value of any type: one line that names it, or a run whose config holds it. Never anything else."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,7 @@ REFUSED = [
     (["quant.skip=???"], ("not set", "quant.skip")),
     (["quant.skip=[[first]]"], ("quant.skip", "single values")),
     (["schedule.milestones=[[1]]"], ("schedule.milestones", "single values")),
+    (["quant.skip=['${.}']"], ("quant.skip",)),
     (["study=???"], ("study",)),
     (["resume='~nobody/last.pt'"], ("resume=~nobody/last.pt", "no such file")),
     (["resume=" + "a" * 300], ("resume=aaa", "no such file")),
@@ -75,6 +77,14 @@ def test_only_the_override_below_a_null_part_is_blamed(cache, tmp_path):
         "luqrun: quant.gradient.samples=2 sets a key below a part that is null here "
         "(such as quant.gradient with quant=fp32)"
     ]
+
+
+def test_a_relative_interpolation_is_obeyed(cache, tmp_path):
+    answer = command(tmp_path, cache, *TINY, "finetune.lr_base=${..schedule.lr}")
+    assert answer.code == 143, answer
+    assert answer.config["finetune"]["lr_base"] == answer.config["schedule"]["lr"]
+    (path,) = tmp_path.rglob("run.json")
+    assert json.loads(path.read_text())["overrides"][-1] == "finetune.lr_base=${..schedule.lr}"
 
 
 def test_more_glyphs_than_memory(cache, tmp_path):
