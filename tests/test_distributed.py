@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
-from jobs import STEPS, finish, processes_of, reached, run_folder, start
+from jobs import LIMIT, STEPS, finish, processes_of, reached, run_folder, start
 from running import assert_same_tensors, last, metrics
 
 from luqrun.run_folder import RunFolder
@@ -92,6 +94,20 @@ def test_with_a_restart_the_job_goes_on_bit_identically(uninterrupted, stopped, 
     assert code == 0, console
     assert console.count("continuing from") == 2
     assert_same_run(run_folder(tmp_path), run_folder(uninterrupted))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux alone tells a process that its parent died")
+def test_without_torchrun_the_processes_write_a_checkpoint_and_end(tmp_path):
+    """SIGUSR1 ends torchrun itself, if it is not told to pass it on."""
+    job = start(tmp_path, 2, "schedule.epochs=100")
+    reached(tmp_path, 4)
+    processes = processes_of(job)
+    job.send_signal(signal.SIGUSR1)
+    finish(job, tmp_path)
+    deadline = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "stopped by SIGTERM; the same command continues" in (tmp_path / "console").read_text()
 
 
 def test_what_a_process_refuses_is_on_the_console(tmp_path):
