@@ -180,7 +180,9 @@ def job(composed: DictConfig) -> float | None:
             _refuse(busy)
         log.warning("luqrun: %s; left to it", busy)
     except ranks.RefusedByFirst:
-        sys.exit(1)
+        # In a job of submitit no error: it could end the first one before that has told its own.
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(1)
     except Stopped as stopped:
         found = (folder.checkpoints / "last.pt").exists()
         then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
