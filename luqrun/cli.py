@@ -226,10 +226,12 @@ def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
 
 
 def _only_warn() -> None:
-    """On the console, what is wrong; nothing to a file."""
+    """On the console, what is wrong and in which process; nothing to a file."""
     for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
         logging.root.removeHandler(handler)
         handler.close()
+    for handler in logging.root.handlers:
+        handler.setFormatter(logging.Formatter(f"rank {ranks.rank()}: %(message)s"))
     logging.root.setLevel(logging.WARNING)
 
 
