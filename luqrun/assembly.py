@@ -43,7 +43,10 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     each_step = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **{each_step: False})
+    # DDP would sort its buckets anew after a process' first step. What more than two processes add up depends on it in
+    # the last bit, so that a resumed run would differ. This keeps them (torch warns that none is unused: harmless).
+    fixed = {"find_unused_parameters": True, each_step: False}
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **fixed)
 
 
 def synchronizing(network: nn.Module, on: bool) -> AbstractContextManager:

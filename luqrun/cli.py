@@ -180,7 +180,9 @@ def job(composed: DictConfig) -> float | None:
             _refuse(busy)
         log.warning("luqrun: %s; left to it", busy)
     except ranks.RefusedByFirst:
-        sys.exit(1)
+        # In a job of submitit no error: it could end the first one before that has told its own.
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(1)
     except Stopped as stopped:
         found = (folder.checkpoints / "last.pt").exists()
         then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
@@ -224,10 +226,12 @@ def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
 
 
 def _only_warn() -> None:
-    """On the console, what is wrong; nothing to a file."""
+    """On the console, what is wrong and in which process; nothing to a file."""
     for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
         logging.root.removeHandler(handler)
         handler.close()
+    for handler in logging.root.handlers:
+        handler.setFormatter(logging.Formatter(f"rank {ranks.rank()}: %(message)s"))
     logging.root.setLevel(logging.WARNING)
 
 

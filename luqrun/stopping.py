@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from luqrun import ranks
 
+# Where processes of one run got different ones, the last of these counts: SIGTERM alone queues no job again.
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BURST = 2.0  # seconds in which signals under torchrun count as one: it passes on what the terminal sent already
-PATIENCE = 5.0  # seconds that a process under torchrun may be deaf, waiting for another that died
+PATIENCE = 5.0  # seconds that a process under torchrun may be deaf where another died
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Stopped(BaseException):
@@ -94,10 +98,15 @@ def handled() -> Iterator[Requests]:
 
 @contextmanager
 def _not_deaf(requests: Requests) -> Iterator[None]:
-    """End the process where a signal came and Python could not handle it for PATIENCE seconds.
+    """End the process where a signal came, Python could not handle it for PATIENCE seconds, and another process died.
 
-    So it is inside a collective while another process died: torchrun would wait half a minute before it kills.
+    So it is inside a collective that never ends: torchrun would wait half a minute before it kills. With all the others
+    alive it may be inside a long backward pass, and its step and checkpoint are waited for.
     """
+    torchrun = os.getppid()
+    with suppress(OSError, AttributeError):  # not Linux
+        # Killed, or by a signal that it does not handle, torchrun would leave its processes training.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
 
@@ -106,8 +115,10 @@ def _not_deaf(requests: Requests) -> Iterator[None]:
             while came := ours.recv(1):
                 if came[0] in ASKING:
                     time.sleep(PATIENCE)
-                    if requests.received is None:
-                        os._exit(128 + came[0])
+                    while requests.received is None:
+                        if _children(torchrun) < ranks.local_world_size():
+                            os._exit(128 + came[0])
+                        time.sleep(0.5)
 
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
@@ -116,6 +127,16 @@ def _not_deaf(requests: Requests) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         theirs.close()  # ends the thread
+
+
+def _children(parent: int) -> int:
+    """How many living processes it has started; 0 where there is no /proc to tell."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, started_by = path.read_bytes().rpartition(b")")[2].split()[:2]
+            count += int(started_by) == parent and state not in (b"Z", b"X")
+    return count
 
 
 def hand_on(number: int) -> bool:

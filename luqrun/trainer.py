@@ -30,7 +30,7 @@ from luqrun.recipes import Recipe
 from luqrun.resuming import find_start
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
-from luqrun.stopping import Requests, Stopped
+from luqrun.stopping import ASKING, Requests, Stopped
 from luqrun.tracking import NoTracker, Tracker, read_health
 
 log = logging.getLogger(__name__)
@@ -268,10 +268,11 @@ class Trainer:
         return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
 
     def _stop_if_asked(self) -> None:
-        number = int(ranks.largest(self.requests.check() or 0))
-        if number:
+        number = self.requests.check()
+        asked = int(ranks.largest(-1 if number is None else ASKING.index(number)))
+        if asked >= 0:
             self.save_checkpoint()
-            raise Stopped(number)
+            raise Stopped(ASKING[asked])
 
     def save_checkpoint(self, name: str = checkpoint.LAST) -> None:
         """Write a checkpoint of where the run is."""

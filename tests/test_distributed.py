@@ -1,14 +1,19 @@
 """luqrun under torchrun: whole jobs that stop, lose a process, and go on, with as many processes or others."""
 
 import os
+import re
 import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
-from jobs import STEPS, finish, processes_of, reached, run_folder, start
+from jobs import LIMIT, STEPS, finish, processes_of, reached, run_folder, start
 from running import assert_same_tensors, last, metrics
 
 from luqrun.run_folder import RunFolder
+
+PROCESSES = 3  # of more than two the sums depend on their order
 
 
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:
@@ -21,7 +26,7 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 def uninterrupted(tmp_path_factory):
     """The folder of a job that was left alone."""
     cwd = tmp_path_factory.mktemp("whole")
-    code, console = finish(start(cwd, 2), cwd)
+    code, console = finish(start(cwd, PROCESSES), cwd)
     assert code == 0, console
     return cwd
 
@@ -30,7 +35,7 @@ def uninterrupted(tmp_path_factory):
 def stopped(tmp_path_factory):
     """The folder of a job that was asked to stop, and its console."""
     cwd = tmp_path_factory.mktemp("stopped")
-    job = start(cwd, 2)
+    job = start(cwd, PROCESSES)
     reached(cwd, 4)
     job.send_signal(signal.SIGTERM)
     code, console = finish(job, cwd)
@@ -40,7 +45,7 @@ def stopped(tmp_path_factory):
 
 def test_a_second_job_on_the_same_run_is_refused(uninterrupted):
     with run_folder(uninterrupted).locked():  # as the first process of another job does
-        code, console = finish(start(uninterrupted, 2), uninterrupted)
+        code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
     assert code != 0
     assert console.count("luqrun (rank 0)") == console.count("is being run by another process") == 1
     assert "luqrun (rank 1)" not in console
@@ -48,7 +53,7 @@ def test_a_second_job_on_the_same_run_is_refused(uninterrupted):
 
 def test_a_finished_run_is_shown_once(uninterrupted):
     before = sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*"))
-    code, console = finish(start(uninterrupted, 2), uninterrupted)
+    code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
     assert code == 0
     assert console.count("this run is finished") == console.count("top-1 %") == 1
     assert sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*")) == before
@@ -68,7 +73,7 @@ def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(uninterrupted,
     folder = run_folder(tmp_path)
     assert last(folder)["progress"]["step"] == STEPS
     assert (folder.run()["world_size"], folder.run()["status"]) == (processes, "finished")
-    if processes == 2:
+    if processes == PROCESSES:
         assert_same_run(folder, run_folder(uninterrupted))
 
 
@@ -85,13 +90,28 @@ def test_a_process_that_dies_ends_the_job(stopped, tmp_path):
 
 def test_with_a_restart_the_job_goes_on_bit_identically(uninterrupted, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
-    job = start(tmp_path, 2, options=("--max-restarts=1",))
+    job = start(tmp_path, PROCESSES, options=("--max-restarts=1",))
     reached(tmp_path, 8)
     os.kill(processes_of(job)[0], signal.SIGKILL)
     code, console = finish(job, tmp_path)
     assert code == 0, console
     assert console.count("continuing from") == 2
+    assert re.search("^rank [12]: the run failed$", console, re.MULTILINE)
     assert_same_run(run_folder(tmp_path), run_folder(uninterrupted))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux alone tells a process that its parent died")
+def test_without_torchrun_the_processes_write_a_checkpoint_and_end(tmp_path):
+    """SIGUSR1 ends torchrun itself, if it is not told to pass it on."""
+    job = start(tmp_path, 2, "schedule.epochs=100")
+    reached(tmp_path, 4)
+    processes = processes_of(job)
+    job.send_signal(signal.SIGUSR1)
+    finish(job, tmp_path)
+    deadline = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "stopped by SIGTERM; the same command continues" in (tmp_path / "console").read_text()
 
 
 def test_what_a_process_refuses_is_on_the_console(tmp_path):

@@ -127,20 +127,29 @@ def test_under_torchrun_a_signal_and_its_echo_are_one():
 
 
 DEAF = """
-import hashlib, luqrun.stopping as stopping
+import hashlib, sys, luqrun.stopping as stopping
 stopping.PATIENCE = 0.1
-with stopping.handled():
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes in C, where Python handles no signal
+try:
+    with stopping.handled() as requests, requests.deferred():
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # in C, where Python handles no signal
+        sys.exit(requests.check())
+finally:
+    print("heard", flush=True)
 """
 
 
-def test_under_torchrun_a_process_that_cannot_listen_ends_all_the_same():
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "a test's"}
-    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, env=environment) as process:
+@pytest.mark.parametrize("alive", [True, False], ids=["all alive", "one died"])
+def test_under_torchrun_a_process_that_cannot_listen_ends_if_another_died(alive):
+    """Its siblings are the children of this process: one at least, fewer than a million."""
+    rounds, processes = (5_000_000, 1) if alive else (2**31 - 1, 10**6)  # of a hash: seconds, or many minutes
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "a test's", "LOCAL_WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-c", DEAF, str(rounds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         process.stdout.readline()
         process.terminate()
         try:
-            assert process.wait(100) == 128 + signal.SIGTERM
+            assert process.wait(100) == (signal.SIGTERM if alive else 128 + signal.SIGTERM)
+            assert process.stdout.read() == ("heard\n" if alive else "")
         finally:
             process.kill()
