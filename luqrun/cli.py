@@ -296,6 +296,10 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         with logging_redirect_tqdm():
             return ranks.recorded(trainer.run)(config, folder, requests)
     except (MemoryError, RuntimeError) as error:
+        if ranks.lost_another(error):
+            raise UserError(
+                "another process of this job has ended (it says why); the same command goes on from the last checkpoint"
+            ) from None
         if not out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -58,12 +59,33 @@ def under_torchrun() -> bool:
 
 
 def recorded(work: Callable[..., T]) -> Callable[..., T]:
-    """`work`, such that torchrun's last words on a failed job hold the error of the process that failed first."""
+    """`work`, such that torchrun's last words on a failed job hold the error of the process that failed first.
+
+    Not a UserError: that is told in one line.
+    """
     if not under_torchrun():
         return work
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(work)
+    @record
+    def recording(*arguments):
+        try:
+            return work(*arguments), None
+        except UserError as error:
+            return None, error
+
+    def telling(*arguments) -> T:
+        result, refusal = recording(*arguments)
+        if refusal is not None:
+            raise refusal
+        return result
+
+    return telling
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether a collective failed because another process has ended."""
+    return world_size() > 1 and re.search("(closed|reset) by peer|Broken pipe|remote process", str(error)) is not None
 
 
 def join() -> None:

@@ -10,6 +10,7 @@ import torch
 from jobs import torchrun
 from running import metrics, train
 
+from luqrun import ranks
 from luqrun.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -91,3 +92,12 @@ def test_the_first_alone_writes(found):
     assert json.loads((folder / "run.json").read_text())["world_size"] == count
     steps = [line["step"] for line in metrics(RunFolder(folder), "step")]
     assert steps == sorted(set(steps))
+
+
+def test_what_a_dead_process_leaves_to_the_others_is_known_from_their_own_errors(monkeypatch):
+    gloo = RuntimeError("[pair.cc:545] Read error [127.0.0.1]:14482: Connection reset by peer.")
+    assert not ranks.lost_another(gloo)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks.lost_another(gloo)
+    assert ranks.lost_another(RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"))
+    assert not ranks.lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
