@@ -1,7 +1,6 @@
 """luqrun under torchrun: whole jobs that stop, lose a process, and go on, with as many processes or others."""
 
 import os
-import re
 import shutil
 import signal
 import time
@@ -96,7 +95,6 @@ def test_with_a_restart_the_job_goes_on_bit_identically(uninterrupted, stopped, 
     code, console = finish(job, tmp_path)
     assert code == 0, console
     assert console.count("continuing from") == 2
-    assert re.search("^rank [12]: the run failed$", console, re.MULTILINE)
     assert_same_run(run_folder(tmp_path), run_folder(uninterrupted))
 
 
