@@ -48,6 +48,7 @@ def run_json(status: str, overrides: list[str]) -> dict:
         "device": "cpu",
         "kernel_backend": "numba 0.68.1, 1 thread(s), GEMMs in int8",
         "threads": 1,
+        "world_size": 1,
     }
     return {**started, "diverged_at_step": 123} if status == "diverged" else started
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import TINY
+from running import TINY, quiet_machine
 from shell import Result, environment
 
 from luqrun import cli, sweeps
@@ -41,7 +41,8 @@ class Forked:
                 os.chdir(cwd)
                 os.environ.update(environment(cache, **variables))
                 sys.argv = ["luqrun", *arguments]
-                cli.main()
+                with quiet_machine(cache):  # the threads that OpenMP had here are not in a fork: it must ask for none
+                    cli.main()
                 code = 0
             except SystemExit as end:
                 code = end.code or 0
