@@ -182,6 +182,14 @@ def check_at_most(key: str, value: float, most: float) -> None:
         raise UserError(f"{key}={value} is too large; it must be at most {most}")
 
 
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dicts of settings to one with dotted keys, such as dataset.root."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def conf_dir() -> Path:
     """The folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
     here = Path(__file__).resolve().parent

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from luqrun.config import Config
+from luqrun.config import Config, flatten
 from luqrun.convert import quantized_layers
 from luqrun.recipes import OPERANDS
 from luqrun.run_folder import EVENTS, RunFolder, what_decides_the_result
@@ -45,7 +45,9 @@ class Tracker:
 
     def _write_hyper_parameters(self) -> None:
         # add_hparams would start a second run; these are its three summaries, in ours.
-        values = _flatten(what_decides_the_result(self.config))
+        # The tab takes no lists and no None.
+        settings = flatten(what_decides_the_result(self.config))
+        values = {k: v if isinstance(v, (str, int, float, bool)) else str(v) for k, v in settings.items()}
         for summary in hparams(values, dict.fromkeys(FINAL_METRICS, 0.0)):
             self.writer.file_writer.add_summary(summary)
 
@@ -124,14 +126,3 @@ def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
             if layer.health and operand in layer.health:
                 found[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
     return found
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested dicts to dotted keys, lists and None to text: what the hyper-parameter tab takes."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return flat

@@ -85,11 +85,11 @@ def validate(config: Config) -> None:
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:
+    from luqrun.datasets.loader import check_ranks  # pulls in torch
+
     if config.task != "train":
         raise UserError(f"task={config.task} runs in one process, without torchrun")
-    if config.dataset.batch_size % ranks.world_size():
-        wanted = f"dataset.batch_size={config.dataset.batch_size}"
-        raise UserError(f"{wanted} must be a multiple of the {ranks.world_size()} processes, which share each batch")
+    check_ranks(config.dataset, ranks.world_size())
     if config.distributed.batch_norm == "sync" and device_type == "cpu":
         raise UserError("distributed.batch_norm=sync needs GPUs, as torch's SyncBatchNorm does; allowed here: local")
     if config.compile and config.distributed.range == "global":

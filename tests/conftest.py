@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from shell import Shell
 
 # Before anything imports triton or torchvision: without a GPU, the Triton kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -31,3 +32,17 @@ def z_limit():
         return NormalDist().inv_cdf(1 - alpha / (2 * tests))
 
     return limit
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for the generated glyphs of a module's runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def shell(cache):
+    """Commands of `luqrun` as processes (tests/shell.py)."""
+    shell = Shell(cache)
+    yield shell
+    shell.close()

@@ -5,36 +5,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from running import TINY, metrics
+from shell import environment
 
 from luqrun.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 400  # seconds for what takes ten, before a job counts as hanging
 # 10 steps an epoch; 24 images a step are shared by one, two or three processes.
 RUN = (*TINY, "dataset.batch_size=24", "finetune=fnt1", "quant=luq_hindsight", "tracking.checkpoint_every=3")
 STEPS = 20
 
 
-def torchrun(processes, *arguments, **variables):
-    """The command that starts that many processes, and its environment: one thread each, no GPU."""
+def torchrun(cache, processes, *arguments, **variables):
+    """The command that starts that many processes, and its environment (shell.environment)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "NUMBA_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        **variables,
-    }
-    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
+    return {"args": [*command, *map(str, arguments)], "env": environment(cache, **variables), "text": True}
 
 
 def start(cwd, processes, *overrides, options=(), **variables):
     """A job in the folder `cwd`; its output goes to the file `console` there."""
-    command = torchrun(processes, "-m", "luqrun", *RUN, *overrides, XDG_CACHE_HOME=str(cwd / "cache"), **variables)
+    command = torchrun(cwd / "cache", processes, "-m", "luqrun", *RUN, *overrides, **variables)
     command["args"][3:3] = options
     with (cwd / "console").open("w") as console:
         return subprocess.Popen(**command, cwd=cwd, stdout=console, stderr=console, start_new_session=True)

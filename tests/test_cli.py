@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from running import TINY, tiny
-from shell import Shell, environment
+from shell import environment
 from torch import nn
 
 from luqrun import __version__ as luqrun_version
@@ -20,13 +20,6 @@ from luqrun.run_folder import run_id
 
 FAST = (*TINY, "quant=fp32")
 PARTS = ("torchvision", "triton", "numba", "tensorboard")
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory):
-    shell = Shell(tmp_path_factory.mktemp("cache"))
-    yield shell
-    shell.close()
 
 
 @pytest.fixture

@@ -9,21 +9,8 @@ from fuzzing import examples
 from hypothesis import event, given
 from overriding import command, complaint, overrides
 from running import TINY, quiet_machine
-from shell import Shell
 
 from luqrun import cli
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def shell(cache):
-    shell = Shell(cache)
-    yield shell
-    shell.close()
 
 
 @examples(20)

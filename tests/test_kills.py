@@ -9,10 +9,10 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import kills
 import pytest
 from kills import TINY, differences, kill_variant, only_run
 from PIL import Image
-from shell import Shell
 from soaking import soak, summary
 
 from luqrun import checkpoint
@@ -21,21 +21,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes
 KILLS = 10  # of each variant
 VARIANTS = {
     "fp32": ("dataset.augment=true",),
-    "bf16": (
-        "precision=bf16",
-        "quant=luq_hindsight",
-        "schedule.accumulate=2",
-        "schedule.epochs=2",
-        "dataset.workers=1",
-    ),
+    "bf16": kills.VARIANTS["bf16, hindsight, two micro-batches, one worker"],
 }
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory):
-    shell = Shell(tmp_path_factory.mktemp("cache"))
-    yield shell
-    shell.close()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

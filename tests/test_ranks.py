@@ -20,7 +20,8 @@ HERE = Path(__file__).resolve().parent
 def found(request, tmp_path_factory):
     """(what each process found, the folder) of that many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    job = subprocess.run(**torchrun(request.param, HERE / "rank_code.py", folder), capture_output=True, timeout=400)
+    command = torchrun(folder / "cache", request.param, HERE / "rank_code.py", folder)
+    job = subprocess.run(**command, capture_output=True, timeout=400)
     assert job.returncode == 0, job.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)], folder
 

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import yaml
 from running import assert_same_tensors, last, metrics, tiny, train
-from shell import Shell
 
 from luqrun import __version__
 from luqrun.config import CellConfig, Config, TrackingConfig
@@ -26,13 +25,6 @@ FINISHED = {
 }
 COLUMNS = ["luq_smp2_none", "luq_smp2_fnt1", "luq_smp2_fnt2", "luq_smp2_fnt3"]
 DIVERGED = {**FINISHED, "status": "diverged", "diverged_at_step": 3}
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory):
-    shell = Shell(tmp_path_factory.mktemp("cache"))
-    yield shell
-    shell.close()
 
 
 def folders(outputs, study):

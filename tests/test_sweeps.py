@@ -21,11 +21,6 @@ from luqrun.trainer import Trainer
 FAST = (*TINY, "quant=fp32")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 class Forked:
     """`luqrun ARGUMENTS` in the folder `cwd`, in a fork of this process: what is patched here is patched there."""
 

@@ -32,7 +32,7 @@ def train_loader(
     Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable image.
     """
     batches = batches_per_epoch(data, config)
-    _check_ranks(config, world_size)
+    check_ranks(config, world_size)
     rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
     order = rng.permutation(len(data.train))
     schedule = [
@@ -47,7 +47,7 @@ def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int
 
     The ranks may differ by one in the number of images, and of batches: add up counts after the loop, not in it.
     """
-    _check_ranks(config, world_size)
+    check_ranks(config, world_size)
     own = np.arange(rank, len(data.val), world_size)
     size = config.batch_size // world_size
     return _loader(data.val, config, 0, 0, [own[start : start + size] for start in range(0, len(own), size)])
@@ -118,7 +118,8 @@ def _undisturbed(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check_ranks(config: DatasetConfig, world_size: int) -> None:
+def check_ranks(config: DatasetConfig, world_size: int) -> None:
+    """Raise UserError unless `world_size` processes can share a batch equally."""
     check_at_least("dataset.batch_size", config.batch_size, 1)
     if config.batch_size % world_size:
         raise UserError(f"dataset.batch_size={config.batch_size} must be a multiple of the {world_size} processes")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from luqrun.config import flatten
 from luqrun.report.records import LeftOut, Record
 from luqrun.run_folder import NOT_IN_RESULT
 
@@ -24,7 +25,7 @@ def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]
         config = yaml.safe_load(record.config)
         model = (config.get("model") or {}).get("name") if isinstance(config.get("model"), dict) else None
         key = record.study, record.table, record.scale, json.dumps(model)
-        groups.setdefault(key, []).append((record, _flat(_settings(config))))
+        groups.setdefault(key, []).append((record, flatten(_settings(config))))
     kept, left_out = [], []
     for group in groups.values():
         counts = Counter(json.dumps(settings, sort_keys=True) for _, settings in group)
@@ -44,13 +45,6 @@ def _settings(config: dict) -> dict:
         if part and isinstance(values.get(part), dict):
             values[part] = {name: value for name, value in values[part].items() if name not in names}
     return values
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _reason(own: dict, usual: dict) -> str:
