@@ -115,9 +115,10 @@ class ConvOp:
         return whole and in_channels * taps <= LONGEST, whole and out_channels * taps <= LONGEST, whole
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
-        ends = zip(a.shape[2:], w.shape[2:], self.padding, self.dilation, strict=True)
-        too_small = any(size + 2 * padding <= dilation * (kernel - 1) for size, kernel, padding, dilation in ends)
-        if too_small or a.shape[1] != w.shape[1]:
+        (height, width), (rows, columns) = a.shape[2:], w.shape[2:]
+        too_low = height + 2 * self.padding[0] <= self.dilation[0] * (rows - 1)
+        too_narrow = width + 2 * self.padding[1] <= self.dilation[1] * (columns - 1)
+        if too_low or too_narrow or a.shape[1] != w.shape[1]:
             return self.fprop(a.float(), w.float())  # which says so
         how = w.shape[2:], self.stride, self.padding, self.dilation
         return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed)
@@ -129,13 +130,11 @@ class ConvOp:
             matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
             return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w))
         # Without a stride the adjoint of a convolution is one with the kernel turned round.
-        out_channels, in_channels, *kernel = w.shape
-        ends = zip(self.dilation, kernel, self.padding, strict=True)
-        padding = [dilation * (size - 1) - padding for dilation, size, padding in ends]
-        taps = w.permute(2, 3, 0, 1).reshape(-1, out_channels * in_channels)
-        turned = taps.index_select(0, torch.arange(len(taps) - 1, -1, -1, device=w.device))
-        how = kernel, ONE, padding, self.dilation
-        return ops.int8_conv(g, turned.view(-1, in_channels), scale, *how, dtype, _format(g, w), signed)
+        (rows, columns), (high, wide) = w.shape[2:], self.dilation
+        padding = high * (rows - 1) - self.padding[0], wide * (columns - 1) - self.padding[1]
+        turned = w.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.shape[1])
+        how = (rows, columns), ONE, padding, self.dilation
+        return ops.int8_conv(g, turned, scale, *how, dtype, _format(g, w), signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
         return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)

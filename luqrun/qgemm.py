@@ -160,18 +160,25 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+def _in_given_types(x: Operand) -> torch.autocast:
+    """Within, torch multiplies what it is given as it is: autocast would make fp32 bf16."""
+    return torch.autocast(x.values.device.type, enabled=False)
+
+
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
     if a.has_int8() and w.has_int8() and op.int8_pays(w.values.shape)[0]:
         return op.int8_fprop(a.values, w.values, a.scale * w.scale, float_dtype(dtype), a.signed)
     compute = float_dtype(dtype)
-    return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
+    with _in_given_types(a):
+        return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if g.has_int8() and w.has_int8() and not g.others and op.int8_pays(w.values.shape)[1]:
         return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype), g.signed, a_shape)
     compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
-    return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
+    with _in_given_types(g):
+        return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
 
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -179,7 +186,8 @@ def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...
         return op.int8_wgrad([g.values, *g.others], a.values, w_shape).mul_(g.scale * a.scale)
     # A sum of samples that bf16 does not hold comes as float32.
     compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
-    return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
+    with _in_given_types(g):
+        return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
 
 
 def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
@@ -204,8 +212,7 @@ class QuantizedGemm(torch.autograd.Function):
         ctx.kept_a, ctx.kept_w = kept_a._replace(tensors=()), kept_w._replace(tensors=())
         ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(kept_a.tensors)
         ctx.like_a, ctx.like_w = (activation.shape, activation.dtype), (weight.shape, weight.dtype)
-        with torch.autocast(activation.device.type, enabled=False):
-            return fprop(op, a, w, dtype).to(dtype)
+        return fprop(op, a, w, dtype).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -218,15 +225,14 @@ class QuantizedGemm(torch.autograd.Function):
         codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            if need_w:
-                codes = code_dtype(grad_output, int8_dgrad, dtype)
-                w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
-                grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(a_dtype)
-            if need_a:
-                codes = code_dtype(grad_output, int8_wgrad, dtype)
-                a = ctx.kept_a.operand(saved[: ctx.split], codes)
-                grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
+        if need_w:
+            codes = code_dtype(grad_output, int8_dgrad, dtype)
+            w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
+            grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(a_dtype)
+        if need_a:
+            codes = code_dtype(grad_output, int8_wgrad, dtype)
+            a = ctx.kept_a.operand(saved[: ctx.split], codes)
+            grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None
 
 

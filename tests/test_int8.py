@@ -141,7 +141,9 @@ def test_conv_dgrad(geometry, dtype, product_bytes, monkeypatch):
 
 
 @geometries
-def test_conv_wgrad(geometry, route):
+@pytest.mark.parametrize("narrow", [0, int8.NARROW], ids=["patches", "lines"])
+def test_conv_wgrad(geometry, narrow, route, monkeypatch):
+    monkeypatch.setattr(int8, "NARROW", narrow)
     a, w = operands(geometry)
     size = exact(a, w, geometry).shape
     grads = [codes(*size, seed=seed) for seed in (2, 3, 4)]

@@ -28,6 +28,9 @@ KINDS = {
     torch.float32: numba_driver.FLOAT32,
     torch.bfloat16: numba_driver.BF16,
 }
+# What small results are made like: half the time of naming size and dtype.
+_FLOAT, _BOOL = torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.bool)
+_NO_FIELDS = torch.zeros(0, dtype=torch.uint8)
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 
@@ -54,6 +57,13 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
 def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The form that numba_quantize.quantize takes."""
     return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
+
+
+@functools.cache
+def _how(form: Format, rounding: str, underflow: str | None, range: int, moments: bool, pow2_scale: bool, sample: int):
+    """The `how` that numba_quantize.quantize takes: seven integers. moments: for GIVEN, whether to find the maximum."""
+    modes = MODES[rounding], MODES[underflow if form.logarithmic else None]
+    return int(form.logarithmic), *modes, range, int(moments), int(pow2_scale), sample
 
 
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
@@ -84,12 +94,11 @@ def quantize(
 
     sawb: the coefficients of the format; hindsight: the estimate of the maximum, 0-dim, or None.
     """
-    x = _loadable(x)
-    how = RANGES[range], int(range == "sawb"), int(pow2_scale), 0
-    estimate = 0.0 if hindsight is None else hindsight.item()
-    scale, signed, maximum = (torch.empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
+    x, numbers = _loadable(x), (*sawb, 0.0 if hindsight is None else hindsight.item())
+    scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
     addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
-    codes, fields = _encode(x, addresses, form, rounding, underflow, stream, how, (*sawb, estimate), dtype, packed)
+    how = _how(form, rounding, underflow, RANGES[range], range == "sawb", pow2_scale, 0)
+    codes, fields = _encode(x, addresses, form, stream, how, numbers, dtype, packed)
     return codes, scale, signed, fields, maximum
 
 
@@ -107,36 +116,31 @@ def encode(
     observe: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.encode."""
-    x, how = _loadable(x), (GIVEN, int(observe), 0, sample)
     results = torch.tensor([scale.item(), float(signed.item()), 0, 0, 0, 0], dtype=torch.float64)
-    zeros = 0.0, 0.0, 0.0
-    dtype = dtype or form.code_dtype
     addresses = results.data_ptr(), (0, 0, 0)
-    codes, fields = _encode(x, addresses, form, rounding, underflow, stream, how, zeros, dtype, packed)
+    how = _how(form, rounding, underflow, GIVEN, observe, False, sample)
+    dtype = dtype or form.code_dtype
+    codes, fields = _encode(_loadable(x), addresses, form, stream, how, (0.0, 0.0, 0.0), dtype, packed)
     return codes, fields, results[2].float() if observe else torch.empty(0)
 
 
-def _encode(x, addresses, form, rounding, underflow, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
+def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
     """The codes and fields of numba_quantize.quantize. addresses: of results and outputs, whose tensors the caller
-    holds; how: range, moments (for GIVEN: the maximum), pow2_scale, sample."""
-    wanted, count = dtype, x.numel()
-    modes = MODES[rounding], MODES[underflow if form.logarithmic else None]
-    layout = _layout(x)
+    holds; the rest: as there."""
+    wanted, count, layout = dtype, x.numel(), _layout(x)
     # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards.
-    later = packed and layout[1] > 0 and STOCHASTIC in modes
+    later = packed and layout[1] > 0 and STOCHASTIC in how[1:3]
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
-    fields = torch.empty(form.field_bytes(count) if packed else 0, dtype=torch.uint8)
-    if count or how[0] != GIVEN:
+    fields = torch.empty(form.field_bytes(count), dtype=torch.uint8) if packed else torch.empty_like(_NO_FIELDS)
+    if count or how[3] != GIVEN:
         outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
-        how = int(form.logarithmic), *modes, *how
-        limits = form.limit, form.unsigned_limit
-        address = x.data_ptr(), *outputs, stream.data_ptr()
+        address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)
         numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers)
     if later:
         _pack(codes, fields, form)
-    return codes.to(wanted), fields
+    return codes if dtype == wanted else codes.to(wanted), fields
 
 
 def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luqrun.errors import UserError
@@ -24,6 +28,8 @@ CHUNK_BYTES = 1 << 22  # of patches at a time
 PRODUCT_BYTES = 1 << 20  # of products at a time
 DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
 SMALLEST_SCALE = 2.0**-100
+NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
+MOST_VIEWS = 1024  # of geometries and views that are kept, a few a layer
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
 
 
@@ -42,18 +48,38 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-_memory = threading.local()
+class _Memory(threading.local):
+    """Each thread's own blocks of memory by name, and views of them by what was asked for."""
+
+    def __init__(self):
+        self.blocks: dict[str, Tensor] = {}
+        self.views: dict[tuple, Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a block of patches (or their sums) or of products, each thread's own: fresh memory would cost more
-    than filling it."""
-    size = rows * columns * dtype.itemsize
-    block = getattr(_memory, name, None)
-    if block is None or block.numel() < size:
-        block = torch.empty(size, dtype=torch.int8)
-        setattr(_memory, name, block)
-    return block[:size].view(dtype).view(rows, columns)
+    """Memory for a block of patches (or their sums) or of products: fresh memory would cost more than filling it."""
+    key = name, rows, columns, dtype
+    view = _memory.views.get(key)
+    if view is None:
+        size = rows * columns * dtype.itemsize
+        block = _memory.blocks.get(name)
+        if block is None or block.numel() < size:
+            block = _memory.blocks[name] = torch.empty(size, dtype=torch.int8)
+            _memory.views.clear()  # some are of the block that was too small
+        elif len(_memory.views) >= MOST_VIEWS:
+            _memory.views.clear()
+        view = _memory.views[key] = block[:size].view(dtype).view(rows, columns)
+    return view
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
+
+    return numba_loops
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -61,70 +87,75 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b, out=_scratch("products", a.shape[0], b.shape[1], torch.int32))
 
 
-def _rescale(sums: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out <- sums * scale in one pass, where torch makes two copies. sums: int32; out: float32 or bf16."""
-    from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
+def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> None:
+    """The numbers at `address`, float32 or bf16, <- int32 sums * scale in one pass, where torch makes two copies."""
+    assert dtype in (torch.float32, torch.bfloat16)
+    _loops().rescale(sums.numel(), sums.data_ptr(), address, int(dtype == torch.bfloat16), scale.data_ptr())
 
-    assert sums.is_contiguous()
-    assert out.is_contiguous()
-    assert out.dtype in (torch.float32, torch.bfloat16)
-    half = int(out.dtype == torch.bfloat16)
-    numba_loops.rescale(sums.numel(), sums.data_ptr(), out.data_ptr(), half, scale.data_ptr())
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _pixels(x: Tensor) -> Tensor:
     """(N, C, H, W) as (N * H * W, C), without a copy of what is channels_last."""
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return _channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-class _Patches:
-    """The rows of the im2col matrix of a (N, C, H, W) int8: iterating gives (slice of rows, int8 (rows, R * S * C)).
+class _Patches(NamedTuple):
+    """The im2col matrix of a (N, C, H, W) int8, a block of its rows at a time. blocks: (first output line, lines)."""
 
-    columns: how many products each row gets, where these should fit the cache too.
-    """
-
-    def __init__(self, a: Tensor, kernel, stride, padding, dilation, columns: int = 0):
-        images, channels, height, width = a.shape
-        self.size = images, height, width, channels
-        self.geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
-        self.pointwise = self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
-        ends = zip((height, width), *self.geometry, strict=True)
-        self.out_height, self.out_width = (out_size(*end) for end in ends)
-        self.lines = images * self.out_height
-        self.depth = kernel[0] * kernel[1] * channels
-        self.a = a
-        self.columns = columns
+    size: tuple[int, int, int, int]  # (N, H, W, C)
+    out_size: tuple[int, int]
+    geometry: tuple[tuple[int, int], ...]  # kernel, stride, padding, dilation
+    depth: int  # R * S * C
+    pointwise: bool
+    blocks: tuple[tuple[int, int], ...]
 
     def bytes(self) -> int:
-        """The size of the whole im2col matrix; 0 for a pointwise convolution, which needs none."""
-        return 0 if self.pointwise else self.lines * self.out_width * self.depth
+        """The size of the whole matrix; 0 for a pointwise convolution, which needs none."""
+        return 0 if self.pointwise else self.size[0] * math.prod(self.out_size) * self.depth
 
-    def __iter__(self):
-        if self.lines == 0 or self.depth == 0:
+    def of(self, a: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, int8 (rows, depth)) of each block."""
+        if not self.blocks:
             return
-        a = _pixels(self.a).reshape(-1)
-        line = max(self.out_width, 1)
-        step = min(CHUNK_BYTES // (line * self.depth), CHUNK_ROWS // line)
-        if self.columns:
-            step = min(step, PRODUCT_BYTES // (4 * line * self.columns))
-        step = max(1, step)
-        step = -(-self.lines // -(-self.lines // step))  # as many blocks, of one size
-        for first in range(0, self.lines, step):
-            count = min(step, self.lines - first)
-            rows = slice(first * line, (first + count) * line)
+        line = self.out_size[1]
+        a = _pixels(a) if self.pointwise else _channels_last(a)
+        for first, lines in self.blocks:
             if self.pointwise:
-                yield rows, a[rows.start * self.depth : rows.stop * self.depth].view(-1, self.depth)
+                block = a[first * line : (first + lines) * line]
             else:
-                block = _scratch("patches", count * line, self.depth, torch.int8)
-                self._fill(block, a, first)
-                yield rows, block
+                block = _scratch("patches", lines * line, self.depth, torch.int8)
+                address = block.data_ptr(), a.data_ptr()
+                _loops().patches(block.numel(), *address, first, self.size, self.out_size, *self.geometry)
+            yield first * line, block
 
-    def _fill(self, block: Tensor, a: Tensor, first: int) -> None:
-        from luqrun.kernels import numba_loops  # compiled code is loaded when it is first needed
 
-        out_size = self.out_height, self.out_width
-        address = block.data_ptr(), a.data_ptr()
-        numba_loops.patches(block.numel(), *address, first, self.size, out_size, *self.geometry)
+@functools.lru_cache(MOST_VIEWS)
+def _patches(shape: Sequence[int], geometry: tuple, columns: int, chunk_bytes: int, product_bytes: int) -> _Patches:
+    """Those of an int8 of this shape. columns: how many products each row gets, where these should fit the cache too;
+    the rest: what a block may take."""
+    images, channels, height, width = shape
+    kernel, stride, padding, dilation = geometry
+    ends = zip((height, width), kernel, stride, padding, dilation, strict=True)
+    out_height, out_width = (out_size(*end) for end in ends)
+    depth, lines, line = kernel[0] * kernel[1] * channels, images * out_height, max(out_width, 1)
+    blocks = []
+    if lines and depth:
+        step = min(chunk_bytes // (line * depth), CHUNK_ROWS // line)
+        if columns:
+            step = min(step, product_bytes // (4 * line * columns))
+        step = max(1, step)
+        step = -(-lines // -(-lines // step))  # as many blocks, of one size
+        blocks = [(first, min(step, lines - first)) for first in range(0, lines, step)]
+    pointwise = geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
+    return _Patches((images, height, width, channels), (out_height, out_width), geometry, depth, pointwise, (*blocks,))
+
+
+def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride, padding and dilation as what can be looked up: operators hand over lists."""
+    return tuple([(pair[0], pair[1]) for pair in geometry])
 
 
 @functools.cache
@@ -137,12 +168,18 @@ def has_direct_conv() -> bool:
         return False
 
 
+@functools.cache
+def _ones_and_zeros(channels: int) -> tuple[Tensor, Tensor]:
+    """What oneDNN takes for the scales and zero points of a weight."""
+    return torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+
+
 def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype, signed: bool) -> Tensor:
     """As `conv`, without patches: oneDNN's, which takes unsigned activations with a zero point."""
-    stride, padding, dilation = ([int(size) for size in pair] for pair in geometry)
+    stride, padding, dilation = geometry
     shift = 128 if signed else 0
     shifted = a.view(torch.uint8) ^ shift if signed else a.view(torch.uint8)  # a + shift
-    ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
+    ones, zeros = _ones_and_zeros(w.shape[0])
     onednn = torch.ops.onednn
     packed = onednn.qconv_prepack(w, ones, 1.0, 0, stride, padding, dilation, 1, None)
     how = packed, ones, zeros, None, stride, padding, dilation, 1, 1.0, 0, dtype, "none", [], None
@@ -169,19 +206,18 @@ def conv(
     signed: 0-dim bool, false where no element of a is negative.
     """
     channels = matrix.shape[1]
-    patches = _Patches(a, kernel, stride, padding, dilation, channels)
+    geometry = _pairs(kernel, stride, padding, dilation)
+    patches = _patches(a.shape, geometry, channels, CHUNK_BYTES, PRODUCT_BYTES)
     # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
-    possible = min(padding) >= 0 and not scale.item() < SMALLEST_SCALE
-    if patches.bytes() > DIRECT_BYTES and possible and has_direct_conv():
+    if patches.bytes() > DIRECT_BYTES and min(padding) >= 0 and scale.item() >= SMALLEST_SCALE and has_direct_conv():
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
-        out = _direct_conv(a, weight, scale, (stride, padding, dilation), dtype, signed.item())
+        out = _direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
         return out if channels_last else _contiguous(out)
-    out = empty((a.shape[0], channels, patches.out_height, patches.out_width), True, dtype, a.device)
-    flat = out.permute(0, 2, 3, 1).reshape(-1, channels)
+    out = empty((a.shape[0], channels, *patches.out_size), True, dtype, a.device)
     if patches.depth == 0:
         out.zero_()
-    for rows, block in patches:
-        _rescale(_multiply(block, matrix), scale, flat[rows])
+    for row, block in patches.of(a):
+        _rescale(_multiply(block, matrix), scale, out.data_ptr() + row * channels * dtype.itemsize, dtype)
     return out if channels_last else _contiguous(out)
 
 
@@ -203,25 +239,57 @@ def conv_dgrad(
 
     g: int8 (N, K, H', W'); matrix: int8 (K, R * S * C), the weight; scale: 0-dim float32; shape: (N, C, H, W).
     """
-    from luqrun.kernels import numba_loops  # as in _Patches
-
     images, channels, height, width = map(int, shape)
-    geometry = tuple(tuple(map(int, pair)) for pair in (kernel, stride, padding, dilation))
+    geometry, out_size = _pairs(kernel, stride, padding, dilation), tuple(g.shape[2:])
     out = empty(shape, True, dtype, g.device)
-    flat, rows, pixels = out.permute(0, 2, 3, 1), _pixels(g), g.shape[2] * g.shape[3]
+    rows, pixels, image = _pixels(g), out_size[0] * out_size[1], height * width * channels
     step = max(1, PRODUCT_BYTES // max(4 * pixels * matrix.shape[1], 1))  # images whose products stay in the cache
     for first in range(0, images, step):
         count = min(step, images - first)
         products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
         sums = _scratch("patches", count * height * width, channels, torch.int32)
         address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
-        numba_loops.fold(sums.numel(), *address, tuple(g.shape[2:]), size, *geometry)
-        _rescale(sums, scale, flat[first : first + count])
+        _loops().fold(sums.numel(), *address, out_size, size, *geometry)
+        _rescale(sums, scale, out.data_ptr() + first * image * dtype.itemsize, dtype)
     return out if channels_last else _contiguous(out)
 
 
 def _contiguous(x: Tensor) -> Tensor:
     return empty(x.shape, False, x.dtype, x.device).copy_(x)  # no view, and the usual strides for sizes of one too
+
+
+def _products(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
+    """What sums to the weight gradient: int32 (K, R * S * C) of each block of patches and each g."""
+    patches = _patches(a.shape, geometry, 0, CHUNK_BYTES, PRODUCT_BYTES)
+    flat = [_pixels(g) for g in grads]
+    for row, block in patches.of(a):
+        for g in flat:
+            yield _sum_of_rows(g[row : row + len(block)], block)
+
+
+def _sum_of_rows(g: Tensor, block: Tensor) -> Tensor:
+    if len(block) == 0:
+        return torch.zeros(g.shape[1], block.shape[1], dtype=torch.int32)
+    return torch._int_mm(g.t(), block)
+
+
+def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
+    """As _products, with the patches of one line of the kernel, which serve all its lines: line r of an output is as
+    many lines below line 0, in an image with its padding. g gets zeros below, where line 0 has more than outputs."""
+    (lines, columns), (_, step), padding, (down, across) = geometry
+    patches = _patches(a.shape, ((1, columns), (1, step), padding, (1, across)), 0, CHUNK_BYTES, PRODUCT_BYTES)
+    channels, width = grads[0].shape[1], patches.out_size[1]
+    zeros = 0, 0, 0, 0, 0, (lines - 1) * down
+    flat = [F.pad(_channels_last(g).permute(0, 2, 3, 1), zeros).view(-1, channels) for g in grads]
+    for row, block in patches.of(a):
+        shifts = [min(r * down * width, row + len(block)) for r in range(lines)]
+        starts = [max(row - shift, 0) for shift in shifts]
+        for g in flat:
+            parts = [
+                _sum_of_rows(g[start : row + len(block) - shift], block[start + shift - row :])
+                for start, shift in zip(starts, shifts, strict=True)
+            ]
+            yield torch.stack(parts, 1).view(channels, -1)
 
 
 def conv_wgrad(
@@ -236,21 +304,18 @@ def conv_wgrad(
 
     grads: int8 (N, K, H', W') each; a: int8 (N, C, H, W). Where stride leaves pixels over, they have no gradient.
     """
-    patches = _Patches(a, kernel, stride, padding, dilation)
-    flat = [_pixels(g) for g in grads]
-    if patches.out_width > CHUNK_ROWS:
-        raise UserError(f"images of {patches.out_width} pixels a row are too wide; at most {CHUNK_ROWS}")
+    geometry, (images, channels, height, width) = _pairs(kernel, stride, padding, dilation), grads[0].shape
+    if width > CHUNK_ROWS:
+        raise UserError(f"images of {width} pixels a row are too wide; at most {CHUNK_ROWS}")
     # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.
-    fits = patches.lines * patches.out_width * len(grads) <= CHUNK_ROWS
+    fits = images * height * width * len(grads) <= CHUNK_ROWS
+    by_lines = channels <= NARROW and kernel[0] > 1 and stride[0] == 1
     total = None
-    for rows, block in patches:
-        for g in flat:
-            product = torch._int_mm(g[rows].t(), block)
-            if total is None:
-                total = product if fits else product.long()
-            else:
-                total += product
+    for product in (_products_by_lines if by_lines else _products)(grads, a, geometry):
+        if total is None:
+            total = product if fits else product.long()
+        else:
+            total += product
     if total is None:
-        total = torch.zeros(grads[0].shape[1], patches.depth, dtype=torch.int32)
-    shape = (grads[0].shape[1], *kernel, a.shape[1])
-    return total.float().view(shape).permute(0, 3, 1, 2)
+        total = torch.zeros(channels, kernel[0] * kernel[1] * a.shape[1], dtype=torch.int32)
+    return total.float().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)

@@ -67,11 +67,11 @@ class driver:
         self.parallel = row_loop(parallel=_PARALLEL)(twin) if THREADED else self.serial
 
     def __call__(self, elements, *rest):
-        if not THREADED or torch.get_num_threads() == 1 or os.getpid() != _home:
+        if torch.get_num_threads() == 1 or not THREADED or os.getpid() != _home:
             return self.serial(elements, *rest)
         _launch()
-        threads = threads_for(elements)
-        if getattr(_mask, "threads", 0) != threads:
+        threads = 1 if elements <= CHUNK else threads_for(elements)
+        if _mask.threads != threads:
             numba.set_num_threads(threads)
             _mask.threads = threads
         return self.parallel(elements, *rest)
@@ -85,7 +85,13 @@ def _launch() -> None:
     torch.set_num_threads(threads)
 
 
-_mask = threading.local()  # what each thread last told numba, which takes its time to hear it
+class _Mask(threading.local):
+    """What each thread last told numba, which takes its time to hear it."""
+
+    threads = 0
+
+
+_mask = _Mask()
 
 
 def threads_for(elements: int) -> int:
@@ -217,9 +223,12 @@ def store(codes, target, kind, start):
 
 
 @row_loop()
-def fields_row(codes, fields, first, form, split, scratch):
+def fields_row(codes, stored, fields, first, form, split, scratch):
+    """The fields of a row of codes (int32), which are at `stored` as what form[2] says."""
     count = codes.size
-    if form[1]:
+    if form[0] == 4 and not form[3] and form[2] == INT8:  # narrower codes would need masks of their own
+        rows.join(uint8s(stored + first, count), uint8s(fields + first // 2, (count + 1) // 2))
+    elif form[1]:
         rows.to_fields(codes, split[:count], scratch, form[3], form[0])
         rows.join(split[:count], uint8s(fields + first // 2, (count + 1) // 2))
     else:

@@ -36,7 +36,7 @@ def pack(elements, codes, fields, form):
                 rows.copy(int8s(codes + first, count), coded[:count])
             else:
                 rows.copy(int16s(codes + 2 * first, count), coded[:count])
-            fields_row(coded[:count], fields, first, form, split, scratch)
+            fields_row(coded[:count], codes, fields, first, form, split, scratch)
 
 
 @driver
@@ -51,8 +51,11 @@ def unpack(elements, fields, codes, signed, form):
                 rows.split(uint8s(fields + first // 2, (count + 1) // 2), row)
             else:
                 row = uint8s(fields + first, count)
-            rows.from_fields(row, coded[:count], signed, form[3], form[0])
-            store(coded[:count], codes, form[2], first)
+            if form[2] == INT8 and not form[3]:
+                rows.extend_signs(row, uint8s(codes + first, count), signed, form[0])
+            else:
+                rows.from_fields(row, coded[:count], signed, form[3], form[0])
+                store(coded[:count], codes, form[2], first)
 
 
 @driver

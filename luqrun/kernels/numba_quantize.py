@@ -37,7 +37,7 @@ def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, obser
         rows.encode(row, out, drawn, ends[0], ends[1], ends[2], how[0], how[1], how[2])
         store(out, codes, form[2], first)
         if fields != 0:
-            fields_row(out, fields, first, form, split, scratch)
+            fields_row(out, codes, fields, first, form, split, scratch)
         if observe:
             largest = max(largest, rows.extremes(row)[0])
     return largest

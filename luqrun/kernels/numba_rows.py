@@ -270,12 +270,20 @@ def from_fields(fields, codes, signed, logarithmic, bits):
 
 
 @row_loop()
+def extend_signs(fields, codes, signed, bits):
+    """from_fields of an integer format, to int8 (as uint8) straight away."""
+    flip = u8(u8(1) << u8(bits - 1)) if signed else u8(0)
+    for j in range(fields.size):
+        codes[j] = u8(u8(fields[j] ^ flip) - flip)
+
+
+@row_loop()
 def join(fields, packed):
-    """Two fields to a byte, the first one low."""
+    """Two fields of 4 bits to a byte, the first one low; their upper halves do not count."""
     for j in range(fields.size // 2):
-        packed[j] = u8(u32(fields[2 * j]) | (u32(fields[2 * j + 1]) << u32(4)))
+        packed[j] = u8(u8(fields[2 * j] & u8(15)) | u8(fields[2 * j + 1] << u8(4)))
     if fields.size % 2:
-        packed[fields.size // 2] = fields[fields.size - 1]
+        packed[fields.size // 2] = fields[fields.size - 1] & u8(15)
 
 
 @row_loop()
