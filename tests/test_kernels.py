@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_inputs import COMPILED, LAST, assert_identical, modes, normal, tensors
+from kernel_inputs import COMPILED, INT_OF_SIZE, LAST, assert_identical, modes, normal, tensors
 
 from luqrun import kernels
 from luqrun.errors import UserError
@@ -126,6 +126,22 @@ def test_statistics_of_sizes_around_rows_and_tasks():
         x[-1] = -1e4  # every element counts, the last one too
         for each in (x, x.bfloat16()):
             torch.testing.assert_close(cpu.statistics(each, True), reference.statistics(each, True), rtol=1e-12, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_negative_element_counts_and_no_other(backend, dtype):
+    smallest = {torch.float32: -(2.0**-149), torch.bfloat16: -(2.0**-133)}[dtype]
+    for value, negative in ((smallest, 1), (-3e38, 1), (-torch.inf, 1), (-1.0, 1), (-0.0, 0), (-torch.nan, 0), (1, 0)):
+        x = torch.full((40,), 2.0, dtype=dtype)
+        x[17] = value
+        if value != value:
+            x = x.view(INT_OF_SIZE[dtype.itemsize])
+            x[17] |= -(1 << (8 * dtype.itemsize - 1))  # its sign, whatever became of it
+            x = x.view(dtype)
+        found = backend.statistics(x, False)
+        assert found[1] == negative, value
+        assert torch.equal(found[0].isnan(), x[17].isnan())
 
 
 @BACKENDS

@@ -6,7 +6,19 @@ import numpy as np
 from numba import carray, prange
 
 from luqrun.kernels import numba_rows as rows
-from luqrun.kernels.numba_driver import CHUNK, ROW, driver, fields_row, load, pointer, set_float, store, uint8s
+from luqrun.kernels.numba_driver import (
+    CHUNK,
+    ROW,
+    driver,
+    fields_row,
+    halves,
+    int32s,
+    load,
+    pointer,
+    set_float,
+    store,
+    uint8s,
+)
 from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 
 
@@ -14,11 +26,14 @@ from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 def _measure_task(x, half, start, stop, moments, extremes, sums):
     buffer = np.empty(ROW, np.int32)
     for first in range(start, stop, ROW):
-        row = load(x, half, first, min(stop - first, ROW), buffer)
-        largest, negative = rows.extremes(row)
+        count = min(stop - first, ROW)
+        if half:
+            largest, negative = rows.extremes_of_halves(halves(x + 2 * first, count))
+        else:
+            largest, negative = rows.extremes(int32s(x + 4 * first, count))
         extremes[0], extremes[1] = max(extremes[0], largest), min(extremes[1], negative)
         if moments:
-            sum1, sum2 = rows.moments(row.view(np.float32))
+            sum1, sum2 = rows.moments(load(x, half, first, count, buffer).view(np.float32))
             sums[0] += sum1
             sums[1] += sum2
 

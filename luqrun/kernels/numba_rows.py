@@ -180,6 +180,17 @@ def extremes(bits):
     return largest, negative
 
 
+@row_loop()
+def extremes_of_halves(bits):
+    """`extremes` of bf16's bit patterns, as those of float32."""
+    largest, negative = u16(0), u16(0)
+    for j in range(bits.size):
+        magnitude = u16(bits[j] & u16(0x7FFF))
+        largest = max(largest, magnitude)
+        negative = max(negative, bits[j] if magnitude <= u16(0x7F80) else u16(0))
+    return i32(u32(largest) << u32(16)), i32(-1) if negative > u16(0x8000) else i32(0)  # which is -0
+
+
 @row_loop(fastmath={"reassoc", "contract"})
 def moments(x):
     """(sum |x|, sum x^2) in float64; free to reassociate, so that it vectorises."""
