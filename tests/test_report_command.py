@@ -87,7 +87,7 @@ def test_a_table_of_numbers_needs_no_extra(tmp_path, capsys, monkeypatch):
     names = ["findings.md", "glyphs-table2.csv", "glyphs-table2.json", "glyphs-table2.md", "glyphs.html"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert "| resnet8, luq | 79.2 (1); 2 missing | −0.8 (1) | 69.09 (ResNet-18) | −0.61 |" in printed
-    assert "luqrun +experiment=table2/glyphs model=resnet8 seed=1 quant=luq\n" in printed
+    assert "luqrun -m +experiment=table2/glyphs model=resnet8 seed=1,2 quant=luq\n" in printed
     assert (out / "glyphs-table2.md").read_text() in printed
     assert (out / "findings.md").read_text() in printed
     assert "glyphs/table2/going: incomplete: running" in (out / "findings.md").read_text()

@@ -174,7 +174,30 @@ def test_missing_runs_have_the_command_that_fills_them():
     assert wanted - missing == {f"luqrun +experiment=fig2/glyphs seed={seed} quant=fp32" for seed in range(4)}
     shown = markdown(table)
     assert "Missing runs (26):\n```\n" in shown
-    assert all(f"\n{command}\n" in shown for command in missing)
+    assert cell(table, "fp32").commands() == ["luqrun +experiment=fig2/glyphs seed=4 quant=fp32"]
+    assert cell(table, "luq").commands() == ["luqrun -m +experiment=fig2/glyphs seed=0,1,2,3,4 quant=luq"]
+    listed = shown.partition("```\n")[2].partition("\n```")[0].splitlines()
+    assert listed == [command for each in table.cells.values() for command in each.commands()]
+    assert len(listed) == 6
+
+
+def test_seeds_of_one_command_are_listed_as_one_sweep():
+    given = ["quant.skip=[first]", "seed_of={0}", "note='a seed=1'"]
+    table = a_table("fig2", {"fp32": {1: 80.0, 3: 81.0}}, more=given)
+    shown = cell(table, "fp32").commands()
+    assert [shlex.split(command) for command in shown] == [
+        ["luqrun", "-m", "+experiment=fig2/glyphs", "seed=0,2,4", "quant=fp32", *given]
+    ]
+
+
+def test_another_network_than_the_experiment_s_replaces_its_own():
+    runs = {("resnet8", "fp32_none"): {0: 80.0}}
+    table = a_table("table3", runs, scale="cifar", more=["model=resnet8", "finetune=none"])
+    assert table.rows == ["resnet8"]
+    assert len(table.cells) == 8
+    assert [wish.seed for wish in cell(table, "resnet8", "fp32_none").missing] == [1, 2, 3, 4]
+    table = a_table("table3", {("resnet18", "fp32_none"): {0: 80.0}}, scale="cifar", more=["model=resnet18"])
+    assert table.rows == ["resnet18", "resnet50"]  # begun, not replaced
 
 
 def test_a_whole_table_misses_nothing():

@@ -63,11 +63,11 @@ def _table(table: Table) -> str:
         cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
-    missing = [wish.command for cell in table.cells.values() for wish in cell.missing]
-    commands = "\n".join(map(escape, missing))
+    missing, commands = table.missing()
     listed = ""
     if missing:
-        listed = f"<details><summary>{len(missing)} missing runs</summary><pre>{commands}</pre></details>"
+        shown = escape("\n".join(commands))
+        listed = f"<details><summary>{missing} missing runs</summary><pre>{shown}</pre></details>"
     body = _html_table((*HEADER, "runs by seed"), rows)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -52,17 +53,23 @@ def check_tables(names: list[str]) -> None:
             raise UserError(f"table {name} is not known; allowed: {', '.join(TITLES)}")
 
 
-def expected(table: str, scale: str) -> list[Expected]:
-    """The runs that `luqrun -m +experiment=TABLE/SCALE` makes; none where there is no such experiment."""
+def expected(table: str, scale: str, shared: Sequence[str] = ()) -> list[Expected]:
+    """The runs that `luqrun -m +experiment=TABLE/SCALE` makes; none where there is no such experiment.
+
+    shared: the overrides of all runs that there are; a model among them that the experiment has not replaces its own.
+    """
     path = conf_dir() / "experiment" / table / f"{scale}.yaml"
     if not path.is_file():
         return []
     experiment = OmegaConf.load(path)
     params = OmegaConf.to_container(experiment.hydra.sweeper.params)
-    choices = [[f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()]
+    choices = {key: [f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()}
+    own = [given for given in shared if given.startswith("model=")]
+    if own and own[0] not in choices.get("model", own):
+        choices["model"] = own
     root = " dataset.root=DIR" if "dataset.root=DIR" in path.read_text() else ""
     found = []
-    for overrides in itertools.product(*choices):
+    for overrides in itertools.product(*choices.values()):
         chosen = dict(override.split("=", 1) for override in overrides)
         groups = {name: {"name": chosen[name]} for name in ("model", "quant", "finetune") if name in chosen}
         # A recipe, a model and a fine-tune are called as their files are: a test sees to it.

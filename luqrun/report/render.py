@@ -39,9 +39,9 @@ def markdown(table: Table) -> str:
         "",
         "Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data.",
     ]
-    missing = [wish.command for cell in table.cells.values() for wish in cell.missing]
+    missing, commands = table.missing()
     if missing:
-        lines += ["", f"Missing runs ({len(missing)}):", "```", *missing, "```"]
+        lines += ["", f"Missing runs ({missing}):", "```", *commands, "```"]
     return "\n".join(lines) + "\n"
 
 

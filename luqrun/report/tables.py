@@ -38,6 +38,17 @@ class Cell:
             parts.append("missing" if not self.runs else f"{len(self.missing)} missing")
         return "; ".join(parts)
 
+    def commands(self) -> list[str]:
+        """Those that make what is missing: the seeds of a command as one sweep."""
+        seeds: dict[tuple[str, str], list[str]] = {}
+        for wish in self.missing:
+            before, _, after = wish.command.partition(f" seed={wish.seed}")
+            seeds.setdefault((before, after), []).append(str(wish.seed))
+        return [
+            f"{before.replace('luqrun', 'luqrun -m', 1) if len(own) > 1 else before} seed={','.join(own)}{after}"
+            for (before, after), own in seeds.items()
+        ]
+
 
 @dataclass
 class Table:
@@ -73,6 +84,11 @@ class Table:
         pairs = [] if base is None else [value - base.values[s] for s, value in cell.values.items() if s in base.values]
         return Spread.of(pairs) if pairs else None
 
+    def missing(self) -> tuple[int, list[str]]:
+        """How many runs are missing, and the commands that make them."""
+        cells = self.cells.values()
+        return sum(len(cell.missing) for cell in cells), [command for cell in cells for command in cell.commands()]
+
     def paper(self, cell: Cell) -> Published | None:
         return published(self.name, cell.row, cell.column)
 
@@ -97,7 +113,7 @@ def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Tabl
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
     shared = [given for given in records[0].overrides if all(given in record.overrides for record in records)]
-    for wish in (_with_overrides(wish, shared) for wish in expected(name, scale)):
+    for wish in (_with_overrides(wish, shared) for wish in expected(name, scale, shared)):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
             cell.missing.append(wish)
