@@ -1,5 +1,7 @@
 """The loops of the CPU at elements far beyond 2^31, without the memory: addresses are shifted back by as much."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -120,11 +122,14 @@ def test_loading_storing_and_packing(start):
         numba_driver.store(codes.numpy(), back(target, start), cpu.KINDS[dtype], start)
         assert torch.equal(target, codes.to(dtype))
         assert_edges(edges)
-    for form in (FORMATS["int4"], FORMATS["int8"]):
+    # Bytes of int4 are joined as they are stored; other codes are split into fields first.
+    for name, dtype in itertools.product(("int4", "int8"), (torch.int8, torch.float32)):
+        form, stored = FORMATS[name], codes.to(dtype)
         edges, fields = guarded(ROW * form.field_bits // 8, torch.uint8)
         split, scratch = np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
         address = fields.data_ptr() - start * form.field_bits // 8
-        numba_driver.fields_row(codes.numpy(), address, start, cpu._form(form, torch.int8), split, scratch)
+        how = cpu._form(form, dtype), split, scratch
+        numba_driver.fields_row(codes.numpy(), back(stored, start), address, start, *how)
         assert torch.equal(fields, reference.pack(codes, form))
         assert_edges(edges)
 

@@ -112,7 +112,7 @@ def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[
 def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
-    shared = [given for given in records[0].overrides if all(given in record.overrides for record in records)]
+    shared = tuple(given for given in records[0].overrides if all(given in record.overrides for record in records))
     for wish in (_with_overrides(wish, shared) for wish in expected(name, scale, shared)):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
