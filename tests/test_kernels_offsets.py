@@ -9,12 +9,12 @@ from kernel_inputs import LAST, assert_identical, modes, normal
 from test_philox import numpy_philox
 
 from luqrun.formats import FORMATS
-from luqrun.kernels import cpu, numba_driver, numba_loops, numba_quantize, numba_rows, reference
+from luqrun.kernels import cpu, numba_driver, numba_loops, numba_philox, numba_quantize, reference
 from luqrun.kernels.numba_driver import ROW
 from luqrun.kernels.philox import make_stream
 
 STREAM = make_stream(2**61 + 11, 3, 2, 7, 1, 4)
-NAME = numba_rows.stream_words(STREAM.numpy(), 0)
+NAME = numba_philox.stream_words(STREAM.numpy(), 0)
 # First elements: multiples of ROW, as a task's are; bytes of four an element leave 2^31 and 2^32 much earlier.
 STARTS = pytest.mark.parametrize("start", [2**29, 2**30, 2**31 - ROW, 2**31, 2**32, 2**34, 2**40 + 5 * ROW])
 COUNT = 2 * ROW + 37
@@ -62,7 +62,7 @@ def test_encoding(name, start, monkeypatch):
             half, coding, kinds, ends = how_to(form, rounding, underflow, x, codes)
             found = numba_quantize._flat_task(
                 back(x, start), half, start, start + COUNT, back(codes, start),
-                fields.data_ptr() - start * form.field_bits // 8, coding, kinds, NAME, ends, True,
+                fields.data_ptr() - start * form.field_bits // 8, coding, kinds, NAME, ends, half == 0, True,
             )  # fmt: skip
             with monkeypatch.context() as patch:
                 words_from(patch, start)
@@ -76,16 +76,18 @@ def test_encoding(name, start, monkeypatch):
             assert_edges(byte_edges)
 
 
-@pytest.mark.parametrize("start", [2**31, 2**32, 2**38])
+# Within the image at element 2^34 the words' counters cross 2^32.
+@pytest.mark.parametrize("start", [2**31, 2**32, 2**34, 2**38])
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)], ids=["groups of pixels", "single words"])
-def test_encoding_of_images(size, start):
+@pytest.mark.parametrize("finite", [False, True])
+def test_encoding_of_images(size, start, finite):
     form, channels, pixels = FORMATS["e3m0"], 5, size[0] * size[1]
-    image = start // (channels * pixels) + 1
+    image = start // (channels * pixels)
     first = image * channels * pixels
     x = normal(1, channels, *size).to(memory_format=LAST)
     edges, codes = guarded(channels * pixels, torch.int8)
     half, coding, kinds, ends = how_to(form, "stochastic", "stochastic", x, codes)
-    how = coding, kinds, NAME, ends, False
+    how = coding, kinds, NAME, ends, finite, False
     numba_quantize._image_task(back(x, first), half, image, pixels, channels, back(codes, first), *how)
     # Element first + i takes word (first + i) % 4 of counter (first + i) // 4.
     group = np.arange(first // 4, (first + channels * pixels) // 4 + 1, dtype=np.uint64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from luqrun.kernels import numba_rows, philox
+from luqrun.kernels import numba_philox, philox
 from luqrun.kernels.philox import STREAM_FIELDS, make_stream, random_words, stream_words
 
 MASK = np.uint64(0xFFFFFFFF)
@@ -48,7 +48,7 @@ def torch_philox(counter, key):
 def numba_words(first, count, name):
     """The words of Philox counters first .. first + count - 1, a row each, as the loop over a row draws them."""
     words = np.empty(2 * count, np.uint64)
-    numba_rows.fill_words(words, first, count, np.array(name, np.uint64))
+    numba_philox.fill_words(words, first, count, np.array(name, np.uint64))
     return words.view(np.uint32).reshape(count, 4)
 
 
@@ -56,7 +56,7 @@ def numba_pixels(first, step, pixels, channels, name):
     """The words of (pixels, channels) elements, in groups of four pixels, as the loop over an image draws them."""
     drawn, groups = np.empty((pixels, channels), np.uint32), pixels // 4 * channels
     counters, words = np.empty(groups + 3, np.uint64), np.empty((4, groups + 3), np.uint32)
-    numba_rows.fill_pixels(drawn, counters, words, first, step, np.array(name, np.uint64))
+    numba_philox.fill_pixels(drawn, counters, words, first, step, np.array(name, np.uint64))
     return drawn
 
 
@@ -83,7 +83,7 @@ def test_words_of_a_draw_follow_the_documented_counters(numel):
 def test_numba_draws_the_words_of_the_reference():
     stream = make_stream(2**62 + 3, 5, 1, 2**32 - 1, 2, 6)
     name = [int(word) for word in stream_words(stream, 17)]
-    assert numba_rows.stream_words(stream.numpy(), 17).tolist() == name
+    assert numba_philox.stream_words(stream.numpy(), 17).tolist() == name
     expected = random_words(stream, 17, 240)
     assert numba_words(0, 10, name).reshape(-1).tolist() == expected[:40].tolist()
     assert numba_words(3, 2, name).reshape(-1).tolist() == expected[12:20].tolist()

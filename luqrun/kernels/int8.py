@@ -280,7 +280,7 @@ def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator
     patches = _patches(a.shape, ((1, columns), (1, step), padding, (1, across)), 0, CHUNK_BYTES, PRODUCT_BYTES)
     channels, width = grads[0].shape[1], patches.out_size[1]
     zeros = 0, 0, 0, 0, 0, (lines - 1) * down
-    flat = [F.pad(_channels_last(g).permute(0, 2, 3, 1), zeros).view(-1, channels) for g in grads]
+    flat = [F.pad(_channels_last(g).permute(0, 2, 3, 1), zeros).reshape(-1, channels) for g in grads]
     for row, block in patches.of(a):
         shifts = [min(r * down * width, row + len(block)) for r in range(lines)]
         starts = [max(row - shift, 0) for shift in shifts]

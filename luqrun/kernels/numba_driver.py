@@ -223,13 +223,22 @@ def store(codes, target, kind, start):
 
 
 @row_loop()
-def fields_row(codes, stored, fields, first, form, split, scratch):
-    """The fields of a row of codes (int32), which are at `stored` as what form[2] says."""
+def _split(codes, fields, first, form, split, scratch):
     count = codes.size
-    if form[0] == 4 and not form[3] and form[2] == INT8:  # narrower codes would need masks of their own
-        rows.join(uint8s(stored + first, count), uint8s(fields + first // 2, (count + 1) // 2))
-    elif form[1]:
+    if form[1]:
         rows.to_fields(codes, split[:count], scratch, form[3], form[0])
         rows.join(split[:count], uint8s(fields + first // 2, (count + 1) // 2))
     else:
         rows.to_fields(codes, uint8s(fields + first, count), scratch, form[3], form[0])
+
+
+@row_loop()
+def fields_row(codes, stored, fields, first, form, split, scratch):
+    """The fields of a row of codes, which are at `stored` as what form[2] says: int8, or else in codes (int32)."""
+    count = codes.size
+    if form[2] != INT8:
+        _split(codes, fields, first, form, split, scratch)
+    elif form[0] == 4 and not form[3]:  # narrower codes would need masks of their own
+        rows.join(uint8s(stored + first, count), uint8s(fields + first // 2, (count + 1) // 2))
+    else:
+        _split(int8s(stored + first, count), fields, first, form, split, scratch)

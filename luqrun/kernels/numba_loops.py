@@ -16,7 +16,6 @@ from luqrun.kernels.numba_driver import (
     fields_row,
     floats,
     halves,
-    int8s,
     int16s,
     int32s,
     store,
@@ -32,9 +31,7 @@ def pack(elements, codes, fields, form):
         coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
         for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
             count = min(ROW, elements - first)
-            if form[2] == INT8:
-                rows.copy(int8s(codes + first, count), coded[:count])
-            else:
+            if form[2] != INT8:
                 rows.copy(int16s(codes + 2 * first, count), coded[:count])
             fields_row(coded[:count], codes, fields, first, form, split, scratch)
 

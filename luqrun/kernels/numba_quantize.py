@@ -8,10 +8,12 @@ from numba import carray, prange
 from luqrun.kernels import numba_rows as rows
 from luqrun.kernels.numba_driver import (
     CHUNK,
+    INT8,
     ROW,
     driver,
     fields_row,
     halves,
+    int8s,
     int32s,
     load,
     pointer,
@@ -19,6 +21,7 @@ from luqrun.kernels.numba_driver import (
     store,
     uint8s,
 )
+from luqrun.kernels.numba_philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 
 
@@ -39,7 +42,18 @@ def _measure_task(x, half, start, stop, moments, extremes, sums):
 
 
 @row_loop()
-def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, observe):
+def _encode_row(row, out, words, codes, kind, first, how, ends, finite):
+    """Codes of `row` go to `codes`; by way of out (int32), but for int8, which is all that the GEMMs mostly take."""
+    if kind == INT8:
+        target = int8s(codes + first, row.size)
+        rows.encode(row, target, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
+    else:
+        rows.encode(row, out, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
+        store(out, codes, kind, first)
+
+
+@row_loop()
+def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, finite, observe):
     """Encode elements start .. stop - 1, a multiple of ROW from the first; returns the pattern of their max|x|."""
     words, scratch, buffer = np.empty(ROW // 2, np.uint64), np.empty(ROW, np.float32), np.empty(ROW, np.int32)
     drawn, coded, split = words.view(np.uint32), np.empty(ROW, np.int32), np.empty(ROW, np.uint8)
@@ -47,10 +61,9 @@ def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, obser
     for first in range(start, stop, ROW):
         count = min(stop - first, ROW)
         if how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC:
-            rows.fill_words(words, first // 4, (count + 3) // 4, name)
+            fill_words(words, first // 4, (count + 3) // 4, name)
         row, out = load(x, half, first, count, buffer), coded[:count]
-        rows.encode(row, out, drawn, ends[0], ends[1], ends[2], how[0], how[1], how[2])
-        store(out, codes, form[2], first)
+        _encode_row(row, out, drawn, codes, form[2], first, how, ends, finite)
         if fields != 0:
             fields_row(out, codes, fields, first, form, split, scratch)
         if observe:
@@ -59,7 +72,7 @@ def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, obser
 
 
 @row_loop()
-def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, observe):
+def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, finite, observe):
     """Encode one (pixels, channels) image of a channels_last tensor, whose elements are numbered channel by channel."""
     # Four neighbouring pixels of a channel share a Philox call, unless such groups straddle channels.
     aligned = pixels % 4 == 0
@@ -70,19 +83,18 @@ def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, 
     scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
     if not aligned:
-        rows.fill_words(counters, first // 4, scratch, name)
+        fill_words(counters, first // 4, scratch, name)
     word = counters.view(np.uint32)
     largest = i32(0)
     for start in range(0, pixels, block):
         count = min(block, pixels - start)
         if aligned:
-            rows.fill_pixels(drawn[:count], counters, words, (first + start) // 4, pixels // 4, name)
+            fill_pixels(drawn[:count], counters, words, (first + start) // 4, pixels // 4, name)
         else:
-            rows.transpose(word[first % 4 + start :], drawn[:count], pixels)
+            transpose(word[first % 4 + start :], drawn[:count], pixels)
         row = load(x, half, first + start * channels, count * channels, buffer)
         out = coded[: count * channels]
-        rows.encode(row, out, drawn.reshape(-1), ends[0], ends[1], ends[2], how[0], how[1], how[2])
-        store(out, codes, form[2], first + start * channels)
+        _encode_row(row, out, drawn.reshape(-1), codes, form[2], first + start * channels, how, ends, finite)
         if observe:
             largest = max(largest, rows.extremes(row)[0])
     return largest
@@ -125,21 +137,22 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
             ends[1], ends[2] = 0, limits[0]
         else:
             ends[1], ends[2] = (-limits[0], limits[0]) if found[1] > 0 else (0, limits[1])
-        name = rows.stream_words(carray(pointer(stream), (6,), np.int64), how[6])
+        name = stream_words(carray(pointer(stream), (6,), np.int64), how[6])
         draws = how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC
         coding = (how[0], how[1], how[2])
+        finite = how[3] != GIVEN and not once and np.isfinite(found[2])
         by_image = images > 0 and draws  # without draws the order of the elements does not matter
         largest = np.zeros(images if by_image else tasks, np.int32)
         if by_image:
             for image in prange(images):
                 largest[image] = _image_task(
-                    x, half, image, pixels, channels, codes, coding, form, name, ends, how[4] or once
+                    x, half, image, pixels, channels, codes, coding, form, name, ends, finite, how[4] or once
                 )
         else:
             for task in prange(tasks):
                 stop = min(elements, (task + 1) * CHUNK)
                 largest[task] = _flat_task(
-                    x, half, task * CHUNK, stop, codes, fields, coding, form, name, ends, how[4] or once
+                    x, half, task * CHUNK, stop, codes, fields, coding, form, name, ends, finite, how[4] or once
                 )
         if once or (how[3] == GIVEN and how[4]):
             found[2] = rows.as_float(largest.max())

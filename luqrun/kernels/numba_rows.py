@@ -1,5 +1,5 @@
-"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: Philox, encoding,
-packing, and the ReLU's mask. numba_quantize and numba_loops drive them over whole tensors, on all cores.
+"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: encoding, packing,
+and the ReLU's mask. numba_quantize and numba_loops drive them over whole tensors, on all cores.
 
 `bits` are bit patterns: int32 of float32, and where it is said uint16 of bf16.
 """
@@ -13,10 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from luqrun.kernels.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SAMPLE_SLOTS
-
 u8, u16, u32, u64, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32, np.float64
-LOW = u64(0xFFFFFFFF)
 NEAREST, STOCHASTIC, FLUSH, UNUSED = 0, 1, 2, 3
 ABSMAX, SAWB, HINDSIGHT, GIVEN = 0, 1, 2, 3  # where the scale comes from
 MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNUSED}
@@ -30,7 +27,7 @@ _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdi
 
 def row_loop(**options):
     """Compile a loop. No fastmath by default: rounding must be IEEE's and NaN must survive. Flags that a loop depends
-    on are arguments: LLVM moves their tests out of it."""
+    on are arguments: LLVM moves the tests of one out of it."""
 
     def compiled(function):
         # numba's cache knows the file of a function, not those of the functions that it calls.
@@ -38,74 +35,6 @@ def row_loop(**options):
         return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
 
     return compiled
-
-
-@njit(inline="always", error_model="numpy")
-def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint64, of which only the low halves count: so the products need no other instructions."""
-    for _ in range(ROUNDS):
-        product0, product1 = u64(MULTIPLIERS[0]) * (c0 & LOW), u64(MULTIPLIERS[1]) * (c2 & LOW)
-        c0, c2 = (product1 >> u64(32)) ^ c1 ^ k0, (product0 >> u64(32)) ^ c3 ^ k1
-        c1, c3 = product1, product0
-        k0, k1 = (k0 + u64(KEY_INCREMENTS[0])) & LOW, (k1 + u64(KEY_INCREMENTS[1])) & LOW
-    return c0, c1, c2, c3
-
-
-@row_loop()
-def stream_words(stream, sample):
-    """philox.stream_words, as the uint64 array (4,) that the loops take."""
-    c3 = u64(stream[5] * SAMPLE_SLOTS + sample)
-    low, high = u64(stream[0]) & LOW, u64(stream[0]) >> u64(32)
-    words = _philox(u64(stream[1] * 4 + stream[2]), u64(stream[3]), u64(stream[4]), c3, low, high)
-    return np.array(words, dtype=np.uint64) & LOW
-
-
-@row_loop()
-def fill_words(words, group, count, name):
-    """Random words of elements 4 group and up, two to a uint64: word k of Philox counter group + j is 4 j + k."""
-    k0, k1, c2, c3 = name[0], name[1], name[2], name[3]
-    for j in range(count):
-        counter = u64(group) + u64(j)
-        w0, w1, w2, w3 = _philox(counter, counter >> u64(32), c2, c3, k0, k1)
-        words[2 * j], words[2 * j + 1] = (w0 & LOW) | (w1 << u64(32)), (w2 & LOW) | (w3 << u64(32))
-
-
-@row_loop()
-def _draw(counters, w0, w1, w2, w3, c2, c3, k0, k1):
-    for j in range(counters.size):
-        a, b, c, d = _philox(counters[j], counters[j] >> u64(32), c2, c3, k0, k1)
-        w0[j], w1[j], w2[j], w3[j] = u32(a), u32(b), u32(c), u32(d)
-
-
-@row_loop()
-def fill_pixels(drawn, counters, words, group, step, name):
-    """Random words of drawn (pixels, channels): four neighbouring pixels of a channel are the words of one counter.
-
-    Pixel 0 of channel 0 is counter `group`, channels are `step` counters apart. counters uint64 and words (4, n)
-    uint32 are scratch for n >= pixels / 4 * channels counters: one long loop, however few the channels.
-    """
-    channels, rows = u64(drawn.shape[1]), u64(drawn.shape[0] // 4)
-    for row in range(rows):
-        for channel in range(channels):
-            counters[row * channels + channel] = u64(group) + row + channel * u64(step)
-    _draw(counters[: rows * channels], words[0], words[1], words[2], words[3], name[2], name[3], name[0], name[1])
-    flat, source = drawn.reshape(-1), words.reshape(-1)
-    stride = u64(words.shape[1])
-    for row in range(rows):
-        for k in range(u64(4)):
-            to, at = (u64(4) * row + k) * channels, k * stride + row * channels
-            for channel in range(channels):
-                flat[to + channel] = source[at + channel]
-
-
-@row_loop()
-def transpose(word, drawn, pixels):
-    """drawn[pixel, channel] = word[channel * pixels + pixel]."""
-    flat = drawn.reshape(-1)
-    channels = u64(drawn.shape[1])
-    for pixel in range(u64(drawn.shape[0])):
-        for channel in range(channels):
-            flat[pixel * channels + channel] = word[channel * u64(pixels) + pixel]
 
 
 @row_loop()
@@ -212,41 +141,70 @@ def bits_of(typingctx, x):
     return types.int32(types.float32), codegen
 
 
+@intrinsic
+def float_of(typingctx, bits):
+    """The float32 of a bit pattern: the way back of bits_of."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
 @row_loop()
-def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow):
-    """Encode one row, all 1-D; words may be longer."""
+def _encode_powers(bits, out, words, scale, high, rounding, underflow, finite):
+    x = bits.view(np.float32)
+    for j in range(x.size):
+        ratio = min(abs(x[j]) / scale, high)
+        # A carry out of the mantissa is the step to the next power. Below 1 there is none: the power is 1.
+        carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
+        power = i32(i32(bits_of(max(ratio, f32(1))) + carry) & i32(0x7F800000))
+        if underflow == STOCHASTIC:
+            # Half the word < 2^31 ratio, subtracted the other way round: -2^31 is an int32, 2^31 is not.
+            kept = i32(i32(words[j] >> u32(1)) + i32(min(ratio, f32(1)) * f32(-2147483648))) < i32(0)
+        elif underflow == NEAREST:
+            kept = ratio >= f32(0.5)
+        else:
+            kept = ratio >= f32(1)
+        code = i32(float_of(i32(power | i32(bits[j] & i32(-2147483648))))) if kept else i32(0)
+        out[j] = code if finite or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
+
+
+@row_loop()
+def _encode_integers(bits, out, words, scale, low, high, rounding, finite):
+    x = bits.view(np.float32)
+    for j in range(x.size):
+        value = min(max(x[j] / scale, low), high)
+        if rounding == NEAREST:
+            code = i32(np.rint(value))
+        else:
+            # Of the magnitude: there the fraction is exact, also for a tiny negative value.
+            floor = np.floor(abs(value))
+            code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
+            code = -code if bits[j] < i32(0) else code
+        out[j] = code if finite or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
+
+
+@row_loop()
+def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow, finite):
+    """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0.
+
+    What LUQ uses gets loops of its own: LLVM keeps tests of several flags in a loop.
+    """
     if not scale > f32(0):
         out[:] = 0
-        return
-    x = bits.view(np.float32)
-    if logarithmic:
-        for j in range(x.size):
-            ratio = min(abs(x[j]) / scale, high)
-            carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
-            # A shift by more than 31 is undefined; below 1 its result is not used.
-            power = i32(i32(1) << i32(i32(i32(i32(bits_of(ratio) + carry) >> i32(23)) - i32(127)) & i32(31)))
-            if underflow == STOCHASTIC:
-                below = i32(i32(words[j] >> u32(1)) < i32(ratio * f32(2147483648)))
-            elif underflow == NEAREST:
-                below = i32(ratio >= f32(0.5))
+    elif logarithmic:
+        if rounding == STOCHASTIC and underflow == STOCHASTIC:
+            if finite:
+                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, True)
             else:
-                below = i32(0)
-            magnitude = power if ratio >= f32(1) else below
-            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
-            magnitude = magnitude if finite else i32(0)
-            out[j] = i32(-magnitude) if bits[j] < i32(0) else magnitude
+                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, False)
+        else:
+            _encode_powers(bits, out, words, scale, high, rounding, underflow, False)
+    elif rounding == NEAREST and finite:
+        _encode_integers(bits, out, words, scale, low, high, NEAREST, True)
     else:
-        for j in range(x.size):
-            value = min(max(x[j] / scale, low), high)
-            if rounding == NEAREST:
-                code = i32(np.rint(value))
-            else:
-                # Of the magnitude: there the fraction is exact, also for a tiny negative value.
-                floor = np.floor(abs(value))
-                code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
-                code = -code if bits[j] < i32(0) else code
-            finite = i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000)
-            out[j] = code if finite else i32(0)
+        _encode_integers(bits, out, words, scale, low, high, rounding, False)
 
 
 @row_loop()
