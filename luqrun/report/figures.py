@@ -69,7 +69,9 @@ def _curves(table: Table):
         return None
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel="validation top-1, %", title=table.title)
-    axes.legend(title="recipe (seeds); band: 1 standard deviation", fontsize=8, title_fontsize=8, frameon=False)
+    # Beside the curves: recipes that fail for a while leave no room among them.
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+    axes.legend(title="recipe (seeds);\nband: 1 standard deviation", fontsize=8, title_fontsize=8, **place)
     return figure
 
 
