@@ -285,3 +285,13 @@ def test_two_threads_at_once(route):
         thread.join(60)
         assert not thread.is_alive()
     assert not failures
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), list(product((1, 2, 5), (1, 2, 8), (1, 3, 16))))
+def test_products_of_thin_matrices_in_every_layout(rows, depth, columns):
+    lefts = codes(rows, depth), codes(depth, rows, seed=1).t()
+    rights = codes(depth, columns, seed=2), codes(columns, depth, seed=3).t()
+    for a, b in product(lefts, rights):
+        assert torch.equal(int8._multiply(a, b).long(), a.long() @ b.long())
+    g = codes(depth, rows, seed=1)
+    assert torch.equal(int8._sum_of_rows(g, rights[0]).long(), g.long().t() @ rights[0].long())

@@ -82,9 +82,16 @@ def _loops() -> ModuleType:
     return numba_loops
 
 
+def _unambiguous(x: Tensor) -> Tensor:
+    """A matrix of one row or column with the strides of a contiguous one: of a transposed one torch 2.14's integer
+    product makes something else, silently."""
+    return x.as_strided(x.shape, (x.shape[1], 1)) if 1 in x.shape and x.is_contiguous() else x
+
+
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """The integer product of int8 matrices, in scratch memory: int32."""
-    return torch._int_mm(a, b, out=_scratch("products", a.shape[0], b.shape[1], torch.int32))
+    out = _scratch("products", a.shape[0], b.shape[1], torch.int32)
+    return torch._int_mm(_unambiguous(a), _unambiguous(b), out=out)
 
 
 def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> None:
@@ -270,7 +277,7 @@ def _products(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
 def _sum_of_rows(g: Tensor, block: Tensor) -> Tensor:
     if len(block) == 0:
         return torch.zeros(g.shape[1], block.shape[1], dtype=torch.int32)
-    return torch._int_mm(g.t(), block)
+    return torch._int_mm(_unambiguous(g.t()), _unambiguous(block))
 
 
 def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
