@@ -13,6 +13,7 @@ from triton.runtime.driver import driver
 
 from luqrun.formats import FORMATS
 from luqrun.kernels import cuda
+from luqrun.quantizer import SAWB
 
 
 class H100:
@@ -60,6 +61,11 @@ def encode(x, form, rounding, underflow, dtype, packed, observe):
     cuda.encode(x, scale, signed, *names, stream, 3, dtype, packed, observe)
 
 
+def quantize(x, form, rounding, range, sawb, estimate, pow2_scale=False):
+    underflow = rounding if FORMATS[form].logarithmic else None
+    cuda.quantize(x, FORMATS[form], rounding, underflow, range, pow2_scale, sawb, estimate, stream, bf16, True)
+
+
 compiled, case = [], ""
 scale, signed, stream = tensor(dtype=torch.float32), tensor(dtype=torch.bool), tensor(6, dtype=torch.int64)
 bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
@@ -72,6 +78,9 @@ CASES = {
     "activation": lambda: encode(image, "int4", "nearest", None, bf16, True, False),
     "bytes": lambda: encode(tensor(2**20, dtype=fp32), "e3m0_div128", "nearest", "flush", torch.float16, True, False),
     "beyond 2^31": lambda: encode(tensor(2**32), "int4", "stochastic", None, int8, False, False),
+    "sawb": lambda: quantize(image, "int4", "nearest", "sawb", SAWB[4], None),
+    "power of two": lambda: quantize(image, "e3m0", "stochastic", "absmax", (0.0, 0.0), None, True),
+    "estimate": lambda: quantize(image, "e3m0", "stochastic", "hindsight", (0.0, 0.0), scale),
     "unpack": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["e3m0"], bf16),
     "unpack int4": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["int4"], int8),
     "moments": lambda: cuda.statistics(tensor(2**32), True),

@@ -6,10 +6,12 @@ import pytest
 import torch
 from kernel_inputs import COMPILED
 
+from luqrun import quantizer as quantizers
 from luqrun.formats import FORMATS
-from luqrun.kernels import reference
+from luqrun.kernels import ops, reference
 from luqrun.kernels.layout import is_channels_last
 from luqrun.kernels.philox import make_stream, random_words
+from luqrun.quantizer import SAWB, Quantizer
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -80,8 +82,9 @@ def assert_same_encoding(
         scale = finite.abs().max() / form.limit * 0.8 if finite.numel() else torch.tensor(1.0)
     signed = (x < 0).any() if signed is None else torch.tensor(signed)
     names = form, rounding, underflow, STREAM, 41, dtype, packed, observe
-    expected = reference.encode(x, scale, signed, *names)
-    codes, fields, maximum = cuda.encode(x.to(DEVICE), scale.to(DEVICE), signed.to(DEVICE), *names)
+    moved = x.to(DEVICE)  # what is not dense comes out dense on a GPU, perhaps in another memory format
+    expected = reference.encode(moved.cpu(), scale, signed, *names)
+    codes, fields, maximum = cuda.encode(moved, scale.to(DEVICE), signed.to(DEVICE), *names)
     assert_same(codes, expected[0])
     assert_same(fields, expected[1])
     assert (maximum.shape, maximum.dtype) == (expected[2].shape, torch.float32)
@@ -145,7 +148,8 @@ def test_nothing_but_codes_where_nothing_else_is_asked_for():
 
 @pytest.mark.parametrize("name", ["int4", "e3m0"])
 def test_a_quarter_million_draws(monkeypatch, name):
-    monkeypatch.setattr(cuda, "TILE", 2**18)  # one program, for the interpreter's sake
+    if not ON_GPU:
+        monkeypatch.setattr(cuda, "TILE", 2**18)  # one program, for the interpreter's sake
     assert_same_encoding(normal(2**18), FORMATS[name], "stochastic", "stochastic", packed=False)
 
 
@@ -234,6 +238,43 @@ def test_statistics_of_many_programs(monkeypatch):
         assert cuda.statistics(x.to(DEVICE), True)[0].isnan()
 
 
+QUANTIZERS = (
+    Quantizer("int4", range="sawb"),
+    Quantizer("int4", range="hindsight", pow2_scale=True),
+    Quantizer("e3m0", rounding="stochastic"),
+    Quantizer("e3m0", range="hindsight", rounding="stochastic", pow2_scale=True),
+)
+
+
+def assert_same_quantization(quantizer, x, hindsight, monkeypatch):
+    """All that Quantizer.run returns, in one call and composed of the reference's kernels."""
+    moved, estimate = x.to(DEVICE), torch.tensor(hindsight) if quantizer.range == "hindsight" else None
+    sawb = SAWB[quantizer.form.bits] if quantizer.range == "sawb" else (0.0, 0.0)
+    how = quantizer.form, quantizer.rounding, quantizer.underflow, quantizer.range, quantizer.pow2_scale, sawb
+    found = cuda.quantize(moved, *how, estimate, STREAM, torch.bfloat16, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizers, "fuses", lambda device_type: False)
+        patch.setattr(ops, "backend_for", lambda device_type: reference)
+        expected = quantizer.run(moved.cpu(), STREAM, estimate, torch.bfloat16, True)
+    for left, right in zip(found, expected, strict=True):
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert torch.equal(left.cpu().nan_to_num(-1.0), right.nan_to_num(-1.0)), (str(quantizer), hindsight)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # of the interpreter, with Inf
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_a_whole_quantization_of_every_kind_of_tensor(name, monkeypatch):
+    for quantizer in QUANTIZERS:
+        assert_same_quantization(quantizer, INPUTS[name], 0.7, monkeypatch)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS[1:], ids=str)
+def test_scales_of_every_magnitude(quantizer, monkeypatch):
+    for largest in (0.0, 2.0**-149, 5 * 2.0**-149, 2.0**-130, 1.5 * 2.0**-126, 0.3, 448.0, 3e38, torch.inf, torch.nan):
+        for hindsight in (0.0, largest, 2.0**-140) if quantizer.range == "hindsight" else (0.0,):
+            assert_same_quantization(quantizer, torch.tensor([largest, -largest / 3]), hindsight, monkeypatch)
+
+
 def test_statistics_read_nothing_where_there_is_an_estimate():
     x = torch.tensor([1.0, -3.0], device=DEVICE)
     for estimate, expected in ((0.5, [0.0] * 4), (0.0, [3.0, 1.0, 4.0, 10.0]), (torch.nan, [3.0, 1.0, 4.0, 10.0])):
@@ -253,8 +294,9 @@ def test_every_code_survives_packing(form):
 
 def test_packing_takes_the_order_of_memory():
     codes = torch.randint(-7, 8, (2, 3, 5, 3), dtype=torch.int8).to(memory_format=LAST)
-    for x in (codes, codes[:, :, 1:], codes.transpose(1, 3)):
-        assert_same(cuda.pack(x.to(DEVICE), FORMATS["int4"]), reference.pack(x, FORMATS["int4"]))
+    moved = codes.to(DEVICE)
+    for view in (lambda x: x, lambda x: x[:, :, 1:], lambda x: x.transpose(1, 3)):
+        assert_same(cuda.pack(view(moved), FORMATS["int4"]), reference.pack(view(codes), FORMATS["int4"]))
 
 
 @pytest.mark.parametrize("name", [name for name in INPUTS if name != "expanded"])

@@ -1,4 +1,4 @@
-"""The Triton kernels as a GPU gets them: compiled without one, chosen by device, and never waited for."""
+"""The Triton kernels as a GPU gets them: compiled without one, chosen by device, and as operators."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ ON_GPU = torch.cuda.is_available() and not triton.knobs.runtime.interpret
 STREAM = make_stream(5, 3, 2, 7, 1, 4)
 KERNELS = {
     *("encode_flat", "encode_channels_last", "pack", "unpack"),
-    *("statistics", "combine_statistics", "relu", "relu_backward"),
+    *("statistics", "combine_statistics", "choose_scale", "relu", "relu_backward"),
 }
 
 
@@ -48,28 +48,6 @@ def test_kernels_compile_for_a_gpu(tmp_path):
             assert not code["rearranged"], code
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-def test_the_host_never_waits():
-    x = torch.randn(64, 64, 32, 32, device="cuda").to(memory_format=torch.channels_last)
-    signed, stream, form = torch.tensor(True, device="cuda"), STREAM.cuda(), FORMATS["e3m0"]
-
-    def step():
-        scale = cuda.statistics(x, True)[0].float() / form.limit
-        names = form, "stochastic", "stochastic", stream, 0, torch.bfloat16, True, True
-        codes, fields, maximum = cuda.encode(x, scale, signed, *names)
-        cuda.relu_backward(x, cuda.relu_(x.clone()), True)
-        return codes, cuda.unpack(fields, x.shape, True, signed, form, torch.bfloat16), maximum
-
-    step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        codes, unpacked, maximum = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(codes, unpacked)
-    assert maximum == x.abs().max()
-
-
 @pytest.mark.skipif(ON_GPU, reason="with a GPU, Triton does not take CPU tensors")
 @pytest.mark.parametrize("shape", [(40,), (2, 3, 4, 4)])
 def test_operators_run_on_them(monkeypatch, shape):
@@ -84,6 +62,8 @@ def test_operators_run_on_them(monkeypatch, shape):
     torch.library.opcheck(torch.ops.luqrun.encode, (x, *rest), test_utils=checks)
     torch.library.opcheck(torch.ops.luqrun.statistics, (x, True), test_utils=checks)
     torch.library.opcheck(torch.ops.luqrun.relu_, (x.clone(),), test_utils=checks)
+    quantize = "int4", "nearest", None, "sawb", False, 12.1, 12.2, None, STREAM, torch.bfloat16, True
+    torch.library.opcheck(torch.ops.luqrun.quantize, (x, *quantize), test_utils=checks)
     unpack = found[1], list(shape), x.dim() == 4, rest[1], "int4", torch.int8
     torch.library.opcheck(torch.ops.luqrun.unpack, unpack, test_utils=checks)
 

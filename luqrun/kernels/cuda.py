@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -36,19 +37,60 @@ def describe() -> str:
 
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
     """See reference.statistics. The order of summation differs, but is the same in every run and on every GPU."""
-    if x.numel() == 0:
-        return torch.zeros(4, dtype=torch.float64, device=x.device)
-    x = _native(x)
-    programs = min(triton.cdiv(x.numel(), math.prod(STATISTICS_TILE)), STATISTICS_PROGRAMS)
-    partials = torch.empty(programs, 4, dtype=torch.float64, device=x.device)
-    unless = None if unless is None else unless.to(x.device)
-    options = {"MOMENTS": moments, "ROWS": STATISTICS_TILE[0], "COLUMNS": STATISTICS_TILE[1]}
-    _launch(kernels.statistics, programs, x, unless, partials, x.numel(), **options)
+    partials, programs = _partial_statistics(x, moments, unless)
     if programs == 1:
         return partials[0]
     total = torch.empty(4, dtype=torch.float64, device=x.device)
     _launch(kernels.combine_statistics, 1, partials, total, programs, BLOCK=STATISTICS_PROGRAMS)
     return total
+
+
+def _partial_statistics(x: Tensor, moments: bool, unless: Tensor | None) -> tuple[Tensor, int]:
+    """Statistics of parts of x, float64 (programs, 4), and how many they are: none of an empty x."""
+    x = _native(x)
+    programs = min(triton.cdiv(x.numel(), math.prod(STATISTICS_TILE)), STATISTICS_PROGRAMS)
+    partials = torch.empty(programs, 4, dtype=torch.float64, device=x.device)
+    if programs:
+        unless = None if unless is None else unless.to(x.device)
+        options = {"MOMENTS": moments, "ROWS": STATISTICS_TILE[0], "COLUMNS": STATISTICS_TILE[1]}
+        _launch(kernels.statistics, programs, x, unless, partials, x.numel(), **options)
+    return partials, programs
+
+
+def quantize(
+    x: Tensor,
+    form: Format,
+    rounding: str,
+    underflow: str | None,
+    range: str,
+    pow2_scale: bool,
+    sawb: tuple[float, float],
+    hindsight: Tensor | None,
+    stream: Tensor,
+    dtype: torch.dtype,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See luqrun.kernels.cpu.quantize: three launches, and with a hindsight maximum one pass over x."""
+    estimate = None if hindsight is None or range != "hindsight" else hindsight.to(x.device)
+    # Whether integer codes have a sign is known from the present alone.
+    once = estimate is not None and form.logarithmic
+    partials, programs = _partial_statistics(x, range == "sawb", estimate if once else None)
+    scale, signed, maximum = (
+        torch.empty((), dtype=each, device=x.device) for each in (torch.float32, torch.bool, torch.float32)
+    )
+    constants = {name: value for name, value in _constants(form).items() if "BITS" not in name}
+    how = {"SAWB": range == "sawb", "C1": _pattern(sawb[0]), "C2": _pattern(sawb[1]), "POW2": pow2_scale}
+    outputs = partials, estimate, scale, signed, maximum, programs, x.numel()
+    _launch(kernels.choose_scale, 1, *outputs, **constants, **how, CHECKED=not once, BLOCK=STATISTICS_PROGRAMS)
+    codes, fields, found = encode(x, scale, signed, form, rounding, underflow, stream, 0, dtype, packed, once)
+    if once:
+        maximum, scale = found, torch.where(found.isfinite(), scale, torch.nan)
+    return codes, scale, signed, fields, maximum
+
+
+def _pattern(value: float) -> int:
+    """The bits of a float64: as a number, Triton would round it to float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def encode(

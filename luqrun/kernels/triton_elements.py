@@ -22,6 +22,7 @@ TWO_23 = tl.constexpr(2.0**23)
 TWO_31 = tl.constexpr(2.0**31)
 TWO_126 = tl.constexpr(2.0**126)
 BITS_OF_ONE = tl.constexpr(0x3F800000)
+BITS_OF_SMALLEST_NORMAL = tl.constexpr(0x00800000)
 BITS_OF_TWO_23 = tl.constexpr(0x4B000000)
 EXPONENT = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x007FFFFF)
@@ -84,6 +85,34 @@ def words_of_elements(element, name):
     w0, w1, w2, w3 = words_of_groups(element, name)
     odd, upper = (element & 1) != 0, (element & 2) != 0
     return tl.where(upper, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
+
+
+@triton.jit
+def sawb_clip(sum1, sum2, count, C1: tl.constexpr, C2: tl.constexpr):
+    """c1 sqrt(E[x^2]) - c2 E|x| of count elements, float32. C1, C2: bit patterns, since float64 literals lose bits."""
+    c1 = tl.full((), C1, tl.int64).to(tl.float64, bitcast=True)
+    c2 = tl.full((), C2, tl.int64).to(tl.float64, bitcast=True)
+    count = tl.maximum(count, 1).to(tl.float64)
+    return (c1 * tl.sqrt(sum2 / count) - c2 * (sum1 / count)).to(tl.float32)
+
+
+@triton.jit
+def scale_of(clip, limit, POW2: tl.constexpr):
+    """Quantizer._scale, bit for bit; clip: float32 (), limit: float64 ().
+
+    The quotient goes by way of float64, since Triton's division of float32 is approximate: see `encode`.
+    """
+    wide = clip.to(tl.float64)
+    value = (wide / limit).to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True)
+    # Among subnormals the next number is one bit more.
+    bits += ((value.to(tl.float64) * limit < wide) & (bits < BITS_OF_SMALLEST_NORMAL)).to(tl.int32)
+    if POW2:
+        power = (bits + MANTISSA) & EXPONENT
+        fits = power.to(tl.float32, bitcast=True).to(tl.float64) * limit <= FLOAT32_MAX
+        finite = tl.abs(clip) <= FLOAT32_MAX
+        bits = tl.where(fits | ~finite, power, bits & EXPONENT)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 
 from luqrun.kernels.triton_elements import (
+    FLOAT32_MAX,
     encode,
     from_field,
     load,
     magnitude_bits,
+    sawb_clip,
+    scale_of,
     scaling,
     side_by_side,
     stream_words,
@@ -240,16 +243,56 @@ def statistics(x, unless, partials, numel, MOMENTS: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def combine_statistics(partials, total, programs, BLOCK: tl.constexpr):
-    """total: float64 (4,), the statistics of what `partials` (programs, 4) are the statistics of; one program."""
+def _combined(partials, programs, BLOCK: tl.constexpr):
+    """(bits of the maximum int32, any negative, and the two sums float64) of `partials` (programs, 4): scalars."""
     row = tl.arange(0, BLOCK)
     inside = row < programs
-    maximum = load(partials + row * 4, inside)
-    bits = tl.max(magnitude_bits(maximum), axis=0)
+    bits = tl.max(magnitude_bits(load(partials + row * 4, inside)), axis=0)
+    negative = tl.max(tl.load(partials + row * 4 + 1, mask=inside, other=0), axis=0)
+    sum1 = tl.sum(tl.load(partials + row * 4 + 2, mask=inside, other=0), axis=0)
+    sum2 = tl.sum(tl.load(partials + row * 4 + 3, mask=inside, other=0), axis=0)
+    return bits, negative, sum1, sum2
+
+
+@triton.jit
+def combine_statistics(partials, total, programs, BLOCK: tl.constexpr):
+    """total: float64 (4,), the statistics of what `partials` (programs, 4) are the statistics of; one program."""
+    bits, negative, sum1, sum2 = _combined(partials, programs, BLOCK)
     tl.store(total, bits.to(tl.float32, bitcast=True).to(tl.float64))
-    tl.store(total + 1, tl.max(tl.load(partials + row * 4 + 1, mask=inside, other=0), axis=0))
-    tl.store(total + 2, tl.sum(tl.load(partials + row * 4 + 2, mask=inside, other=0), axis=0))
-    tl.store(total + 3, tl.sum(tl.load(partials + row * 4 + 3, mask=inside, other=0), axis=0))
+    tl.store(total + 1, negative)
+    tl.store(total + 2, sum1)
+    tl.store(total + 3, sum2)
+
+
+@triton.jit(do_not_specialize=["programs", "count"])
+def choose_scale(
+    partials, estimate, scale, signed, maximum, programs, count,
+    LOGARITHMIC: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr,
+    SAWB: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, POW2: tl.constexpr, CHECKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantizer.measure from `partials` (programs, 4), the statistics of parts of count elements: one program.
+
+    scale: float32 (), signed: bool (), maximum: float32 (). estimate: float (), taken as the clip where positive; or
+    None. C1, C2: SAWB's coefficients as bit patterns of float64. CHECKED: a maximum that is not finite makes the
+    scale NaN.
+    """
+    bits, negative, sum1, sum2 = _combined(partials, programs, BLOCK)
+    largest = bits.to(tl.float32, bitcast=True)
+    clip = largest
+    if SAWB:
+        value = sawb_clip(sum1, sum2, count, C1, C2)
+        clip = tl.where(value > 0, tl.minimum(value, largest), largest)
+    if estimate is not None:
+        given = tl.load(estimate).to(tl.float32)
+        clip = tl.where(given > 0, given, largest)
+    both = tl.full((), True, tl.int1) if LOGARITHMIC else negative > 0
+    value = scale_of(clip, tl.where(both, LIMIT, UNSIGNED_LIMIT).to(tl.float64), POW2)
+    if CHECKED:
+        value = tl.where(tl.abs(largest) <= FLOAT32_MAX, value, float("nan"))
+    tl.store(scale, value)
+    tl.store(signed, both)
+    tl.store(maximum, largest)
 
 
 @triton.jit
