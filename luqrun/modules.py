@@ -46,10 +46,9 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
-        for device_type in {"cpu", next(module.parameters()).device.type}:
-            use_int8(device_type), fuses(device_type)  # loads the kernels, which a compiler cannot trace
         streams = [make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))]
         layer.streams, layer.dry_forwards = torch.stack(streams), 0
+        layer._settle()
         quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
         layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
         for operand in layer.remembers:
@@ -62,7 +61,16 @@ class QuantLayer(nn.Module):
         for key, buffer in self._buffers.items():
             if key.endswith("_hindsight"):  # float32 also in a half-precision model: gradients leave fp16's range
                 self._buffers[key] = buffer.float()
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
+        kernels, and would compile once more for streams that move in the first forward."""
+        device = next(self.parameters()).device
+        if device.type != "meta":  # there the names of the draws would be lost
+            use_int8(device.type), fuses(device.type)
+            self.streams = self.streams.to(device)
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""

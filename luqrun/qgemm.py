@@ -50,14 +50,16 @@ def rescale(product: Tensor, *operands: Operand) -> Tensor:
     """Multiply a GEMM's result by the scales of its operands: one pass, in place."""
     scales = [operand.scale for operand in operands if operand.scale is not None]
     if scales:
-        product.mul_(scales[0] if len(scales) == 1 else scales[0] * scales[1])
+        scale = scales[0] if len(scales) == 1 else scales[0] * scales[1]
+        # A GPU would round a 0-dim float32 scale to the product's bf16 first; one with a dimension it multiplies as
+        # float32. The CPU does so with both, but is slower with the second.
+        product.mul_(scale if product.is_cpu else scale.view(1))
     return product
 
 
 def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
     """dtype, or float32 where that is int8 and too small for the codes of `form`."""
-    too_small = dtype == torch.int8 and max(form.limit, form.unsigned_limit) > EXACT[dtype]
-    return torch.float32 if too_small else dtype
+    return torch.float32 if dtype == torch.int8 and form.code_dtype != torch.int8 else dtype
 
 
 class Kept(NamedTuple):

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import luqrun
+from luqrun import gemms, kernels
 from luqrun.convert import set_step
 from luqrun.formats import FORMATS
 from luqrun.kernels import cpu, int8, ops
@@ -186,6 +187,20 @@ def assert_same_steps(model, twin, network, bf16, steps=3):
         assert same(
             *([layer.streams for layer in each.modules() if hasattr(layer, "streams")] for each in (model, twin))
         )
+
+
+def test_a_model_that_was_quantized_elsewhere_compiles_whole(monkeypatch):
+    # As a run's, which moves to the GPU afterwards: the compiler must find the kernels of the new device loaded.
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "_fuses", {})
+    monkeypatch.setattr(gemms, "_int8_devices", {})
+    model = luqrun.quantize_model(nn.Linear(8, 4, device="meta"), RECIPES["luq"], skip=())
+    assert "cpu" not in kernels._fuses
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.weight.fill_(0.5), model.bias.zero_()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.ones(3, 8)), torch.full((3, 4), 4.0))
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
