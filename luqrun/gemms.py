@@ -6,7 +6,7 @@ codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luqrun import kernels
+from luqrun.formats import Format
 from luqrun.kernels import backend_for, int8, ops
 from luqrun.kernels.layout import empty, is_channels_last
 
@@ -32,12 +33,18 @@ def use_int8(device_type: str) -> bool:
     return _int8_devices[device_type]
 
 
-def describe(device_type: str) -> str:
-    """What the log and run.json say: the kernels that serve this device type, and the units that multiply codes."""
-    units = "floating point"
+def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
+    """What the log and run.json say: the kernels that serve this device type, the units that multiply codes, and
+    which of `forms` have others."""
+    units, exceptions = "floating point", []
     if use_int8(device_type):
         units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
-    return f"{kernels.describe(device_type)}, GEMMs in {units}"
+    for form in dict.fromkeys(forms):
+        if not kernels.know(form):
+            exceptions.append(f"{form.name} quantized in torch operations")
+        if use_int8(device_type) and form.code_dtype != torch.int8:
+            exceptions.append(f"GEMMs with {form.name} in floating point")
+    return ", ".join([kernels.describe(device_type), f"GEMMs in {units}", *exceptions])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from luqrun.config import GradientConfig, OperandConfig, check_at_least, check_choice
 from luqrun.errors import UserError
 from luqrun.formats import Format, get_format, pack
-from luqrun.kernels import fuses, ops
+from luqrun.kernels import fuses, know, ops
 from luqrun.kernels.philox import make_stream
 
 RANGES = ("absmax", "sawb", "hindsight")
@@ -222,7 +222,7 @@ class Quantizer:
         hindsight, share: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
         x = x.detach()
-        if fuses(x.device.type) and self.form.radix == 2 and share is None:
+        if fuses(x.device.type) and know(self.form) and share is None:
             sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
             how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
             return Encoded(*ops.quantize(x, *how, stream, dtype, packed))

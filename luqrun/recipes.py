@@ -10,6 +10,7 @@ from pathlib import Path
 
 from luqrun.config import QuantConfig, conf_dir
 from luqrun.errors import UserError
+from luqrun.formats import Format
 from luqrun.quantizer import Quantizer
 from luqrun.refusals import one_line
 
@@ -28,6 +29,11 @@ class Recipe:
     activation: Quantizer | None = None
     gradient: Quantizer | None = None
     skip: tuple[str, ...] = ("first", "last", "shortcut")
+
+    @property
+    def forms(self) -> list[Format]:
+        """The formats of the operands that are quantized."""
+        return [quantizer.form for quantizer in (self.weight, self.activation, self.gradient) if quantizer is not None]
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> Recipe:

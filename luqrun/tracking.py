@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -14,6 +15,8 @@ from luqrun.config import Config, flatten
 from luqrun.convert import quantized_layers
 from luqrun.recipes import OPERANDS
 from luqrun.run_folder import EVENTS, RunFolder, what_decides_the_result
+
+log = logging.getLogger(__name__)
 
 # The same in every run, so that the hyper-parameter tab can compare them.
 FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
@@ -126,3 +129,13 @@ def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
             if layer.health and operand in layer.health:
                 found[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
     return found
+
+
+def log_last_pass(model: nn.Module) -> None:
+    """Warn with what is known of each layer's last pass: its health, and the largest weight and gradient."""
+    for name, values in read_health(model).items():
+        log.warning("%s: %s", name, ", ".join(f"{metric} {number:.4g}" for metric, number in values.items()))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and parameter.grad is not None:
+            largest = [tensor.abs().max().item() for tensor in (parameter.detach(), parameter.grad)]
+            log.warning("%s: max|w| %.4g, max|gradient| %.4g", name, *largest)

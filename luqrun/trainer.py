@@ -31,7 +31,7 @@ from luqrun.resuming import find_start
 from luqrun.run_folder import SUMMARY, RunFolder, now
 from luqrun.schedules import build_optimizer, finetune_learning_rate, learning_rate
 from luqrun.stopping import ASKING, Requests, Stopped
-from luqrun.tracking import NoTracker, Tracker, read_health
+from luqrun.tracking import NoTracker, Tracker, log_last_pass
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for matmul by default
     folder.update_run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        kernel_backend=gemms.describe(device.type),
         threads=torch.get_num_threads(),
         world_size=ranks.world_size(),
     )
     trainer = Trainer(config, folder, device, requests)
+    folder.update_run(kernel_backend=trainer.kernels)
     try:
         with trainer.requests.deferred():
             trainer.fit()
@@ -80,6 +80,7 @@ class Trainer:
         self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
         self.data = build_dataset(config.dataset)
         self.recipe = Recipe.from_config(config.quant)
+        self.kernels = gemms.describe(device.type, self.recipe.forms)
         self.model = assembly.build(config, self.recipe, self.data, device)
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)
@@ -103,7 +104,7 @@ class Trainer:
         if quantized:
             skipped = ", ".join(config.quant.skip) or "none"
             log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
-        log.info("device %s, precision %s, kernels: %s", device, config.precision, gemms.describe(device.type))
+        log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
 
     def _resume(self) -> None:
         """Continue where `resume` and the folder say."""
@@ -224,26 +225,31 @@ class Trainer:
         set_step(self.model, step)
         self._examine(examine)
         self.optimizer.zero_grad(set_to_none=True)
-        total, correct, count = 0.0, 0, 0
+        passes, count = [], 0
         with assembly.eager(self.config.compile and examine):  # what a layer records, a compiled one cannot
             for number, (images, labels) in enumerate(micro_batches, 1):
                 with assembly.synchronizing(self.network, number == len(micro_batches)):
-                    loss, hits = self._forward_and_backward(images, labels, len(micro_batches))
-                loss, hits, seen = ranks.add_up([loss, hits, len(labels)])
-                total += loss / ranks.world_size()
-                if not math.isfinite(total):
+                    passes.append(self._forward_and_backward(images, labels, len(micro_batches)))
+                count += len(labels)
+                if examine and not math.isfinite(self._total(passes[-1:], 0)[0]):
                     break  # the layers' health is then that of the pass that failed
-                correct, count = correct + int(hits), count + int(seen)
-        return total / len(micro_batches), correct, count
+        loss, correct, count = self._total(passes, count)
+        return loss / len(micro_batches), int(correct), int(count)
 
-    def _forward_and_backward(self, images: Tensor, labels: Tensor, parts: int) -> tuple[float, int]:
-        """Add the gradients of a micro-batch, one of `parts`; returns (mean loss, correct)."""
+    def _total(self, passes: list[Tensor], images: int) -> tuple[float, float, float]:
+        """(sum of the mean losses, correct, images) over micro-batches and processes: the only wait for a GPU."""
+        losses, hits = zip(*torch.stack(passes).tolist(), strict=True)
+        loss, correct, count = ranks.add_up([sum(losses), sum(hits), images])
+        return loss / ranks.world_size(), correct, count
+
+    def _forward_and_backward(self, images: Tensor, labels: Tensor, parts: int) -> Tensor:
+        """Add the gradients of a micro-batch, one of `parts`; returns its mean loss and correct, float64 (2,)."""
         images, labels = self._to_device(images, labels)
         with self._autocast():
             logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
         (loss / parts).backward()
-        return loss.item(), (logits.detach().argmax(1) == labels).sum().item()
+        return torch.stack([loss.detach().double(), (logits.detach().argmax(1) == labels).sum().double()])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -324,12 +330,7 @@ class Trainer:
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""
-        for name, values in read_health(self.model).items():
-            log.warning("%s: %s", name, ", ".join(f"{metric} {number:.4g}" for metric, number in values.items()))
-        for name, parameter in self.model.named_parameters():
-            if parameter.ndim > 1 and parameter.grad is not None:
-                largest = [tensor.abs().max().item() for tensor in (parameter.detach(), parameter.grad)]
-                log.warning("%s: max|w| %.4g, max|gradient| %.4g", name, *largest)
+        log_last_pass(self.model)
         step, epoch = self.progress["step"], self.progress["epoch"] + 1
         raise Diverged(f"diverged: the {what} is {value} at step {step} (epoch {epoch})")
 

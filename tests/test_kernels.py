@@ -274,3 +274,14 @@ def test_backends_are_chosen_by_device_and_by_environment(monkeypatch):
     monkeypatch.setenv("LUQRUN_KERNELS", "cpu")
     with pytest.raises(UserError, match="cuda"):
         choose("cuda")
+
+
+def test_a_device_without_kernels_of_its_own_is_warned_of(monkeypatch, caplog):
+    monkeypatch.delenv("LUQRUN_KERNELS", raising=False)
+    assert kernels.backend_for.__wrapped__("mps") is reference
+    assert "no kernels for mps" in caplog.text
+    caplog.clear()
+    assert kernels.backend_for.__wrapped__("meta") is reference
+    monkeypatch.setenv("LUQRUN_KERNELS", "reference")
+    assert kernels.backend_for.__wrapped__("mps") is reference
+    assert not caplog.text

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from types import ModuleType
 
 from luqrun.errors import UserError
+from luqrun.formats import Format
+
+log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda"}  # by device; others have the reference
 KNOWN = ("reference", "cpu", "cuda")
@@ -30,6 +34,8 @@ def backend_for(device_type: str) -> ModuleType:
     interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # then it runs on CPU tensors
     if name != "reference" and device_type != name and not interpreted:
         raise UserError(f"LUQRUN_KERNELS={name} cannot serve tensors on {device_type}; unset it or use reference")
+    if forced is None and device_type not in BACKENDS and device_type != "meta":
+        log.warning("there are no kernels for %s: torch operations quantize there, slowly", device_type)
     try:
         return importlib.import_module(f"luqrun.kernels.{name}")
     except ModuleNotFoundError as error:
@@ -49,6 +55,11 @@ def fuses(device_type: str) -> bool:
     if device_type not in _fuses:
         _fuses[device_type] = hasattr(backend_for(device_type), "quantize")
     return _fuses[device_type]
+
+
+def know(form: Format) -> bool:
+    """Whether the kernels of cpu and cuda know this format. Radix 4 is there to compare with: torch's operations do."""
+    return form.radix == 2
 
 
 def describe(device_type: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luqrun.formats import Format, get_format
-from luqrun.kernels import backend_for, int8, reference
+from luqrun.kernels import backend_for, int8, know, reference
 from luqrun.kernels.layout import dense, empty
 
 _library = torch.library.Library("luqrun", "DEF")
@@ -42,8 +42,7 @@ def _operator(schema: str):
 
 
 def _backend(x: Tensor, form: Format):
-    # Radix 4 is there to compare with: torch's operations do.
-    return backend_for(x.device.type) if form.radix == 2 else reference
+    return backend_for(x.device.type) if know(form) else reference
 
 
 def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +79,7 @@ class encode:
     "Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class quantize:
-    """Of the CPU only: elsewhere Quantizer.run composes it, and the compiler may fuse what is between the kernels."""
+    """Measure, scale and encode in one call; kernels that lack it (the reference's) leave it to Quantizer.run."""
 
     def run(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
         how = get_format(format), rounding, underflow, range, pow2_scale, (c1, c2), hindsight
