@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from luqrun.report import figures, measured
-from luqrun.report.claims import HOLDS, Finding
+from luqrun.report.claims import Finding, how_tested
 from luqrun.report.layout import TITLES
 from luqrun.report.records import LeftOut, Record
 from luqrun.report.render import HEADER, line
@@ -40,10 +40,10 @@ def page(
     parts += [_measured(rounding, table) for table in measured.NAMES if measured.of_table(rounding, table)]
     if findings:
         items = (
-            f'<li class="{"holds" if finding.verdict == HOLDS else "open"}">{escape(str(finding))}</li>'
-            for finding in findings
+            f'<li class="{"holds" if finding.passes else "open"}">{escape(str(finding))}</li>' for finding in findings
         )
-        parts.append(f"<h2>What holds of the paper's claims</h2><ul>{''.join(items)}</ul>")
+        parts.append(f"<h2>What holds of the paper's claims</h2><p>{escape(how_tested(findings))}</p>")
+        parts.append(f"<ul>{''.join(items)}</ul>")
     if left_out:
         items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
         parts.append(f"<h2>Run folders left out</h2><ul>{''.join(items)}</ul>")
