@@ -238,6 +238,12 @@ def test_a_sweep_is_what_its_scale_promises(name):
             assert run_id(alone) in {run_id(earlier) for earlier in found[:at]}
 
 
+def test_the_contract_s_command_is_a_run_of_table_2():
+    (found,) = jobs("experiment/table2/resnet50_luq.yaml")
+    points = jobs("experiment/table2/paper.yaml")
+    assert [each for each in points if (each.model.name, each.quant.name) == ("resnet50", "luq")] == [found]
+
+
 def test_at_the_papers_scale_each_model_brings_its_schedule():
     schedules = {config.model.name: config.schedule for config in jobs("experiment/table2/paper.yaml")}
     assert {model: (each.name, each.optimizer, each.epochs) for model, each in schedules.items()} == {

@@ -27,13 +27,18 @@ class Cell:
         return {seed: run.top1 for seed, run in self.runs.items() if run.top1 is not None}
 
     @property
+    def spread(self) -> Spread | None:
+        """Of the values; None without any."""
+        return Spread.of(list(self.values.values())) if self.values else None
+
+    @property
     def diverged(self) -> int:
         return sum(run.diverged for run in self.runs.values())
 
     def ours(self) -> str:
         """Such as "78.9 ± 1.1 (3)", "diverged (2 of 3); 70.1 (1)", or "missing"."""
         parts = [f"diverged ({self.diverged} of {len(self.runs)})"] if self.diverged else []
-        parts += [str(Spread.of(list(self.values.values())))] if self.values else []
+        parts += [str(self.spread)] if self.values else []
         if self.missing:
             parts.append("missing" if not self.runs else f"{len(self.missing)} missing")
         return "; ".join(parts)
