@@ -33,7 +33,7 @@ def overrides(command: str) -> list[str]:
 def test_every_table_has_its_experiments():
     assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *NAMES}
     for table in BASELINES:
-        assert [scale for name, scale in EXPERIMENTS if name == table] == ["cifar", "glyphs", "paper"]
+        assert [scale for name, scale in EXPERIMENTS if name == table] == ["cifar", "cifar100", "glyphs", "paper"]
 
 
 @pytest.mark.parametrize(("table", "scale"), EXPERIMENTS)
@@ -61,7 +61,7 @@ def parse(override: str):
 
 @pytest.mark.parametrize(("table", "scale"), EXPERIMENTS)
 def test_every_command_parses_and_names_options_that_exist(table, scale):
-    needs_root = scale in ("cifar", "paper")
+    needs_root = scale in ("cifar", "cifar100", "paper")
     for wish in expected(table, scale):
         first, *others = [parse(override) for override in overrides(wish.command)]
         assert first.is_add()
@@ -141,7 +141,7 @@ def test_the_numbers_of_tables_2_and_3(row, model):
 
 def test_every_model_of_an_experiment_stands_for_one_of_the_paper():
     for table in ("table2", "table3"):
-        for scale in ("cifar", "glyphs", "paper"):
+        for scale in ("cifar", "cifar100", "glyphs", "paper"):
             assert {wish.row for wish in expected(table, scale)} <= set(MODELS)
     at_scale = {wish.row: MODELS[wish.row] for wish in expected("table2", "paper")}
     assert sorted(at_scale.values()) == sorted(TABLE_2)
