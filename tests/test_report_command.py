@@ -303,7 +303,9 @@ def test_measured_tables_are_on_a_page_with_their_runs(tmp_path, capsys):
     (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
     assert report(tmp_path, "--html") == 0
     assert "| RDN | int4 | [0, 1] | 0.5 (0.5) | 0 (0) | 0.125 (0.125) | 0.00 |" in capsys.readouterr().out
-    assert {each.name for each in (tmp_path / "tables").iterdir()} == {"table1.md", "measured.html", "findings.md"}
+    assert {each.name for each in (tmp_path / "tables").iterdir()} == {
+        "table1.md", "fig1a.md", "measured.html", "findings.md",
+    }  # fmt: skip
     page = Page((tmp_path / "tables" / "measured.html").read_text())
     assert ["RDN", "int4", "[0, 1]", "0.5 (0.5)", "0 (0)", "0.125 (0.125)", "0.00"] in page.rows
     assert len(page.links) == 1

@@ -132,7 +132,7 @@ def how_tested(findings: Sequence[Finding]) -> str:
         f"{len(findings)} claims, each tested alone, without a correction for their number: one that is not true is "
         f'said to hold with a chance of up to {1 - CONFIDENCE:.0%}. "{HOLDS}" and "{CONTRADICTED}": with '
         f"{CONFIDENCE:.0%} confidence, by Student's t over seeds, one-sided; where one side diverged, by a sign test "
-        f'of at least {ENOUGH} seeds. "{NOT_CONTRADICTED}": said of "not worse" alone, and no proof of it.'
+        f'of at least {ENOUGH} seeds. "{NOT_CONTRADICTED}": said of "not worse" and "unbiased", and no proof of it.'
     )
 
 

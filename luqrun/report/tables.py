@@ -111,10 +111,11 @@ def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[
     for record in records:
         if record.table in BASELINES and (not wanted or record.table in wanted):
             studies.setdefault((record.study, record.table, record.scale or ""), []).append(record)
-    return [_build(*key, runs) for key, runs in sorted(studies.items())]
+    return [build_table(*key, runs) for key, runs in sorted(studies.items())]
 
 
-def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
+def build_table(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
+    """The table of these records, one at least, which are all of this study, name and scale."""
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
     shared = tuple(given for given in records[0].overrides if all(given in record.overrides for record in records))
