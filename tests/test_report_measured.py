@@ -192,7 +192,7 @@ def test_the_measured_claims_hold_for_what_is_exact():
     found = verdicts(a_row("nearest"), a_row("stochastic", z=2.0))
     assert [str(each) for each in found.values()] == [
         f"measured/table1: {measured.CLOSED}: holds (points: 5)",
-        f"measured/table1: {measured.NEVER_BELOW}: holds (below at 0 of 5 points)",
+        f"measured/table1: {measured.NEVER_BELOW}: holds (below in 0 of 5 comparisons)",
         # At the two ends nothing is drawn: 3 points, and the normal quantile of 1 - 0.05 / 6 is 2.394.
         f"measured/table1: {measured.UNBIASED}: not contradicted "
         "(largest |z| of the bias 2.00, bound 2.39 for 3 points with 95% in all)",
@@ -213,7 +213,7 @@ def test_an_mse_of_stochastic_rounding_below_the_nearest_s():
     low = [0, 0.0625 - 1e-6, 0.25 - 1e-9, 0.1875, 0]  # the second by more than what is written rounds away
     found = verdicts(a_row("nearest"), a_row("stochastic", mse=low))
     assert found[measured.NEVER_BELOW].verdict == CONTRADICTED
-    assert found[measured.NEVER_BELOW].note == "below at 1 of 5 points"
+    assert found[measured.NEVER_BELOW].note == "below in 1 of 5 comparisons"
     assert found[measured.CLOSED].verdict == HOLDS
     apart = verdicts(a_row("nearest", form="e3m0"), a_row("stochastic", mse=low))  # another format's
     assert apart[measured.NEVER_BELOW].verdict == MISSING

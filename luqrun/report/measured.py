@@ -157,7 +157,7 @@ def _never_below(table: Measured) -> tuple[str, str]:
     if not pairs:
         return MISSING, ""
     below = sum(mine < theirs and not _equal(mine, theirs) for mine, theirs in pairs)
-    return CONTRADICTED if below else HOLDS, f"below at {below} of {len(pairs)} points"
+    return CONTRADICTED if below else HOLDS, f"below in {below} of {len(pairs)} comparisons"
 
 
 def _unbiased(table: Measured) -> tuple[str, str]:
