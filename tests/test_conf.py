@@ -178,10 +178,10 @@ def table_and_scale(name) -> tuple[str, str]:
     return tuple(name.removesuffix(".yaml").split("/")[1:])
 
 
-def test_every_table_is_there_at_three_scales():
+def test_every_table_is_there_at_every_scale():
     assert {table for table, _ in map(table_and_scale, SWEEPS)} == set(layout.TITLES)
     for table in layout.TITLES:
-        wanted = {"measured"} if table in ("table1", "fig1a") else {"glyphs", "cifar", "paper"}
+        wanted = {"measured"} if table in ("table1", "fig1a") else {"glyphs", "cifar", "cifar100", "paper"}
         assert {scale for other, scale in map(table_and_scale, SWEEPS) if other == table} == wanted
 
 
@@ -220,7 +220,8 @@ def test_a_run_says_which_table_row_and_column_it_is(name):
 def test_a_sweep_is_what_its_scale_promises(name):
     found, (table, scale) = jobs(name), table_and_scale(name)
     of_figure = table in ("fig1b", "fig1c", "fig5")
-    names = {"glyphs": "glyphs", "cifar": "cifar10", "paper": "cifar100" if of_figure else "imagenet"}
+    names = {"glyphs": "glyphs", "cifar": "cifar10", "cifar100": "cifar100"}
+    names["paper"] = "cifar100" if of_figure else "imagenet"
     if scale in names:
         assert {config.dataset.name for config in found} == {names[scale]}
         assert (found[0].dataset.root is None) == (scale == "glyphs")
@@ -236,6 +237,23 @@ def test_a_sweep_is_what_its_scale_promises(name):
         if tunes and config.finetune.epochs:
             alone = dataclasses.replace(config, finetune=FinetuneConfig(name="none"))
             assert run_id(alone) in {run_id(earlier) for earlier in found[:at]}
+
+
+@pytest.mark.parametrize("table", sorted({table for table, scale in map(table_and_scale, SWEEPS) if scale == "cifar"}))
+def test_cifar_100_is_the_same_sweep_in_a_study_of_its_own(table):
+    ten, hundred = (jobs(f"experiment/{table}/{scale}.yaml") for scale in ("cifar", "cifar100"))
+    for one, other in zip(ten, hundred, strict=True):
+        assert (one.study, other.study) == (f"cifar/{table}", f"cifar100/{table}")
+        again = dataclasses.replace(other, study=one.study)
+        again.dataset = dataclasses.replace(other.dataset, name="cifar10")
+        again.cell = dataclasses.replace(other.cell, scale="cifar")
+        assert again == one
+
+
+def test_the_contract_s_command_is_a_run_of_table_2():
+    (found,) = jobs("experiment/table2/resnet50_luq.yaml")
+    points = jobs("experiment/table2/paper.yaml")
+    assert [each for each in points if (each.model.name, each.quant.name) == ("resnet50", "luq")] == [found]
 
 
 def test_at_the_papers_scale_each_model_brings_its_schedule():

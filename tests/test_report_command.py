@@ -24,6 +24,9 @@ ORDERED = {
     "luq": [80.1, 80.5, 79.6],
 }
 
+# A recipe that diverges shows something from five seeds on.
+OF_FIVE_SEEDS = {row: [*values, *values[:2]] for row, values in ORDERED.items()}
+
 
 def report(outputs, *arguments) -> int:
     return main([str(outputs), *map(str, arguments)])
@@ -68,6 +71,13 @@ def test_the_script_ends_with_the_same_codes(tmp_path):
     wrong = script(tmp_path, "--table", "fig3")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
     assert wrong.stderr.startswith("tables.py: table fig3 is not known; allowed: ")
+
+
+def test_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "95%" in capsys.readouterr().out
 
 
 def test_empty_outputs_say_how_to_begin(tmp_path, capsys):
@@ -164,20 +174,38 @@ def out(study, tmp_path_factory):
     return folder
 
 
-def test_check_is_zero_where_every_claim_holds(study, tmp_path, capsys):
-    assert report(study, "--table", "fig2", "--check", "--out", tmp_path) == 0
+def test_check_is_zero_where_every_claim_holds(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    write_study(tmp_path, "fig2", OF_FIVE_SEEDS)
+    write_run(tmp_path, "fig2", "luq", seed=5, top1=float("nan"))
+    assert report(tmp_path, "--check") == 0
     printed = capsys.readouterr().out
-    assert printed.count(": holds") == 5
-    assert "luq-top1-seed3-0123abcd: summary.json holds NaN" in printed
+    assert printed.count(": holds (") == 5
+    assert "holds (diverged: luq in 0 of 5 seeds, uniform_sr in 5 of 5)" in printed
+    assert "5 claims, each tested alone, without a correction for their number" in printed
+    assert "luq-top1-seed5-0123abcd: summary.json holds NaN" in printed
+
+
+def test_check_takes_what_is_not_contradicted(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    samples = {"fp2_smp1": [50.0, 51.0, 52.0]}
+    samples |= {f"fp2_{scope}{n}": [50.5, 50.0, 52.5] for scope in ("smp", "both") for n in (2, 4, 8, 16)}
+    write_study(tmp_path, "fig5", {**samples, "forward_only": [50.1, 50.2, 52.3]})
+    pytest.importorskip("matplotlib")
+    assert report(tmp_path, "--check") == 0
+    printed = capsys.readouterr().out
+    assert (printed.count(": not contradicted ("), printed.count(": holds (")) == (8, 1)
 
 
 def test_check_is_one_where_a_claim_does_not_hold(study, tmp_path, capsys):
     assert report(study, "--table", "table2", "--check", "--out", tmp_path) == 1  # runs are missing
-    write_study(tmp_path, "fig2", {**ORDERED, "luq": [76.0, 77.5, 75.4]})  # FP4 + SU is above it
+    luq = [76.0, 77.5, 75.4, 76.0, 77.5]  # FP4 + SU is above it
+    write_study(tmp_path, "fig2", {**OF_FIVE_SEEDS, "luq": luq})
     capsys.readouterr()
     assert report(tmp_path, "--check") == 1
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == "--check: 1 of 5 claims do not hold in these runs"
+    assert printed.splitlines()[-1] == "--check: 1 of 5 claims are not shown in these runs"
     assert "LUQ is above FP4 + SU: contradicted" in printed
     assert report(tmp_path) == 0  # told, but no failure
 
@@ -275,7 +303,9 @@ def test_measured_tables_are_on_a_page_with_their_runs(tmp_path, capsys):
     (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
     assert report(tmp_path, "--html") == 0
     assert "| RDN | int4 | [0, 1] | 0.5 (0.5) | 0 (0) | 0.125 (0.125) | 0.00 |" in capsys.readouterr().out
-    assert {each.name for each in (tmp_path / "tables").iterdir()} == {"table1.md", "measured.html", "findings.md"}
+    assert {each.name for each in (tmp_path / "tables").iterdir()} == {
+        "table1.md", "fig1a.md", "measured.html", "findings.md",
+    }  # fmt: skip
     page = Page((tmp_path / "tables" / "measured.html").read_text())
     assert ["RDN", "int4", "[0, 1]", "0.5 (0.5)", "0 (0)", "0.125 (0.125)", "0.00"] in page.rows
     assert len(page.links) == 1

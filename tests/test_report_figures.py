@@ -1,21 +1,13 @@
-"""Figures from runs: what they draw, that they are written alike twice, and Table 1 with Fig. 1a as measured."""
+"""Figures from runs: what they draw, and that they are written alike twice."""
 
-import itertools
 import sys
 
 import pytest
-import torch
-from report_runs import DIVERGED, a_table, config_text, hide, run_json
-from running import composed, quiet_machine
+from report_runs import DIVERGED, a_table, hide
 
-from luqrun import rounding
 from luqrun.errors import UserError
-from luqrun.report import figures, measured
-from luqrun.report.records import read_outputs
-from luqrun.run_folder import RunFolder
-from luqrun.validate import to_config
+from luqrun.report import figures
 
-POINTS, DRAWS = 41, 64
 SCOPES = ("averaged for wgrad", "averaged for wgrad and dgrad")
 
 
@@ -131,74 +123,3 @@ def test_png_and_svg_are_written_and_the_svg_is_the_same_again(plt, tmp_path):
     assert written[0][1].read_text().rstrip().endswith("</svg>")
     assert written[0][1].read_bytes() == written[1][1].read_bytes()
     assert plt.get_fignums() == []
-
-
-@pytest.fixture(scope="module")
-def studies(tmp_path_factory):
-    """What task=rounding leaves behind for two tables, with few draws."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    recipes = ("forward_only", "forward_sr", "backward_nearest", "backward_only", "biased_log")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "DRAWS", DRAWS)
-        for name, table in itertools.product(recipes, measured.NAMES):
-            path = outputs / "measured" / table / f"rounding-{name}-seed0-01234567"
-            path.mkdir(parents=True)
-            cell = {"table": table, "scale": "measured", "row": name, "column": "rounding"}
-            (path / "config.yaml").write_text(config_text(cell, 0, f"measured/{table}"))
-            RunFolder(path).write_json("run.json", run_json("running", [f"quant={name}"]))
-            with quiet_machine(outputs):
-                rounding.run(to_config(composed("task=rounding", f"quant={name}")), RunFolder(path))
-    return outputs
-
-
-def test_measured_runs_are_read(studies):
-    records, left_out = read_outputs(studies)
-    assert left_out == []
-    assert {len(measured.of_table(records, name)) for name in measured.NAMES} == {5}
-    assert all(record.top1 is None and not record.diverged for record in records)
-
-
-def test_measured_runs_with_nan_are_left_out(studies, tmp_path):
-    path = tmp_path / "measured" / "table1" / "run"
-    path.mkdir(parents=True)
-    for name in ("config.yaml", "run.json", "summary.json"):
-        text = next(studies.glob(f"measured/table1/*forward_sr*/{name}")).read_text()
-        (path / name).write_text(text.replace('"z": ', '"z": NaN, "was": ', 1))
-    records, (left_out,) = read_outputs(tmp_path)
-    assert (records, left_out.reason) == ([], "summary.json holds NaN")
-
-
-def test_table_1_sets_the_measured_beside_the_closed_forms(studies):
-    records, _ = read_outputs(studies)
-    found = {row[:3]: row[3:] for row in measured.lines(measured.of_table(records, "table1"))}
-    assert all(len(row) == len(measured.HEADER) for row in measured.lines(records))
-    # Round to nearest over [0, 1] at 0, 1/40, ...: bias at most 1/2, no variance, and a mean of min(x, 1-x)^2.
-    grid = [i / 40 for i in range(POINTS)]
-    mse = sum(min(x, 1 - x) ** 2 for x in grid) / POINTS
-    assert found["RDN", "int4", "[0, 1]"] == ("0.5 (0.5)", "0 (0)", f"{mse:.4g} ({mse:.4g})", "0.00")
-    bias, variance, mse, z = found["SR", "int4", "[0, 1]"]
-    mean = sum(x * (1 - x) for x in grid) / POINTS
-    assert [text.partition(" ")[2] for text in (bias, variance, mse)] == ["(0)", "(0.25)", f"({mean:.4g})"]
-    assert float(mse.split()[0]) == pytest.approx(mean, rel=0.2)
-    assert 0 < float(z) < 5
-    # FP4: below the smallest level stochastic, or pruned with a bias of up to nearly 1.
-    assert found["SR", "e3m0", "[0, 1]"][0].endswith("(0)")
-    assert found["pruned", "e3m0", "[0, 1]"][0] == "0.975 (0.975)"
-    assert found["RDN", "e3m0", "[32, 64]"][0] == "16 (16)"
-    assert len(found) == len({row[:3] for row in measured.lines(records)})
-
-
-def test_fig_1a_is_drawn_from_the_lowest_bin_of_an_integer_format(plt, studies):
-    records, _ = read_outputs(studies)
-    figure = measured.draw(measured.of_table(records, "fig1a"))
-    (axes,) = figure.axes
-    assert labels(axes) == ["RDN, closed form", "RDN, measured", "SR, closed form", "SR, measured"]
-    lines = {line.get_label(): line for line in axes.lines}
-    x = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    assert torch.tensor(lines["SR, closed form"].get_ydata()).allclose(x * (1 - x), atol=1e-7)
-    assert torch.tensor(lines["RDN, measured"].get_ydata()).allclose(torch.minimum(x, 1 - x) ** 2, atol=1e-7)
-    assert list(lines["RDN, measured"].get_ydata()) == pytest.approx(list(lines["RDN, closed form"].get_ydata()))
-    plt.close(figure)
-    assert measured.draw([]) is None
-    only_gradients = [record for record in records if record.row == "backward_only"]
-    assert measured.draw(only_gradients) is None

@@ -185,14 +185,29 @@ def test_duplicates_are_all_left_out_and_name_each_other(tmp_path):
     for name in ("one", "two", "three"):
         write_run(tmp_path, name=name)
     other = write_run(tmp_path, seed=1)
+    config = yaml.safe_load((tmp_path / "glyphs/fig2/two/config.yaml").read_text())
+    config["quant"]["skip"], config["schedule"]["epochs"] = [], 3
+    (tmp_path / "glyphs/fig2/two/config.yaml").write_text(yaml.safe_dump(config))
     records, left_out = read_outputs(tmp_path)
     assert [record.path for record in records] == [other]
     reasons = {each.path.name: each.reason for each in left_out}
+    same, skip = "nor do their settings differ", ["first", "last", "shortcut"]
+    apart = f"quant.skip={skip} instead of [], schedule.epochs=6 instead of 3"
+    advice = "; a study=NAME of its own for one of them tells them apart"
     assert reasons == {
-        "one": "duplicated: the same cell and seed as three, two",
-        "two": "duplicated: the same cell and seed as one, three",
-        "three": "duplicated: the same cell and seed as one, two",
-    }
+        "one": f"duplicated: the same cell and seed as three ({same}), two ({apart}){advice}",
+        "two": "duplicated: the same cell and seed as "
+        + ", ".join(f"{each} (quant.skip=[] instead of {skip}, schedule.epochs=3 instead of 6)"
+                    for each in ("one", "three")) + advice,
+        "three": f"duplicated: the same cell and seed as one ({same}), two ({apart}){advice}",
+    }  # fmt: skip
+
+
+def test_a_copied_run_is_no_other_study(tmp_path):
+    for name in ("one", "two"):
+        write_run(tmp_path, name=name)
+    _, left_out = read_outputs(tmp_path)
+    assert left_out[0].reason == "duplicated: the same cell and seed as two (nor do their settings differ)"
 
 
 @pytest.mark.parametrize("other", [{"study": "again/fig2"}, {"table": "options", "study": "glyphs/fig2"}, {"seed": 7}])

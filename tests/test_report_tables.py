@@ -53,6 +53,8 @@ def test_bounds_of_a_single_value_are_infinite_and_more_need_scipy(monkeypatch):
 
 def test_means_and_paired_differences_by_hand():
     table = a_table("fig2", {"fp32": FP32, "luq": LUQ})
+    assert cell(table, "fp32").spread == Spread(82.0, 2.0, 3)
+    assert cell(table, "fp4_sr").spread is None
     assert cell(table, "fp32").ours().startswith("82.0 ± 2.0 (3)")
     assert cell(table, "luq").ours().startswith("81.0 ± 2.6 (3)")
     assert table.difference(cell(table, "luq")) == Spread(-1.0, 1.0, 3)  # not sqrt(4 + 7): the seeds are the same
@@ -95,6 +97,9 @@ def test_the_baselines_of_the_tables():
     assert table.difference(cell(table, "resnet8", "luq_smp2_fnt1")).mean == -0.5
     table = a_table("fig5", {"forward_only": [80.0], "fp2_smp1": [30.0]})
     assert table.difference(cell(table, "fp2_smp1")).mean == -50.0
+    table = a_table("options", {"fp32": [80.0], "luq": [79.0], "luq_pow2": [78.5]})  # an option against LUQ without it
+    assert table.difference(cell(table, "luq_pow2")).mean == -0.5
+    assert [line(table, cell(table, row))[2] for row in ("fp32", "luq")] == ["+1.0 (1)", "baseline"]
 
 
 def test_only_the_baseline_is_called_baseline():
@@ -212,13 +217,20 @@ def test_missing_runs_are_given_what_the_others_were_given():
     table = a_table("fig2", {"fp32": {0: 80.0}, "luq": {0: 79.0}}, scale="cifar", study="mine/fig2", more=given)
     (wish,) = [wish for wish in cell(table, "luq").missing if wish.seed == 1]
     assert shlex.split(wish.command) == [
-        "luqrun", "+experiment=fig2/cifar", "seed=1", "quant=luq", "dataset.root=DIR",
-        "study=mine/fig2", "schedule.epochs=5", "model=resnet8", "quant.skip=[first]",
+        "luqrun", "+experiment=fig2/cifar", "seed=1", "quant=luq",
+        "study=mine/fig2", "schedule.epochs=5", "model=resnet8", "dataset.root=/data", "quant.skip=[first]",
     ]  # fmt: skip
     assert "'quant.skip=[first]'" in wish.command
     records = [a_record("fig2", "fp32", "top1", seed, 80.0, more=more) for seed, more in ((0, ["device=cpu"]), (1, []))]
     (table,) = build_tables(records)  # only one of them was given it
     assert cell(table, "luq").missing[0].command == "luqrun +experiment=fig2/glyphs seed=0 quant=luq"
+    records = [
+        a_record("fig2", "fp32", "top1", seed, 80.0, scale="cifar", more=[f"dataset.root=/data{seed}"])
+        for seed in (0, 1)
+    ]
+    (table,) = build_tables(records)  # two roots: which is meant is not known
+    shown = cell(table, "luq").missing[0].command
+    assert shown == "luqrun +experiment=fig2/cifar seed=0 quant=luq dataset.root=DIR"
 
 
 def test_cells_beyond_the_experiment_stay():

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from luqrun.report.spread import Spread, bounds
-from luqrun.report.tables import Table
+from luqrun.report.tables import Cell, Table
 
 CONFIDENCE = 0.95
-HOLDS, NOT_SHOWN, CONTRADICTED, MISSING = "holds", "not shown", "contradicted", "runs are missing"
+ENOUGH = 5  # seeds for a sign test: all of n one way has a chance of 0.5^n, 3 % for 5
+HOLDS, NOT_CONTRADICTED = "holds", "not contradicted"
+NOT_SHOWN, CONTRADICTED, MISSING = "not shown", "contradicted", "runs are missing"
 
 
 @dataclass(frozen=True)
 class Claim:
     """A weighted sum of cells is above a margin, in points of top-1.
 
-    cells: (row or None for each row, column) to weight. strict: it must be above with confidence; else it holds
-    unless it is below with confidence ("not worse beyond noise").
+    cells: (row or None for each row, column) to weight. strict: it must be above with confidence; else it is enough
+    that it is not below with confidence ("not worse"), which is called "not contradicted".
     """
 
     table: str
@@ -39,14 +41,32 @@ def _beside(table: str, text: str, better: str, worse: str, **more) -> Claim:
 
 
 def _samples() -> list[Claim]:
-    """Of samples that are averaged for both GEMMs, as in the paper's reference code."""
-    names = {1: "fp2_smp1", **{count: f"fp2_both{count}" for count in (2, 4, 8, 16)}}
+    """Of samples averaged for the weight gradient alone (the default), and for both GEMMs (the reference code)."""
+    counts = (1, 2, 4, 8, 16)
+    names = {
+        "the weight gradient": {count: f"fp2_smp{count}" for count in counts},
+        "both GEMMs": {1: "fp2_smp1", **{count: f"fp2_both{count}" for count in counts[1:]}},
+    }
     more = [
-        _above("fig5", f"{b} samples are not worse than {a}", names[b], names[a], strict=False)
-        for a, b in pairwise(names)
+        _above("fig5", f"{b} samples averaged for {where} are not worse than {a}", of[b], of[a], strict=False)
+        for where, of in names.items()
+        for a, b in pairwise(counts)
     ]
-    near = "16 samples come within 1 point of full-precision gradients"
-    return [*more, _above("fig5", near, names[16], "forward_only", margin=-1.0)]
+    near = "16 samples averaged for both GEMMs come within 1 point of full-precision gradients"
+    return [*more, _above("fig5", near, "fp2_both16", "forward_only", margin=-1.0)]
+
+
+def _finetunes() -> list[Claim]:
+    """At least half of the loss, fp32 less LUQ + SMP, is gone after FNT; and so it is against fp32 trained as long."""
+    found = []
+    for count, epochs in enumerate(("one epoch", "two epochs", "three epochs"), 1):
+        loss = {(None, "fp32_none"): 0.5, (None, "luq_smp2_none"): -0.5}
+        tuned, longer = (None, f"luq_smp2_fnt{count}"), (None, f"fp32_fnt{count}")
+        recovered = {tuned: 1.0, (None, "luq_smp2_none"): -0.5, (None, "fp32_none"): -0.5}
+        text = f"{epochs} of FNT recover{'s' if count == 1 else ''} at least half of the loss of LUQ + SMP"
+        same = f"after {epochs} of FNT, LUQ + SMP lacks at most half as much of fp32 after as many (our control)"
+        found += [Claim("table3", text, recovered), Claim("table3", same, {**loss, longer: -1.0, tuned: 1.0})]
+    return found
 
 
 CLAIMS = (
@@ -60,11 +80,7 @@ CLAIMS = (
     _beside("table2", "fp32 is above LUQ + SMP", "fp32", "luq_smp2"),
     _beside("table2", "LUQ + SMP is not worse than LUQ", "luq_smp2", "luq", strict=False),
     _beside("table3", "fp32 is above LUQ + SMP", "fp32_none", "luq_smp2_none"),
-    Claim(
-        "table3",
-        "three epochs of FNT recover at least half of the loss of LUQ + SMP",
-        {(None, "luq_smp2_fnt3"): 1.0, (None, "luq_smp2_none"): -0.5, (None, "fp32_none"): -0.5},
-    ),
+    *_finetunes(),
     _beside("table6", "4-bit gradients cost more than a 4-bit forward", "forward_only", "backward_only"),
     *_samples(),
     _above("options", "hindsight costs at most 1 point", "luq_hindsight", "luq", margin=-1.0),
@@ -74,7 +90,11 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What our numbers say of a claim. spread: of the sum less the margin, over seeds; low, high: its bounds."""
+    """What our numbers say of a claim.
+
+    spread: of the sum of cells, over the seeds that all of them finished; low, high: the bounds of its mean. note: what
+    else decides, such as the seeds that diverged.
+    """
 
     study: str
     claim: Claim
@@ -83,16 +103,37 @@ class Finding:
     spread: Spread | None = None
     low: float | None = None
     high: float | None = None
+    note: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Whether --check accepts it."""
+        return self.verdict in (HOLDS, NOT_CONTRADICTED)
 
     def __str__(self):
         where = f"{self.study}" + (f", {self.row}" if self.row else "")
-        if self.spread is None:
-            return f"{where}: {self.claim.text}: {self.verdict}"
-        margin = f" of the margin {self.claim.margin:g}" if self.claim.margin else ""
-        return (
-            f"{where}: {self.claim.text}: {self.verdict} ({self.spread.mean:+.2f} points{margin}, "
-            f"seeds: {self.spread.count}, {CONFIDENCE:.0%} bounds {self.low:+.2f} and {self.high:+.2f})"
-        )
+        parts = [self.note] if self.note else []
+        if self.spread is not None:
+            claimed, of = "", ""
+            if self.claim.margin:
+                claimed, of = f", at least {self.claim.margin:+g} claimed", " of the difference"
+            parts += [
+                f"{self.spread.mean:+.2f} points{claimed}",
+                f"bounds{of} {self.low:+.2f} and {self.high:+.2f}, each with {CONFIDENCE:.0%}",
+                f"seeds: {self.spread.count}",
+            ]
+        why = f" ({'; '.join(parts)})" if parts else ""
+        return f"{where}: {self.claim.text}: {self.verdict}{why}"
+
+
+def how_tested(findings: Sequence[Finding]) -> str:
+    """What a reader of the findings must know: their number, and that nothing corrects for it."""
+    return (
+        f"{len(findings)} claims, each tested alone, without a correction for their number: one that is not true is "
+        f'said to hold with a chance of up to {1 - CONFIDENCE:.0%}. "{HOLDS}" and "{CONTRADICTED}": with '
+        f"{CONFIDENCE:.0%} confidence, by Student's t over seeds, one-sided; where one side diverged, by a sign test "
+        f'of at least {ENOUGH} seeds. "{NOT_CONTRADICTED}": said of "not worse" and "unbiased", and no proof of it.'
+    )
 
 
 def check_claims(tables: Sequence[Table]) -> list[Finding]:
@@ -110,18 +151,37 @@ def _test(table: Table, claim: Claim, row: str | None) -> Finding:
     cells = [(table.cells.get((own or row, column)), weight) for (own, column), weight in claim.cells.items()]
     if any(cell is None or not cell.runs for cell, _ in cells):
         return Finding(table.study, claim, row, MISSING)
-    diverged = [(cell, weight) for cell, weight in cells if cell.diverged]
-    if any(weight > 0 for _, weight in diverged):  # a diverged run is worse than any number
-        return Finding(table.study, claim, row, CONTRADICTED)
-    if any(cell.diverged == len(cell.runs) for cell, _ in diverged):
-        return Finding(table.study, claim, row, HOLDS)
+    common = set.intersection(*(set(cell.runs) for cell, _ in cells))
+    if not common:
+        return Finding(table.study, claim, row, MISSING, note="no seed in common")
+    note = _diverged(claim, cells)
+    sides = {weight > 0 for cell, weight in cells if cell.diverged}
+    if len(sides) > 1 or (sides and len(cells) > 2):  # a tie, or a sum that is not known
+        return Finding(table.study, claim, row, NOT_SHOWN, note=note)
+    if any(cell.diverged == len(cell.runs) for cell, _ in cells):  # worse than any number
+        shown = CONTRADICTED if True in sides else HOLDS
+        return Finding(table.study, claim, row, shown if len(common) >= ENOUGH else NOT_SHOWN, note=note)
     seeds = sorted(set.intersection(*(set(cell.values) for cell, _ in cells)))
     if not seeds:
-        return Finding(table.study, claim, row, MISSING)
-    sums = [sum(weight * cell.values[seed] for cell, weight in cells) - claim.margin for seed in seeds]
+        return Finding(table.study, claim, row, NOT_SHOWN, note=note)
+    sums = [sum(weight * cell.values[seed] for cell, weight in cells) for seed in seeds]
     low, high = bounds(sums, CONFIDENCE)
-    if high < 0:  # what diverged in some of the seeds speaks for the claim, but with no known confidence
-        verdict = NOT_SHOWN if diverged else CONTRADICTED
+    if low > claim.margin:
+        verdict = HOLDS
+    elif high < claim.margin:
+        verdict = CONTRADICTED
     else:
-        verdict = HOLDS if low > 0 or (not claim.strict and len(seeds) > 1) else NOT_SHOWN
-    return Finding(table.study, claim, row, verdict, Spread.of(sums), low, high)
+        verdict = NOT_SHOWN if claim.strict or len(seeds) < 2 else NOT_CONTRADICTED
+    if sides and (verdict == CONTRADICTED) != (True in sides):  # the seeds that diverged say the opposite
+        verdict = NOT_SHOWN
+    return Finding(table.study, claim, row, verdict, Spread.of(sums), low, high, note)
+
+
+def _diverged(claim: Claim, cells: Sequence[tuple[Cell, float]]) -> str:
+    """Such as "diverged: luq in 0 of 3 seeds, uniform_sr in 3 of 3"; "" where no run did."""
+    if not any(cell.diverged for cell, _ in cells):
+        return ""
+    names = [row or column for row, column in claim.cells]
+    counts = [f"{cell.diverged} of {len(cell.runs)}" for cell, _ in cells]
+    first, *others = [f"{name} in {count}" for name, count in zip(names, counts, strict=True)]
+    return "diverged: " + ", ".join([f"{first} seeds", *others])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from luqrun.errors import UserError
 from luqrun.report import figures, measured
-from luqrun.report.claims import CONFIDENCE, HOLDS, check_claims
+from luqrun.report.claims import CONFIDENCE, NOT_CONTRADICTED, check_claims
 from luqrun.report.html import page
-from luqrun.report.layout import TITLES, check_tables
+from luqrun.report.layout import check_tables
 from luqrun.report.records import LeftOut, Record, printable, read_outputs
 from luqrun.report.render import csv_text, markdown, markdown_findings
 from luqrun.report.settings import of_one_kind
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"fail where a claim of the paper is not shown with {CONFIDENCE:.0%} confidence",
+        help=f"fail where a claim of the paper is not shown with {CONFIDENCE:.0%} confidence "
+        f"(of 'not worse' it is enough that it is {NOT_CONTRADICTED})".replace("%", "%%"),
     )
     chosen = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,33 +50,34 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
         raise UserError(f"{outputs} is not a folder; it must hold studies, as outputs/ does")
     records, left_out = read_outputs(outputs)
     records, others = of_one_kind(records)
-    left_out = [LeftOut(_within(each.path, outputs), printable(each.reason)) for each in [*left_out, *others]]
     tables = build_tables(records, wanted)
-    rounding = [record for record in records if record.rounding and (not wanted or record.table in wanted)]
-    findings = check_claims(tables) if tables else []
+    rounding, again = measured.build_measured(records, wanted)
+    left_out = [LeftOut(_within(each.path, outputs), printable(each.reason)) for each in [*left_out, *others, *again]]
+    findings = check_claims(tables) + measured.check_measured(rounding)
     out.mkdir(parents=True, exist_ok=True)
     for table in tables:
         name = _flat(table.study)
         if sum(_flat(other.study) == name for other in tables) > 1:  # one study, several tables
             name += f"-{table.name}-{table.scale}"
         _write_table(table, out, name)
-    for name in measured.NAMES:
-        _write_measured(name, measured.of_table(rounding, name), out)
+    for each in rounding:
+        alone = sum(other.name == each.name for other in rounding) == 1
+        _write_measured(each, out, each.name if alone else f"{each.name}-{_flat(each.study)}")
     notes = markdown_findings(findings, left_out)
     if not tables and not rounding:
         print(f"no runs of tables under {outputs}; luqrun -m +experiment=fig2/glyphs makes some")
     print(notes, end="")
     _write(out / "findings.md", notes)
     if html:
-        shown = [table.study for table in tables] + [record.study for record in rounding]
+        shown = [table.study for table in [*tables, *rounding]]
         for name in sorted({study.split("/")[0] for study in shown}):
             _write(out / f"{_flat(name)}.html", _page(name, tables, rounding, findings, left_out))
-    failed = [finding for finding in findings if finding.verdict != HOLDS]
+    failed = [finding for finding in findings if not finding.passes]
     if check and not findings:
         print("--check: there is no run of a table that the paper makes claims about")
         return 1
     if check and failed:
-        print(f"--check: {len(failed)} of {len(findings)} claims do not hold in these runs")
+        print(f"--check: {len(failed)} of {len(findings)} claims are not shown in these runs")
         return 1
     return 0
 
@@ -96,16 +98,11 @@ def _write_table(table: Table, out: Path, name: str) -> None:
         figures.save(figure, out, name)
 
 
-def _write_measured(name: str, records: Sequence[Record], out: Path) -> None:
-    if not records:
-        return
-    rows = [measured.HEADER, ["---"] * len(measured.HEADER), *measured.lines(records)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    draws = records[0].rounding[0]["draws"]
-    text = f"## {TITLES[name]}\n\n{table}\n\nIn brackets the closed form; {draws} draws a point.\n"
+def _write_measured(table: measured.Measured, out: Path, name: str) -> None:
+    text = measured.markdown(table)
     print(text)
     _write(out / f"{name}.md", text)
-    figure = measured.draw(records) if name == "fig1a" else None
+    figure = measured.draw(table)
     if figure is not None:
         figures.save(figure, out, name)
 
@@ -117,7 +114,7 @@ def _page(name: str, tables, rounding, findings, left_out) -> str:
     return page(
         name,
         [table for table in tables if ours(table.study)],
-        [record for record in rounding if ours(record.study)],
+        [table for table in rounding if ours(table.study)],
         [finding for finding in findings if ours(finding.study)],
         left_out,
     )

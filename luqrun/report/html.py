@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from luqrun.report import figures, measured
-from luqrun.report.claims import HOLDS, Finding
-from luqrun.report.layout import TITLES
+from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
 from luqrun.report.render import HEADER, line
 from luqrun.report.tables import Table
@@ -30,26 +29,26 @@ details { margin: .3rem 0; } details:target { outline: 2px solid #06c; }
 def page(
     name: str,
     tables: Sequence[Table],
-    rounding: Sequence[Record],
+    rounding: Sequence[measured.Measured],
     findings: Sequence[Finding],
     left_out: Sequence[LeftOut],
 ) -> str:
     """The page of the studies under outputs/`name`."""
     parts = [f"<h1>{escape(name)}</h1>"]
     parts += [_table(table) for table in tables]
-    parts += [_measured(rounding, table) for table in measured.NAMES if measured.of_table(rounding, table)]
+    parts += [_measured(table) for table in rounding]
     if findings:
         items = (
-            f'<li class="{"holds" if finding.verdict == HOLDS else "open"}">{escape(str(finding))}</li>'
-            for finding in findings
+            f'<li class="{"holds" if finding.passes else "open"}">{escape(str(finding))}</li>' for finding in findings
         )
-        parts.append(f"<h2>What holds of the paper's claims</h2><ul>{''.join(items)}</ul>")
+        parts.append(f"<h2>What holds of the paper's claims</h2><p>{escape(how_tested(findings))}</p>")
+        parts.append(f"<ul>{''.join(items)}</ul>")
     if left_out:
         items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
         parts.append(f"<h2>Run folders left out</h2><ul>{''.join(items)}</ul>")
     records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
     parts.append("<h2>Runs</h2>")
-    parts += [_run(record) for record in [*records, *rounding]]
+    parts += [_run(record) for record in [*records, *(record for table in rounding for record in table.records)]]
     head = f'<meta charset="utf-8"><title>luqrun: {escape(name)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
@@ -63,22 +62,23 @@ def _table(table: Table) -> str:
         cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
-    missing, commands = table.missing()
-    listed = ""
-    if missing:
-        shown = escape("\n".join(commands))
-        listed = f"<details><summary>{missing} missing runs</summary><pre>{shown}</pre></details>"
     body = _html_table((*HEADER, "runs by seed"), rows)
-    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
+    return f"<h2>{escape(table.title)}</h2>{body}{_missing(*table.missing())}{_svg(figures.draw(table))}"
 
 
-def _measured(records: Sequence[Record], name: str) -> str:
-    chosen = measured.of_table(records, name)
-    figure = measured.draw(chosen) if name == "fig1a" else None
-    rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in measured.lines(chosen)]
-    links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in chosen)
-    note = f"<p>In brackets the closed form. Runs: {links}.</p>"
-    return f"<h2>{escape(TITLES[name])}</h2>{_html_table(measured.HEADER, rows)}{note}{_svg(figure)}"
+def _missing(count: int, commands: Sequence[str]) -> str:
+    if not count:
+        return ""
+    shown = escape("\n".join(commands))
+    return f"<details><summary>{count} missing runs</summary><pre>{shown}</pre></details>"
+
+
+def _measured(table: measured.Measured) -> str:
+    rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in table.lines()]
+    links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in table.records)
+    body = _html_table(measured.HEADER, rows) + f"<p>In brackets the closed form. Runs: {links}.</p>" if rows else ""
+    missing = _missing(table.missing, table.commands)
+    return f"<h2>{escape(table.title)}</h2>{body}{missing}{_svg(measured.draw(table))}"
 
 
 def _html_table(header: Sequence[str], rows: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ MODELS = {
 TABLE2 = {
     "luq": {"ResNet-18": 69.09, "ResNet-50": 75.42, "MobileNet-V2": 69.55, "ResNeXt-50": 76.02, "ViT-B": 73.7},
     "luq_smp2": {"ResNet-18": 69.24, "ResNet-50": 75.63, "MobileNet-V2": 69.7, "ResNeXt-50": 76.12, "ViT-B": 74.1},
-    # Ultra-low's own numbers: ours has its radix and its two phases, not its scales and exceptions.
+    # Ultra-low's own, and said to be so: ours has its radix and its two phases, not its scales and exceptions.
     "radix4_tpr": {"ResNet-18": 68.27, "ResNet-50": 74.01, "MobileNet-V2": 68.85},
 }
 TABLE3 = {
@@ -62,7 +62,8 @@ def published(table: str, row: str, column: str) -> Published | None:
         return Published(values[row], "ResNet-50") if row in values else None
     if table == "table2" and model is not None:
         value = BASELINES.get(model) if column == "fp32" else TABLE2.get(column, {}).get(model)
-        return None if value is None else Published(value, model)
+        what = f"{model}, Ultra-low" if column == "radix4_tpr" else model
+        return None if value is None else Published(value, what)
     if table == "table3" and model is not None:
         quant, _, finetune = column.rpartition("_")
         if column == "fp32_none":

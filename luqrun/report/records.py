@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from luqrun import __version__
+from luqrun.config import flatten
 from luqrun.errors import UserError
 from luqrun.report.layout import TITLES
-from luqrun.run_folder import METRICS, RUN, SUMMARY
+from luqrun.run_folder import METRICS, NOT_IN_RESULT, RUN, SUMMARY
 
 CONFIG = "config.yaml"
 ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
@@ -53,6 +55,20 @@ class Record:
     def overrides(self) -> list[str]:
         return self.run.get("overrides") or []
 
+    def settings(self) -> dict:
+        """Its config with dotted keys, without what does not change the result (as in luqrun.run_folder)."""
+        config = yaml.safe_load(self.config)
+        if config.get("task") == "rounding":
+            return flatten({name: config.get(name) for name in ("task", "quant", "seed")})
+        settings = flatten({name: value for name, value in config.items() if name not in NOT_IN_RESULT[""]})
+        unused = [f"{part}.{name}" for part, names in NOT_IN_RESULT.items() if part for name in names]
+        if settings.get("dataset.name") == "folder" and isinstance(settings.get("dataset.root"), str):
+            unused.remove("dataset.root")  # here the root is the data set
+            settings["dataset.root"] = os.path.abspath(settings["dataset.root"])
+        if settings.get("finetune.epochs") == 0:
+            unused += [key for key in settings if key.startswith("finetune.") and key != "finetune.epochs"]
+        return {key: value for key, value in settings.items() if key not in unused}
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -66,6 +82,13 @@ def printable(text: str) -> str:
     """In one line, without what a terminal or a file may not take, and not too long."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:1000])
     return shown + ("..." if len(text) > 1000 else "")
+
+
+def differences(own: dict, other: dict) -> str:
+    """Such as "schedule.epochs=1 instead of 6": the first three keys that differ, and how many more; "" for none."""
+    keys = [key for key in sorted(own.keys() | other.keys()) if own.get(key) != other.get(key)]
+    shown = [f"{key}={own.get(key)} instead of {other.get(key)}" for key in keys[:3]]
+    return ", ".join(shown + ([f"and {len(keys) - 3} more"] if keys[3:] else []))
 
 
 class _Unusable(Exception):
@@ -102,10 +125,20 @@ def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
     for same in by_cell.values():
         if len(same) == 1:
             kept += same
-        for record in same if len(same) > 1 else ():
-            others = ", ".join(other.path.name for other in same if other is not record)
-            left_out.append(LeftOut(record.path, f"duplicated: the same cell and seed as {others}"))
+        else:
+            left_out += _duplicates(same)
     return kept, left_out
+
+
+def _duplicates(same: list[Record]) -> list[LeftOut]:
+    settings = [record.settings() for record in same]
+    found = []
+    for record, own in zip(same, settings, strict=True):
+        others = [(each, differences(own, its)) for each, its in zip(same, settings, strict=True) if each is not record]
+        named = ", ".join(f"{each.path.name} ({why or 'nor do their settings differ'})" for each, why in others)
+        advice = "; a study=NAME of its own for one of them tells them apart" if any(why for _, why in others) else ""
+        found.append(LeftOut(record.path, f"duplicated: the same cell and seed as {named}{advice}"))
+    return found
 
 
 def read_run(path: Path, outputs: Path) -> Record | None:

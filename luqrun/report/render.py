@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from luqrun.report.claims import Finding
+from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut
 from luqrun.report.tables import Cell, Table
 
@@ -70,7 +70,8 @@ def markdown_findings(findings: Sequence[Finding], left_out: Sequence[LeftOut]) 
     """What holds of the paper's claims, and the folders that were not counted."""
     lines = []
     if findings:
-        lines += ["## What holds of the paper's claims", "", *(f"- {finding}" for finding in findings), ""]
+        lines += ["## What holds of the paper's claims", "", how_tested(findings), ""]
+        lines += [*(f"- {finding}" for finding in findings), ""]
     if left_out:
         lines += ["## Run folders left out", "", *(f"- {each.path}: {each.reason}" for each in left_out), ""]
     return "\n".join(lines)

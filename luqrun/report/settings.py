@@ -6,50 +6,48 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-import yaml
+from luqrun.report.records import LeftOut, Record, differences
 
-from luqrun.config import flatten
-from luqrun.report.records import LeftOut, Record
-from luqrun.run_folder import NOT_IN_RESULT
-
-VARIED = ("quant", "finetune", "seed", "model")  # what tables compare; a model brings its schedule
+OF_A_CELL = ("quant", "finetune", "model")  # what tables compare; a model brings its schedule
 
 
 def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
-    """The records whose settings most runs of their study and model have, and the others by name.
+    """The records that were trained as most of their table and of their cell were, and the others by name.
 
-    Where no settings are in the majority, all are left out: which are meant cannot be known.
+    Of a table, runs of one model share all settings but recipe, fine-tune and seed; the runs of a cell share all but
+    the seed. Where no settings are in the majority, all are left out: which are meant cannot be known.
     """
-    groups: dict[tuple, list[tuple[Record, dict]]] = {}
+    of_table, of_cell, left_out = {}, {}, []
     for record in records:
-        config = yaml.safe_load(record.config)
-        model = (config.get("model") or {}).get("name") if isinstance(config.get("model"), dict) else None
-        key = record.study, record.table, record.scale, json.dumps(model)
-        groups.setdefault(key, []).append((record, flatten(_settings(config))))
-    kept, left_out = [], []
-    for group in groups.values():
-        counts = Counter(json.dumps(settings, sort_keys=True) for _, settings in group)
-        (usual, count), *others = counts.most_common()
-        tied = bool(others) and others[0][1] == count
-        for record, settings in group:
-            if not tied and json.dumps(settings, sort_keys=True) == usual:
-                kept.append(record)
-            else:
-                left_out.append(LeftOut(record.path, _reason(settings, json.loads(usual))))
+        table = record.study, record.table, record.scale
+        settings = record.settings()
+        own = {key: value for key, value in settings.items() if key.partition(".")[0] in OF_A_CELL}
+        rest = {key: value for key, value in settings.items() if key not in own and key != "seed"}
+        model = json.dumps(settings.get("model.name"))
+        of_table.setdefault((*table, model), []).append((record, rest))
+        of_cell[id(record)] = (*table, record.row, record.column), own
+    cells: dict[tuple, list[tuple[Record, dict]]] = {}
+    for group in of_table.values():
+        for record, _ in _usual(group, "table", left_out):
+            cell, own = of_cell[id(record)]
+            cells.setdefault(cell, []).append((record, own))
+    kept = [record for group in cells.values() for record, _ in _usual(group, "cell", left_out)]
     return kept, left_out
 
 
-def _settings(config: dict) -> dict:
-    values = {name: value for name, value in config.items() if name not in (*VARIED, *NOT_IN_RESULT[""])}
-    for part, names in NOT_IN_RESULT.items():
-        if part and isinstance(values.get(part), dict):
-            values[part] = {name: value for name, value in values[part].items() if name not in names}
-    return values
-
-
-def _reason(own: dict, usual: dict) -> str:
-    keys = [key for key in sorted(own.keys() | usual.keys()) if own.get(key) != usual.get(key)]
-    if not keys:
-        return "the runs of its table were trained in different ways, none of them in the majority"
-    shown = ", ".join(f"{key}={own.get(key)} instead of {usual.get(key)}" for key in keys[:3])
-    return f"trained in another way than most runs of its table: {shown}"
+def _usual(group: list[tuple[Record, dict]], of: str, left_out: list[LeftOut]) -> list[tuple[Record, dict]]:
+    """Those of a group that have the settings of most; the others are added to left_out."""
+    counts = Counter(json.dumps(settings, sort_keys=True) for _, settings in group)
+    (usual, count), *others = counts.most_common()
+    tied = bool(others) and others[0][1] == count
+    kept = []
+    for record, settings in group:
+        own = json.dumps(settings, sort_keys=True)
+        if own == usual and not tied:
+            kept.append((record, settings))
+            continue
+        other = json.loads(usual if own != usual else others[0][0])
+        most = f"others of its {of}, and neither are most" if tied else f"most runs of its {of}"
+        reason = f"trained in another way than {most}: {differences(settings, other)}"
+        left_out.append(LeftOut(record.path, reason))
+    return kept

@@ -27,13 +27,18 @@ class Cell:
         return {seed: run.top1 for seed, run in self.runs.items() if run.top1 is not None}
 
     @property
+    def spread(self) -> Spread | None:
+        """Of the values; None without any."""
+        return Spread.of(list(self.values.values())) if self.values else None
+
+    @property
     def diverged(self) -> int:
         return sum(run.diverged for run in self.runs.values())
 
     def ours(self) -> str:
         """Such as "78.9 ± 1.1 (3)", "diverged (2 of 3); 70.1 (1)", or "missing"."""
         parts = [f"diverged ({self.diverged} of {len(self.runs)})"] if self.diverged else []
-        parts += [str(Spread.of(list(self.values.values())))] if self.values else []
+        parts += [str(self.spread)] if self.values else []
         if self.missing:
             parts.append("missing" if not self.runs else f"{len(self.missing)} missing")
         return "; ".join(parts)
@@ -106,10 +111,11 @@ def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[
     for record in records:
         if record.table in BASELINES and (not wanted or record.table in wanted):
             studies.setdefault((record.study, record.table, record.scale or ""), []).append(record)
-    return [_build(*key, runs) for key, runs in sorted(studies.items())]
+    return [build_table(*key, runs) for key, runs in sorted(studies.items())]
 
 
-def _build(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
+def build_table(study: str, name: str, scale: str, records: Sequence[Record]) -> Table:
+    """The table of these records, one at least, which are all of this study, name and scale."""
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
     shared = tuple(given for given in records[0].overrides if all(given in record.overrides for record in records))
