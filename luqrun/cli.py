@@ -162,6 +162,7 @@ def job(composed: DictConfig) -> float | None:
     if not folder.writes:
         _only_warn()
     summary = failure = None
+    requests = Requests()
     try:
         with handled() as requests, ExitStack() as held:
             config = to_config(composed)
@@ -207,6 +208,8 @@ def job(composed: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.RUN:
             _refuse(failure)
     if failure is not None:  # raised here, without the first error as its context: that holds the job's tensors
+        if requests.received is not None:  # asked to stop, it failed at that: the sweep ends all the same
+            sys.exit(Stopped(requests.received).exit_code)
         raise failure
     return _objective(summary)
 

@@ -108,6 +108,18 @@ def test_interrupted_between_two_jobs(luqrun, monkeypatch):
     assert complaints(result) == ["luqrun: interrupted; the same command goes on with what is missing"]
 
 
+def test_a_job_that_fails_when_asked_to_stop_ends_the_sweep(luqrun, monkeypatch):
+    def full(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    result = luqrun("-m", *FAST, "seed=0,1")
+    assert result.code == 128 + signal.SIGTERM
+    assert table(result)["seed=1"] == "not run"
+    assert complaints(result)[0].startswith("luqrun: the disk is full")
+
+
 def test_two_sweeps_at_once_share_their_jobs(tmp_path, cache, monkeypatch):
     fit = Trainer.fit
 
