@@ -11,7 +11,7 @@ from luqrun.report import figures, measured
 from luqrun.report.claims import HOLDS, Finding
 from luqrun.report.layout import TITLES
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import HEADER, line
+from luqrun.report.render import HEADER, line, whole_command
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -46,7 +46,7 @@ def page(
         parts.append(f"<h2>What holds of the paper's claims</h2><ul>{''.join(items)}</ul>")
     if left_out:
         items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
-        parts.append(f"<h2>Run folders left out</h2><ul>{''.join(items)}</ul>")
+        parts.append(f"<h2>Runs left out</h2><ul>{''.join(items)}</ul>")
     records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
     parts.append("<h2>Runs</h2>")
     parts += [_run(record) for record in [*records, *rounding]]
@@ -64,10 +64,11 @@ def _table(table: Table) -> str:
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
     missing, commands = table.missing()
-    listed = ""
+    whole = whole_command(table)
+    listed = f"<p>All of it is one command:</p><pre>{escape(whole)}</pre>" if whole else ""
     if missing:
         shown = escape("\n".join(commands))
-        listed = f"<details><summary>{missing} missing runs</summary><pre>{shown}</pre></details>"
+        listed += f"<details><summary>{missing} missing runs</summary><pre>{shown}</pre></details>"
     body = _html_table((*HEADER, "runs by seed"), rows)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
 
