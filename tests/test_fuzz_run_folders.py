@@ -352,7 +352,7 @@ def test_pictures_of_a_garbled_run(work, done):
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr("luqrun.report.pictures.draw_health", lambda run: None)
-        patch.setattr("luqrun.report.pictures.draw_gradients", lambda name, gradient: None)
+        patch.setattr("luqrun.report.pictures.draw_gradients", lambda gradient: None)
         patch.setattr("luqrun.report.pictures.save", lambda figure, out, name: [])
         folder = shutil.copytree(work, Path(temporary) / "work")
         (run,) = (path.parent for path in folder.rglob("run.json"))
