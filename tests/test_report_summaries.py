@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from report_runs import DIVERGED, write_measured, write_run, write_study
+from shell import ROOT
 
 from luqrun import __version__
+from luqrun.config import Config
 from luqrun.report import summaries
 from luqrun.report.command import main
 from luqrun.report.records import read_outputs
 from luqrun.report.summaries import read_inputs, read_summaries
+from luqrun.run_folder import run_id
 
 
 def publish(outputs, folder, name="glyphs-fig2") -> Path:
@@ -239,3 +243,18 @@ def test_a_config_without_end_is_left_out(tmp_path):
     deep = json.dumps({**entry["config"], "deep": "DEEP"}).replace('"DEEP"', "[" * 600 + "]" * 600)
     path.write_text("[" + json.dumps({**entry, "config": "CONFIG"}).replace('"CONFIG"', deep) + "]")
     assert "configuration" in only_left_out(path).reason or "cannot be read" in only_left_out(path).reason
+
+
+PUBLISHED = sorted((ROOT / "outputs" / "published").glob("*-*.json"))
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="only a checkout has outputs/published")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_settings_are_those_that_the_run_id_was_made_of(path):
+    entries = json.loads(path.read_text())
+    for entry in (entries[0], entries[-1]):
+        config = OmegaConf.to_object(OmegaConf.merge(Config, entry["config"]))
+        if config.dataset.name == "folder":  # the id is also of where the images were
+            assert entry["run"].startswith(run_id(config).rpartition("-")[0] + "-")
+        else:
+            assert entry["run"] == run_id(config)

@@ -43,10 +43,10 @@ def markdown(table: Table) -> str:
         "",
         "Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data.",
     ]
-    lines += _made_by(whole_command(table))
     missing, commands = table.missing()
     if missing:
         lines += ["", f"Missing runs ({missing}):", "```", *commands, "```"]
+    lines += _made_by(whole_command(table))
     return "\n".join(lines) + "\n"
 
 
