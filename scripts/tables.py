@@ -1,7 +1,8 @@
-"""The paper's tables and figures from run folders; luqrun/report does the work.
+"""The paper's tables and figures from run folders and summaries; luqrun/report does the work.
 
-python scripts/tables.py outputs/                   Markdown, CSV and figures of what is there, in outputs/tables/
+python scripts/tables.py outputs/                   Markdown, CSV, JSON and figures of what is there, in outputs/tables/
 python scripts/tables.py outputs/ --html --check    pages too; fails where the paper's ordering is not shown
+python scripts/tables.py outputs/ outputs/published --out outputs/published    runs added to the published ones
 """
 
 import sys

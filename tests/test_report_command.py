@@ -1,28 +1,18 @@
-"""scripts/tables.py: what it writes, prints and exits with; and the pages, parsed and looked at in a browser."""
+"""scripts/tables.py: what it writes, prints and exits with."""
 
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
+from html import escape
+from statistics import fmean, stdev
 
 import pytest
-from report_runs import DIVERGED, hide, write_run, write_study
+from report_runs import DIVERGED, ORDERED, hide, write_measured, write_run, write_study, write_two_tables
 from shell import ROOT, environment
 
 from luqrun.report.command import main
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-ORDERED = {
-    "fp32": [82.0, 82.6, 81.4],
-    "biased_log": [70.1, 71.0, 69.5],
-    "fp4_sr": [75.0, 75.9, 74.5],
-    "fp4_su": [77.0, 77.8, 76.6],
-    "uniform_sr": [DIVERGED] * 3,
-    "luq": [80.1, 80.5, 79.6],
-}
 
 # A recipe that diverges shows something from five seeds on.
 OF_FIVE_SEEDS = {row: [*values, *values[:2]] for row, values in ORDERED.items()}
@@ -30,6 +20,11 @@ OF_FIVE_SEEDS = {row: [*values, *values[:2]] for row, values in ORDERED.items()}
 
 def report(outputs, *arguments) -> int:
     return main([str(outputs), *map(str, arguments)])
+
+
+def files_of(name) -> set[str]:
+    """Those of a table without a figure."""
+    return {f"{name}-cells.csv", *(f"{name}.{ending}" for ending in ("csv", "json", "md"))}
 
 
 def refused(capsys, *arguments) -> str:
@@ -83,7 +78,7 @@ def test_help_is_printed(capsys):
 def test_empty_outputs_say_how_to_begin(tmp_path, capsys):
     assert report(tmp_path) == 0
     assert "no runs of tables under" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["findings.md"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["README.md", "findings.md"]
     assert report(tmp_path, "--check") == 1  # what is not there does not hold
 
 
@@ -94,8 +89,8 @@ def test_a_table_of_numbers_needs_no_extra(tmp_path, capsys, monkeypatch):
     write_run(tmp_path, "table2", "resnet8", "luq", 1, status="running", name="going")
     assert report(tmp_path, "--html") == 0
     printed, out = capsys.readouterr().out, tmp_path / "tables"
-    names = ["findings.md", "glyphs-table2.csv", "glyphs-table2.json", "glyphs-table2.md", "glyphs.html"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = {"README.md", "findings.md", "glyphs.html", *files_of("glyphs-table2")}
+    assert {path.name for path in out.iterdir()} == names
     assert "| resnet8, luq | 79.2 (1); 2 missing | −0.8 (1) | 69.09 (ResNet-18) | −0.61 |" in printed
     assert "luqrun -m +experiment=table2/glyphs model=resnet8 seed=1,2 quant=luq\n" in printed
     assert (out / "glyphs-table2.md").read_text() in printed
@@ -127,7 +122,22 @@ def test_two_tables_of_one_study_do_not_overwrite_each_other(tmp_path):
     write_run(tmp_path, "table6", "resnet8", "luq", study="other", name="three")
     report(tmp_path)
     names = {path.name for path in (tmp_path / "tables").glob("*.md")}
-    assert names == {"mine-table2-glyphs.md", "mine-table6-glyphs.md", "other.md", "findings.md"}
+    assert names == {"mine-table2-glyphs.md", "mine-table6-glyphs.md", "other.md", "findings.md", "README.md"}
+
+
+def test_studies_that_are_called_alike_do_not_overwrite_each_other(tmp_path, capsys):
+    studies = ("a/b", "a-b", "a-b-cells", "findings", "table1", "README")
+    for number, study in enumerate(studies):
+        write_run(tmp_path, "table2", "resnet8", "luq", study=study, top1=float(number))
+    report(tmp_path)
+    out = tmp_path / "tables"
+    found = [json.loads(path.read_text())[0]["study"] for path in out.glob("*.json")]
+    assert sorted(found) == sorted(studies)
+    assert len(list(out.glob("*.csv"))) == 2 * len(studies)
+    for path in out.glob("*.json"):
+        with path.with_suffix(".csv").open(newline="") as file:
+            assert next(csv.DictReader(file))["study"] in (out / f"{path.stem}.md").read_text()
+    assert (out / "findings.md").read_text() in capsys.readouterr().out
 
 
 def test_only_the_tables_that_were_asked_for(tmp_path, capsys):
@@ -136,7 +146,7 @@ def test_only_the_tables_that_were_asked_for(tmp_path, capsys):
     assert report(tmp_path, "--table", "table6", "--out", tmp_path / "there", "--html") == 0
     assert "Table 2" not in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "there").iterdir()}
-    assert names == {"other-table6.md", "other-table6.csv", "other-table6.json", "findings.md", "other.html"}
+    assert names == {*files_of("other-table6"), "README.md", "findings.md", "other.html"}
     assert not (tmp_path / "tables").exists()
 
 
@@ -155,15 +165,9 @@ def test_a_second_report_replaces_the_first(tmp_path):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Outputs whose fig2 holds the paper's ordering, with a run that is left out and a name that is no HTML."""
     for package in ("matplotlib", "scipy"):
         pytest.importorskip(package)
-    outputs = tmp_path_factory.mktemp("outputs")
-    write_study(outputs, "fig2", ORDERED)
-    write_run(outputs, "fig2", "luq", seed=3, top1=float("nan"))
-    write_run(outputs, "fig2", "<b>", seed=0, top1=1.0, name="bold")
-    write_run(outputs, "table2", "resnet8", "luq", 0, 79.25)
-    return outputs
+    return write_two_tables(tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +203,7 @@ def test_check_takes_what_is_not_contradicted(tmp_path, capsys):
 
 
 def test_check_is_one_where_a_claim_does_not_hold(study, tmp_path, capsys):
-    assert report(study, "--table", "table2", "--check", "--out", tmp_path) == 1  # runs are missing
+    assert report(study, "--table", "table2", "--check", "--out", tmp_path / "tables") == 1  # runs are missing
     luq = [76.0, 77.5, 75.4, 76.0, 77.5]  # FP4 + SU is above it
     write_study(tmp_path, "fig2", {**OF_FIVE_SEEDS, "luq": luq})
     capsys.readouterr()
@@ -211,9 +215,9 @@ def test_check_is_one_where_a_claim_does_not_hold(study, tmp_path, capsys):
 
 
 def test_the_files_of_a_figure(out):
-    names = [f"glyphs-fig2.{ending}" for ending in ("csv", "json", "md", "png", "svg")]
     assert {path.name for path in out.iterdir()} == {
-        *names, "findings.md", "glyphs.html", *(f"glyphs-table2.{ending}" for ending in ("csv", "json", "md")),
+        *files_of("glyphs-fig2"), "glyphs-fig2.png", "glyphs-fig2.svg", *files_of("glyphs-table2"),
+        "README.md", "findings.md", "glyphs.html",
     }  # fmt: skip
     with (out / "glyphs-fig2.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -224,129 +228,78 @@ def test_the_files_of_a_figure(out):
     assert json.loads((out / "glyphs-fig2.json").read_text())[0]["status"] == "finished"
 
 
-class Page(HTMLParser):
-    """What a page holds: attributes that load or link, ids, and the cells of its tables."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.ids, self.tags, self.rows, self.in_cell = [], [], [], [], False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.ids += [value for name, value in attributes if name == "id"]
-        self.links += [value for name, value in attributes if name in LOADING]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.in_cell = True
-
-    def handle_data(self, data):
-        if self.in_cell:
-            self.rows[-1][-1] += data
-
-    def handle_endtag(self, tag):
-        self.in_cell = self.in_cell and tag not in ("td", "th")
+def test_the_file_of_cells_holds_what_the_table_shows(out):
+    with (out / "glyphs-fig2-cells.csv").open(newline="") as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    assert list(rows)[:2] == ["fp32", "biased_log"]
+    values = [80.1, 80.5, 79.6]
+    differences = [ours - base for ours, base in zip(values, ORDERED["fp32"], strict=True)]
+    luq, sr = rows["luq"], rows["uniform_sr"]
+    for names, numbers in ((("mean", "deviation"), values), (("difference", "difference_deviation"), differences)):
+        assert [float(luq[name]) for name in names] == pytest.approx([fmean(numbers), stdev(numbers)], abs=1e-4)
+    assert (luq["runs"], luq["diverged"], luq["missing"], luq["n"], luq["difference_n"]) == ("3", "0", "2", "3", "3")
+    assert (luq["paper"], luq["paper_model"], luq["paper_difference"]) == ("75.42", "ResNet-50", "-1.08")
+    assert (sr["runs"], sr["diverged"], sr["mean"], sr["n"], sr["difference"]) == ("3", "3", "", "", "")
+    assert (sr["paper"], sr["paper_model"], rows["fp32"]["difference"]) == ("", "diverges", "")
+    with (out / "glyphs-table2-cells.csv").open(newline="") as file:
+        single = next(row for row in csv.DictReader(file) if row["runs"] == "1")
+    assert (single["mean"], single["deviation"], single["n"]) == ("79.25", "", "1")
 
 
-LOADING = ("src", "href", "xlink:href", "data", "action", "poster", "srcset", "background")
-
-
-def test_a_page_loads_nothing(out):
-    text = (out / "glyphs.html").read_text()
-    page = Page(text)
-    assert not re.search(r"https?:|@import|//[a-z]", text)
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
-    assert all(link.startswith("#") for link in page.links)
-    assert set(re.findall(r"url\((.)", text)) <= {"#"}
-    assert "svg" in page.tags
-
-
-def test_every_number_of_a_page_links_to_its_runs(out):
-    page = Page((out / "glyphs.html").read_text())
-    runs = [each for each in page.ids if "seed" in each or each.endswith("-bold")]
-    assert len(set(runs)) == len(runs) == 20
-    assert {link[1:] for link in page.links} <= set(page.ids)
-    rows = {row[0]: row for row in page.rows}
-    assert rows["luq"][1:4] == ["80.1 ± 0.5 (3); 2 missing", "−1.9 ± 0.2 (3)", "75.42 (ResNet-50)"]
-    assert rows["luq"][-1] == "0 1 2"
-    assert rows["uniform_sr"][1] == "diverged (3 of 3); 2 missing"
-    assert rows["resnet8, luq"][-1] == "0"
-    assert rows["resnet8, fp32"][1:] == ["missing", "", "69.7 (ResNet-18)", "", ""]
-    for row in page.rows:
-        if re.match(r"[\d.]+ |diverged", row[1]) and row[0]:
-            assert re.fullmatch(r"\d( \d)*", row[-1]), row
-    seeds = [link for link in page.links if "seed" in link or link.endswith("-bold")]
-    assert sorted(link[1:] for link in seeds) == sorted(runs)
-
-
-def test_a_page_tells_of_each_run_what_made_it(out):
-    text = (out / "glyphs.html").read_text()
-    assert "<pre>luqrun seed=1 quant=luq +experiment=fig2/glyphs\n\ncommit c0ffee, numba 0.68.1" in text
-    assert "  table: fig2\n  scale: glyphs\n  row: luq\n" in text
-    assert "<summary>12 missing runs</summary>" in text
-    assert "summary.json holds NaN" in text
-    assert '<li class="holds">glyphs/fig2: LUQ is above FP4 + SR: holds (+' in text
-    assert "<b>" not in text
-    assert "<td>&lt;b&gt;</td>" in text
-
-
-def test_measured_tables_are_on_a_page_with_their_runs(tmp_path, capsys):
-    row = {
-        "operand": "weight", "quantizer": "int4/sawb/nearest", "bin": [0, 1], "draws": 8, "drawn": "nearest",
-        "x": [0.0, 0.5], "z": 0.0,
-        "measured": {"bias": [0, 0.5], "variance": [0, 0], "mse": [0, 0.25]},
-        "closed_form": {"bias": [0, 0.5], "variance": [0, 0], "mse": [0, 0.25]},
-    }  # fmt: skip
-    path = write_run(tmp_path, "table1", "forward_only", "rounding", scale="measured")
-    (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
+def test_a_table_says_which_command_makes_all_of_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    more = ["dataset=folder", "dataset.root=my images", "schedule.epochs=5"]
+    write_study(tmp_path, "fig2", {"fp32": [82.0, 82.6], "luq": [80.1]}, scale="cifar", more=more)
+    write_run(tmp_path, "fig2", "luq", "top1", 7, 80.0, scale="cifar", more=[*more, "device=cpu"])
+    write_run(tmp_path, "table2", "resnet8", "luq")  # of one seed and recipe, which the experiment goes through
+    write_run(tmp_path, "fig2", "luq", scale="mine")
     assert report(tmp_path, "--html") == 0
-    assert "| RDN | int4 | [0, 1] | 0.5 (0.5) | 0 (0) | 0.125 (0.125) | 0.00 |" in capsys.readouterr().out
-    assert {each.name for each in (tmp_path / "tables").iterdir()} == {
-        "table1.md", "fig1a.md", "measured.html", "findings.md",
-    }  # fmt: skip
-    page = Page((tmp_path / "tables" / "measured.html").read_text())
-    assert ["RDN", "int4", "[0, 1]", "0.5 (0.5)", "0 (0)", "0.125 (0.125)", "0.00"] in page.rows
-    assert len(page.links) == 1
-    assert page.links[0][1:] in page.ids
+    out = tmp_path / "tables"
+    wanted = "luqrun -m +experiment=fig2/cifar dataset=folder 'dataset.root=my images' schedule.epochs=5"
+    assert f"```\n{wanted}\n```" in (out / "cifar-fig2.md").read_text()
+    assert f"<pre>{escape(wanted)}</pre>" in (out / "cifar.html").read_text()
+    assert "```\nluqrun -m +experiment=table2/glyphs quant=resnet8\n```" in (out / "glyphs-table2.md").read_text()
+    assert "one command" not in (out / "mine-fig2.md").read_text()  # there is no such experiment
 
 
-LOOK = """<pre id="seen"></pre><script>
-const links = [...document.querySelectorAll("a")];
-const visible = element => element.getBoundingClientRect().width > 20 && element.getBoundingClientRect().height > 10;
-document.getElementById("seen").textContent = JSON.stringify({
-  links: links.length,
-  dead: links.filter(link => !document.querySelector("details" + link.getAttribute("href"))).length,
-  figures: [...document.querySelectorAll("svg")].map(svg => ({
-    visible: visible(svg), curves: svg.querySelectorAll("path").length, within: svg.clientWidth <= innerWidth,
-    shapes: [...svg.querySelectorAll("use")].every(use => document.querySelector(use.getAttribute("xlink:href"))),
-  })),
-  tables: [...document.querySelectorAll("table")].filter(visible).map(table => table.rows.length),
-  missing: [...document.querySelectorAll("td.missing")].map(cell => getComputedStyle(cell).color),
-  loaded: performance.getEntriesByType("resource").length,
-  heading: document.querySelector("h1").innerText,
-});</script>"""
+def test_what_is_measured_has_its_files(tmp_path):
+    write_measured(tmp_path)
+    report(tmp_path)
+    out = tmp_path / "tables"
+    names = {"table1.md", "table1.csv", "table1.json", "fig1a.md", "findings.md", "README.md"}  # what fig1a lacks
+    assert {each.name for each in out.iterdir()} == names
+    with (out / "table1.csv").open(newline="") as file:
+        (numbers,) = csv.DictReader(file)
+    assert (numbers["quantizer"], numbers["bin_low"], numbers["bin_high"]) == ("int4/sawb/nearest", "0", "1")
+    assert (numbers["bias"], numbers["mse_closed_form"], numbers["variance"]) == ("0.5", "0.125", "0")
+    text = (out / "table1.md").read_text()
+    assert "```\nluqrun -m +experiment=table1/measured\n```" in text
+    assert text.strip() in (out / "README.md").read_text()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-def test_a_browser_shows_the_page(out, tmp_path):
-    text = (out / "glyphs.html").read_text()
-    (tmp_path / "page.html").write_text(text.replace("</body>", LOOK + "</body>"))
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1000,1400", "--dump-dom", (tmp_path / "page.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1])
-    assert (seen["links"], seen["dead"], seen["loaded"], seen["heading"]) == (20, 0, 0, "glyphs")
-    (figure,) = seen["figures"]
-    assert figure["visible"]
-    assert figure["within"]
-    assert figure["shapes"]
-    assert figure["curves"] > 20
-    assert seen["tables"] == [8, 17]
-    assert len(seen["missing"]) == 6 + 16
-    assert set(seen["missing"]) == {"rgb(187, 0, 0)"}
-    assert "80.1 ± 0.5 (3); 2 missing" in done.stdout
+def test_the_index_shows_each_table_with_its_figure_findings_and_files(out):
+    text = (out / "README.md").read_text()
+    start, fig2, table2, left_out = re.split("^## ", text, flags=re.M)
+    assert start.startswith("# ")
+    assert fig2.startswith("Fig. 2: parts of LUQ (glyphs/fig2)\n")
+    assert "| luq | 80.1 ± 0.5 (3); 2 missing | −1.9 ± 0.2 (3) | 75.42 (ResNet-50) | −1.08 |" in fig2
+    assert fig2.count("- glyphs/fig2: ") == 5
+    assert "(glyphs-fig2.svg)" in fig2
+    assert "Table 2" in table2
+    assert "- glyphs/table2, resnet8: " in table2
+    assert "- glyphs/fig2: " not in table2
+    assert ".svg" not in table2
+    assert "summary.json holds NaN" in left_out
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert set(links) >= {"glyphs.html", "glyphs-fig2.csv", "glyphs-fig2-cells.csv", "glyphs-fig2.json"}
+    assert all((out / link).is_file() for link in links)
+
+
+def test_the_index_has_the_paper_s_order_and_finds_odd_names(tmp_path):
+    for study, table in (("a", "table6"), ("b c", "table2"), ("c", "table2")):
+        write_run(tmp_path, table, "resnet8", "luq", study=study)
+    report(tmp_path)
+    text = (tmp_path / "tables" / "README.md").read_text()
+    assert re.findall(r"^## (Table .)", text, re.M) == ["Table 2", "Table 2", "Table 6"]
+    assert "(b%20c.json)" in text
+    assert ".html" not in text  # without --html

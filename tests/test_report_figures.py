@@ -1,6 +1,7 @@
 """Figures from runs: what they draw, and that they are written alike twice."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from report_runs import DIVERGED, a_table, hide
@@ -57,6 +58,7 @@ def test_curves_are_means_with_bands(plt):
     assert list(single.get_xdata()) == [1, 2, 3]
     assert list(single.get_ydata()) == [4.0, 30.5, 80.0]
     assert list(mean.get_ydata()) == [12.0, 25.0, 82.0]
+    assert "diverged" not in axes.get_legend().get_title().get_text()
     (band,) = axes.collections  # of the two seeds; one has none
     low, high = band.get_paths()[0].get_extents().get_points()[:, 1]
     assert (low, high) == pytest.approx((12 - 8**0.5, 82 + 8**0.5))
@@ -76,6 +78,25 @@ def test_what_diverged_is_in_the_legend(plt):
     axes = drawn(a_table("fig2", {"fp32": [80.0], "luq": [79.0, DIVERGED], "uniform_sr": [DIVERGED] * 2}))
     assert labels(axes) == ["fp32 (1)", "uniform_sr: all 2 diverged", "luq (1), 1 diverged"]
     assert [len(line.get_xdata()) for line in axes.lines] == [3, 0, 3]
+
+
+def test_the_curve_of_a_diverged_run_is_shown_up_to_there(plt):
+    values = {"fp32": [80.0, 82.0], "luq": [79.0, DIVERGED], "uniform_sr": [DIVERGED]}
+    table = a_table("fig2", values)
+    curves = {("luq", 1): (3.0, 5.0), ("uniform_sr", 0): (2.0,)}
+    for (row, seed), curve in curves.items():
+        runs = table.cells[row, "top1"].runs
+        runs[seed] = replace(runs[seed], curve=curve)
+    axes = drawn(table)
+    ended = {tuple(line.get_ydata()): line for line in axes.lines if line.get_marker() == "x" and line.get_xdata().size}
+    assert set(ended) == set(curves.values())
+    assert all(line.get_markevery() == [len(curve) - 1] for curve, line in ended.items())
+    (mean,) = (line for line in axes.lines if line.get_label() == "luq (1), 1 diverged")
+    assert list(mean.get_ydata()) == [4.0, 30.5, 79.0]  # not of the diverged
+    assert mean.get_color() == ended[3.0, 5.0].get_color()
+    assert labels(axes) == ["fp32 (2)", "uniform_sr: all 1 diverged", "luq (1), 1 diverged"]
+    assert axes.get_legend().get_title().get_text().endswith("x: diverged after it")
+    assert len({line.get_color() for line in axes.lines}) == 3
 
 
 @pytest.mark.parametrize("name", ["fig1b", "fig1c", "fig2", "options", "fig5"])

@@ -12,6 +12,7 @@ from luqrun import rounding
 from luqrun.report import figures, measured
 from luqrun.report.claims import CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED
 from luqrun.report.records import read_outputs
+from luqrun.report.render import markdown_measured
 from luqrun.run_folder import RunFolder
 from luqrun.validate import to_config
 
@@ -172,11 +173,11 @@ def test_what_is_missing_is_shown_with_its_command():
     assert (table.missing, figure.missing) == (3, 2)
     command = "luqrun +experiment=table1/measured seed=0 quant="
     assert table.commands == tuple(command + recipe for recipe in ALL[1:])
-    assert measured.markdown(figure) == (
+    assert markdown_measured(figure) == (
         "## Fig. 1a: mean squared error of RDN and SR over [0, 1] (measured/fig1a)\n\n"
         "Missing runs (2):\n```\nluqrun -m +experiment=fig1a/measured\n```\n"
     )
-    assert "8 draws a point.\n\nMissing runs (3):\n```\n" in measured.markdown(table)
+    assert "8 draws a point.\n\nMissing runs (3):\n```\n" in markdown_measured(table)
     assert measured.draw(figure) is None
     assert [each.name for each in measured.build_measured([record], ["fig1a"])[0]] == ["fig1a"]
     assert measured.build_measured([]) == ([], [])

@@ -101,7 +101,7 @@ def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
 
 def test_both_pictures_appear_and_repeat_to_the_byte(draw, run, tmp_path, capsys):
     path = copy(run, tmp_path / "run")
-    middle = layer_gradients(run, None)[0]
+    middle = layer_gradients(run, None).layer
     written = []
     for arguments, folder in (((), path / "pictures"), (("--layer", middle, "--out", tmp_path / "a" / "b"), None)):
         assert draw(path, *arguments) == 0
@@ -132,9 +132,25 @@ def test_unknown_layers_are_refused_with_the_known_ones(refused, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_checkpoint_is_refused(refused, run, tmp_path):
-    path = copy(run, tmp_path / "run", without=("last.pt",))
-    assert f"{path / 'checkpoints' / 'last.pt'}: no such file" in refused(path)
+def test_without_a_checkpoint_there_is_health_and_without_curves_there_are_gradients(draw, run, tmp_path, capsys):
+    events = [path.name for path in run.glob("events.*")]
+    for without, left, why in (
+        (["last.pt"], "health", "no picture of gradients: {run}/checkpoints/last.pt is not there"),
+        (events, "gradients", "no picture of health: {run} has no curves of quantization: tracking.health_every=0, "),
+    ):
+        path = copy(run, tmp_path / left, without)
+        assert draw(path) == 0
+        text = capsys.readouterr()
+        assert text.out.splitlines() == [str(path / "pictures" / f"{left}.{ending}") for ending in ("png", "svg")]
+        assert text.err.startswith("pictures.py: " + why.format(run=path))
+        assert text.err.count("\n") == 1
+
+
+def test_where_there_is_nothing_to_show_it_says_why(refused, run, tmp_path):
+    path = copy(run, tmp_path / "run", ["last.pt", *(path.name for path in run.glob("events.*"))])
+    text = refused(path)
+    assert "has no curves of quantization" in text
+    assert "last.pt is not there" in text
     assert not (path / "pictures").exists()
 
 
@@ -176,13 +192,16 @@ def backward(trainer, name, step):
     images, labels = next(
         iter(train_loader(trainer.data, trainer.config.dataset, trainer.config.seed, trainer.progress["epoch"]))
     )
-    F.cross_entropy(trainer.model(images.to(memory_format=torch.channels_last)), labels).backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=trainer.config.precision == "bf16"):
+        logits = trainer.model(images.to(memory_format=torch.channels_last))
+    F.cross_entropy(logits.float(), labels).backward()
     hook.remove()
     return found[0]
 
 
 def test_the_gradient_is_that_of_the_layer_s_output(run, tmp_path):
-    name, gradient = layer_gradients(run, None)
+    found = layer_gradients(run, None)
+    name, gradient = found.layer, found.values
     with quiet_machine(run.parent / "cache"):
         trainer = build_trainer(copy(run, tmp_path / "again"), *CELL)
         step = trainer.progress["step"]
@@ -195,7 +214,7 @@ def test_the_gradient_is_that_of_the_layer_s_output(run, tmp_path):
     assert gradient.abs().max() > 0
     assert torch.equal(gradient, same)
     assert not torch.equal(gradient, other)
-    assert layer_gradients(run, names[0])[1].shape[1] != gradient.shape[1]
+    assert layer_gradients(run, names[0]).values.shape[1] != gradient.shape[1]
 
 
 def test_a_transformer_shows_the_layers_behind_its_attention(tmp_path):
@@ -205,9 +224,25 @@ def test_a_transformer_shows_the_layers_behind_its_attention(tmp_path):
         trainer.save_checkpoint()
         trainer.tracker.close()
     finish(RunFolder(tmp_path / "run"), overrides)
-    name, gradient = layer_gradients(tmp_path / "run", None)
-    assert name.endswith(("out_proj", "mlp.0", "mlp.3"))
-    assert gradient.shape[0] == 32
+    found = layer_gradients(tmp_path / "run", None)
+    assert found.layer.endswith(("out_proj", "mlp.0", "mlp.3"))
+    assert found.values.shape[0] == 32
+
+
+def test_the_gradient_of_a_fine_tuned_run_in_bf16_says_so(pictures, tmp_path):
+    overrides = ("quant=luq", "finetune=fnt1", "precision=bf16", "dataset.glyphs.train_images=32")
+    with quiet_machine(tmp_path / "cache"):
+        finish(train(tmp_path / "a" / "run", *overrides)[1], overrides)
+        trainer = build_trainer(copy(tmp_path / "a" / "run", tmp_path / "again"), *overrides)
+        found = layer_gradients(tmp_path / "a" / "run", None)
+        same = backward(trainer, found.layer, trainer.progress["step"])
+        trainer.tracker.close()
+    assert found.state == "weights of step 2, after epoch 1 and 1 of fine-tuning; layers at 4 bits, the rest in bf16"
+    assert torch.equal(found.values, same.float())
+    assert torch.equal(found.values, found.values.bfloat16().float())  # fp32 has more digits
+    figure = pictures.draw_gradients(found)
+    assert found.state in figure.axes[0].get_title()
+    assert [text.get_text() for text in figure.texts] == ["a/run"]
 
 
 @pytest.fixture
@@ -222,7 +257,8 @@ def pictures():
 def test_shares_below_the_levels_by_hand(pictures):
     # Relative to the maximum: 1, 2^-3, 2^-5, 2^-7 and a zero. e3m0 reaches down to 2^-6, int4 to 1/7, e1m0 to 1.
     gradient = torch.tensor([[4.0, -0.5], [0.125, -4 / 128]])
-    figure = pictures.draw_gradients("conv", torch.cat([gradient.flatten(), torch.zeros(1)]))
+    values = torch.cat([gradient.flatten(), torch.zeros(1)])
+    figure = pictures.draw_gradients(pictures.LayerGradient("conv", values, "in some state", "study/run"))
     above, below = figure.axes
     assert "conv" in above.get_title()
     assert "20.0% are zero" in above.get_title()
@@ -239,7 +275,7 @@ def test_shares_below_the_levels_by_hand(pictures):
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_gradient_without_a_distribution_is_refused(pictures, value):
     with pytest.raises(ValueError, match="the gradient of conv is zero or not finite"):
-        pictures.draw_gradients("conv", torch.full((3,), value))
+        pictures.draw_gradients(pictures.LayerGradient("conv", torch.full((3,), value), "", ""))
 
 
 def test_health_has_a_curve_for_each_layer_operand_and_metric(pictures, run):

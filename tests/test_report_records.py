@@ -33,6 +33,7 @@ def test_a_finished_run_is_read(tmp_path):
     assert (record.path, record.study) == (path, "glyphs/table2")
     assert (record.table, record.scale, record.row, record.column) == ("table2", "glyphs", "resnet8", "luq")
     assert (record.seed, record.top1, record.curve) == (3, 79.25, (4.0, 30.5, 79.25))
+    assert (record.top5, record.loss, record.train_seconds) == (97.4, 0.876, 44.4)
     assert not record.diverged
     assert record.rounding == ()
     assert record.config == (path / "config.yaml").read_text()
@@ -46,10 +47,16 @@ def test_a_command_can_be_pasted_into_a_shell(tmp_path):
     assert record.command.endswith(" 'quant.skip=[first, last]'")
 
 
-def test_a_diverged_run_is_a_record_without_a_number(tmp_path):
-    write_run(tmp_path, top1=DIVERGED)
+def test_a_diverged_run_is_a_record_without_a_number_but_with_its_curve_so_far(tmp_path):
+    path = write_run(tmp_path, top1=DIVERGED)
     (record,), left_out = read_outputs(tmp_path)
-    assert (record.diverged, record.top1, record.curve, left_out) == (True, None, (), [])
+    assert (record.diverged, record.top1, record.curve, left_out) == (True, None, (4.0, 30.5), [])
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    for damage in ("{", '{"loss": NaN}', '{"kind": "epoch", "val/top1": "x"}'):
+        (path / "metrics.jsonl").write_text("\n".join([*lines[:2], damage, *lines[2:]]))
+        assert read_outputs(tmp_path)[0][0].curve == (4.0,)
+    (path / "metrics.jsonl").unlink()
+    assert read_outputs(tmp_path)[0][0].curve == ()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +88,13 @@ def test_a_summary_with_nan_is_left_out(tmp_path, name, value):
 def test_a_top1_that_is_no_percentage_is_left_out(tmp_path, value):
     change(write_run(tmp_path), "summary.json", **{"val/top1": value})
     assert only_reason(tmp_path) == f"val/top1 is {value}"
+
+
+@pytest.mark.parametrize("name", ["val/top5", "val/loss", "train_seconds"])
+@pytest.mark.parametrize("value", ["80", [1.0], True, {}])
+def test_other_results_that_are_no_numbers_are_left_out(tmp_path, name, value):
+    change(write_run(tmp_path), "summary.json", **{name: value})
+    assert only_reason(tmp_path) == f"{name} is {value}"
 
 
 @pytest.mark.parametrize("top1", [0.0, 100.0])

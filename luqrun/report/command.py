@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from luqrun.errors import UserError
-from luqrun.report import figures, measured
+from luqrun.report import figures, measured, summaries
 from luqrun.report.claims import CONFIDENCE, NOT_CONTRADICTED, check_claims
 from luqrun.report.html import page
+from luqrun.report.index import Entry, index
 from luqrun.report.layout import check_tables
-from luqrun.report.records import LeftOut, Record, printable, read_outputs
-from luqrun.report.render import csv_text, markdown, markdown_findings
+from luqrun.report.records import LeftOut, printable
+from luqrun.report.render import (
+    cells_csv,
+    csv_text,
+    markdown,
+    markdown_findings,
+    markdown_measured,
+    measured_csv,
+)
 from luqrun.report.settings import of_one_kind
 from luqrun.report.tables import Table, build_tables
 from luqrun.run_folder import write_atomically
 
+INDEX, FINDINGS = "README", "findings"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and report; the exit code: 0, or 1 for a mistake or a claim that does not hold."""
-    parser = argparse.ArgumentParser(description="The paper's tables and figures from run folders.")
-    parser.add_argument("outputs", type=Path, help="the folder of studies, such as outputs/")
+    parser = argparse.ArgumentParser(description="The paper's tables and figures from run folders and summaries.")
+    parser.add_argument(
+        "outputs", type=Path, nargs="+", help="folders of studies, or of summaries (the JSON files that this writes)"
+    )
     parser.add_argument("--table", action="append", default=[], help="only this one (may be repeated)")
-    parser.add_argument("--out", type=Path, help="where files go; default: OUTPUTS/tables")
+    parser.add_argument("--out", type=Path, help="where files go; default: tables/ in the first folder")
     parser.add_argument("--html", action="store_true", help="a self-contained page for each study too")
     parser.add_argument(
         "--check",
@@ -38,40 +50,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name, or a terminal, may know less than Unicode
     try:
-        return report(chosen.outputs, chosen.table, chosen.out or chosen.outputs / "tables", chosen.html, chosen.check)
+        return report(
+            chosen.outputs, chosen.table, chosen.out or chosen.outputs[0] / "tables", chosen.html, chosen.check
+        )
     except (UserError, OSError) as error:
         parser.exit(1, f"tables.py: {printable(str(error))}\n")
 
 
-def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: bool) -> int:
-    """Write Markdown, CSV, figures and summaries of each table to `out`, and print the Markdown."""
+def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool, check: bool) -> int:
+    """Write Markdown, CSV, figures and summaries of each table to `out`, with an index, and print the Markdown."""
     check_tables(list(wanted))
-    if not outputs.is_dir():
-        raise UserError(f"{outputs} is not a folder; it must hold studies, as outputs/ does")
-    records, left_out = read_outputs(outputs)
+    for folder in inputs:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; it must hold studies, as outputs/ does, or summaries")
+    records, left_out = summaries.read_inputs(inputs)
     records, others = of_one_kind(records)
     tables = build_tables(records, wanted)
     rounding, again = measured.build_measured(records, wanted)
-    left_out = [LeftOut(_within(each.path, outputs), printable(each.reason)) for each in [*left_out, *others, *again]]
+    left_out = [LeftOut(_within(each.path, inputs), printable(each.reason)) for each in [*left_out, *others, *again]]
     findings = check_claims(tables) + measured.check_measured(rounding)
+    pages = sorted({_top(table.study) for table in [*tables, *rounding]}) if html else []
+    measured_names = _measured_names(rounding)
+    names = _names(tables, measured_names)
     out.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        name = _flat(table.study)
-        if sum(_flat(other.study) == name for other in tables) > 1:  # one study, several tables
-            name += f"-{table.name}-{table.scale}"
-        _write_table(table, out, name)
-    for each in rounding:
-        alone = sum(other.name == each.name for other in rounding) == 1
-        _write_measured(each, out, each.name if alone else f"{each.name}-{_flat(each.study)}")
+    own = out.resolve() in [folder.resolve() for folder in inputs]  # what is left out of its files stays in them
+    where = out, pages, own
+    entries = [_write_measured(*both, *where) for both in zip(rounding, measured_names, strict=True)]
+    entries += [_write_table(*both, *where) for both in zip(tables, names, strict=True)]
     notes = markdown_findings(findings, left_out)
     if not tables and not rounding:
-        print(f"no runs of tables under {outputs}; luqrun -m +experiment=fig2/glyphs makes some")
+        print(f"no runs of tables under {', '.join(map(str, inputs))}; luqrun -m +experiment=fig2/glyphs makes some")
     print(notes, end="")
-    _write(out / "findings.md", notes)
-    if html:
-        shown = [table.study for table in [*tables, *rounding]]
-        for name in sorted({study.split("/")[0] for study in shown}):
-            _write(out / f"{_flat(name)}.html", _page(name, tables, rounding, findings, left_out))
+    _write(out / f"{FINDINGS}.md", notes)
+    _write(out / f"{INDEX}.md", index(entries, findings, left_out))
+    for name in pages:
+        _write(out / f"{name}.html", _page(name, tables, rounding, findings, left_out))
     failed = [finding for finding in findings if not finding.passes]
     if check and not findings:
         print("--check: there is no run of a table that the paper makes claims about")
@@ -82,61 +95,97 @@ def report(outputs: Path, wanted: Sequence[str], out: Path, html: bool, check: b
     return 0
 
 
-def _within(path: Path, outputs: Path) -> Path:
-    return Path(printable(str(path.relative_to(outputs) if path.is_relative_to(outputs) else path)))
+def _within(path: Path, inputs: Sequence[Path]) -> Path:
+    """In the innermost of the folders that hold it."""
+    around = [folder for folder in inputs if path.is_relative_to(folder)]
+    folder = max(around, key=lambda each: len(each.parts), default=None)
+    return Path(printable(str(path if folder is None else path.relative_to(folder))))
 
 
-def _write_table(table: Table, out: Path, name: str) -> None:
+def _top(study: str) -> str:
+    """The folder of studies that share a page."""
+    return study.split("/")[0]
+
+
+def _measured_names(tables: Sequence[measured.Measured]) -> list[str]:
+    """As `_names`, of what was measured: as the table, with its study where several have measured it."""
+    names = [table.name for table in tables]
+    return [
+        name if names.count(name) == 1 else f"{name}-{_flat(table.study)}"
+        for name, table in zip(names, tables, strict=True)
+    ]
+
+
+def _flat(study: str) -> str:
+    return study.replace("/", "-")
+
+
+def _names(tables: Sequence[Table], taken: Sequence[str]) -> list[str]:
+    """What the files of each table are called: as its study, with more where that is not enough."""
+    flat = [_flat(table.study) for table in tables]
+    names, used = [], {INDEX, FINDINGS, *taken}
+    for table, name in zip(tables, flat, strict=True):
+        name += f"-{table.name}-{table.scale}" if flat.count(name) > 1 else ""
+        candidates = (f"{name}-{number}" if number > 1 else name for number in count(1))
+        names.append(next(each for each in candidates if not {each, _cells(each)} & used))
+        used |= {names[-1], _cells(names[-1])}
+    return names
+
+
+def _cells(name: str) -> str:
+    """What the file of a table's cells is called."""
+    return f"{name}-cells"
+
+
+def _write_table(table: Table, name: str, out: Path, pages: Sequence[str], own: bool) -> Entry:
     text = markdown(table)
     print(text)
     _write(out / f"{name}.md", text)
     _write(out / f"{name}.csv", csv_text(table))
+    _write(out / f"{_cells(name)}.csv", cells_csv(table))
     runs = [run for cell in table.cells.values() for run in cell.runs.values()]
-    _write(out / f"{name}.json", json.dumps([_summary(run) for run in runs], indent=1) + "\n")
+    path = out / f"{name}.json"
+    _write(path, summaries.to_json(runs, path if own else None))
     figure = figures.draw(table)
     if figure is not None:
         figures.save(figure, out, name)
+    links = _page_link(table.study, pages)
+    links |= {"runs (CSV)": f"{name}.csv", "cells (CSV)": f"{_cells(name)}.csv", "runs (JSON)": f"{name}.json"}
+    return Entry(table.name, table.study, text, None if figure is None else f"{name}.svg", links)
 
 
-def _write_measured(table: measured.Measured, out: Path, name: str) -> None:
-    text = measured.markdown(table)
+def _write_measured(table: measured.Measured, name: str, out: Path, pages: Sequence[str], own: bool) -> Entry:
+    text = markdown_measured(table)
     print(text)
     _write(out / f"{name}.md", text)
+    links = _page_link(table.study, pages)
+    if table.records:
+        _write(out / f"{name}.csv", measured_csv(table.records))
+        path = out / f"{name}.json"
+        _write(path, summaries.to_json(table.records, path if own else None))
+        links |= {"numbers (CSV)": f"{name}.csv", "runs (JSON)": f"{name}.json"}
     figure = measured.draw(table)
     if figure is not None:
         figures.save(figure, out, name)
+    return Entry(table.name, table.study, text, None if figure is None else f"{name}.svg", links)
+
+
+def _page_link(study: str, pages: Sequence[str]) -> dict[str, str]:
+    top = _top(study)
+    return {f"page of {top}": f"{top}.html"} if top in pages else {}
 
 
 def _page(name: str, tables, rounding, findings, left_out) -> str:
     def ours(study: str) -> bool:
-        return study.split("/")[0] == name
+        return _top(study) == name
 
     return page(
         name,
         [table for table in tables if ours(table.study)],
         [table for table in rounding if ours(table.study)],
         [finding for finding in findings if ours(finding.study)],
-        left_out,
+        [each for each in left_out if ours(str(each.path))],
     )
-
-
-def _summary(record: Record) -> dict:
-    """What is kept of a run where its folder is not: no paths, no checkpoints."""
-    kept = ("status", "diverged_at_step", "git_commit", "git_dirty", "versions", "device", "kernel_backend", "threads")
-    cell = {"row": record.row, "column": record.column, "seed": record.seed}
-    about = {name: record.run[name] for name in kept if name in record.run}
-    return {
-        "run": record.path.name,
-        **cell,
-        "command": record.command,
-        "top1": record.top1,
-        "curve": record.curve,
-        **about,
-    }
-
-
-def _flat(study: str) -> str:
-    return study.replace("/", "-")
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from luqrun.report.layout import BASELINES
 from luqrun.report.tables import Table
 
 CURVES = ("fig1b", "fig1c", "fig2", "options")
+DIVERGED = "diverged"  # the id of a line
 LINES = ("-", "--", "-.", ":")
 
 
@@ -50,20 +51,26 @@ def _curves(table: Table):
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     for number, cell in enumerate(table.cells.values()):
-        curves = [run.curve for run in cell.runs.values() if run.curve]
+        style, color = LINES[number % len(LINES)], f"C{number % 10}"
+        for run in cell.runs.values():
+            if run.diverged and run.curve:
+                _until_divergence(axes, run.curve, style, color)
+        curves = [run.curve for run in cell.runs.values() if run.curve and not run.diverged]
         if not curves:
             if cell.diverged:
-                axes.plot([], [], " ", label=f"{cell.row}: all {cell.diverged} diverged")
+                marked = any(run.curve for run in cell.runs.values())
+                look = {"linestyle": style, "marker": "x", "color": color} if marked else {"linestyle": " "}
+                axes.plot([], [], label=f"{cell.row}: all {cell.diverged} diverged", **look)
             continue
         epochs = range(1, min(len(curve) for curve in curves) + 1)
         columns = [[curve[epoch - 1] for curve in curves] for epoch in epochs]
         means = [fmean(values) for values in columns]
         label = f"{cell.row} ({len(curves)})" + (f", {cell.diverged} diverged" if cell.diverged else "")
-        (line,) = axes.plot(epochs, means, LINES[number % len(LINES)], label=label, marker="o", markersize=3)
+        axes.plot(epochs, means, style, color=color, label=label, marker="o", markersize=3)
         if len(curves) > 1:
             spreads = [stdev(values) for values in columns]
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
     if not any(len(line.get_xdata()) for line in axes.lines):
         plt.close(figure)
         return None
@@ -71,8 +78,15 @@ def _curves(table: Table):
     axes.set(xlabel="epoch", ylabel="validation top-1, %", title=table.title)
     # Beside the curves: recipes that fail for a while leave no room among them.
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
-    axes.legend(title="recipe (seeds);\nband: 1 standard deviation", fontsize=8, title_fontsize=8, **place)
+    ended = "\nx: diverged after it" if any(line.get_gid() == DIVERGED for line in axes.lines) else ""
+    axes.legend(title=f"recipe (seeds);\nband: 1 standard deviation{ended}", fontsize=8, title_fontsize=8, **place)
     return figure
+
+
+def _until_divergence(axes, curve: tuple[float, ...], style: str, color: str) -> None:
+    """A run of its own, thin, with a cross at its last epoch."""
+    epochs, last = range(1, len(curve) + 1), [len(curve) - 1]
+    axes.plot(epochs, curve, style, color=color, linewidth=0.8, marker="x", markevery=last, gid=DIVERGED)
 
 
 def _samples(table: Table):

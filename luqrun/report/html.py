@@ -10,7 +10,7 @@ from html import escape
 from luqrun.report import figures, measured
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import HEADER, line
+from luqrun.report.render import HEADER, line, whole_command
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -45,7 +45,7 @@ def page(
         parts.append(f"<ul>{''.join(items)}</ul>")
     if left_out:
         items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
-        parts.append(f"<h2>Run folders left out</h2><ul>{''.join(items)}</ul>")
+        parts.append(f"<h2>Runs left out</h2><ul>{''.join(items)}</ul>")
     records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
     parts.append("<h2>Runs</h2>")
     parts += [_run(record) for record in [*records, *(record for table in rounding for record in table.records)]]
@@ -62,8 +62,11 @@ def _table(table: Table) -> str:
         cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
+    whole = whole_command(table)
+    listed = f"<p>All of it is one command:</p><pre>{escape(whole)}</pre>" if whole else ""
+    listed += _missing(*table.missing())
     body = _html_table((*HEADER, "runs by seed"), rows)
-    return f"<h2>{escape(table.title)}</h2>{body}{_missing(*table.missing())}{_svg(figures.draw(table))}"
+    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
 
 
 def _missing(count: int, commands: Sequence[str]) -> str:

@@ -91,18 +91,6 @@ def build_measured(records: Sequence[Record], wanted: Sequence[str] = ()) -> tup
     return [each for each in found if not wanted or each.name in wanted], left_out
 
 
-def markdown(table: Measured) -> str:
-    """The table, and under it the commands of what is missing."""
-    lines = [f"## {table.title}", ""]
-    if table.records:
-        rows = [HEADER, ["---"] * len(HEADER), *table.lines()]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines += ["", f"In brackets the closed form; {table.records[0].rounding[0]['draws']} draws a point."]
-    if table.missing:
-        lines += [*([""] if table.records else []), f"Missing runs ({table.missing}):", "```", *table.commands, "```"]
-    return "\n".join(lines) + "\n"
-
-
 def draw(table: Measured):
     """Fig. 1a: mean squared error over [0, 1], in the lowest bin of an integer format; None for another table."""
     if table.name != "fig1a" or not table.rows():

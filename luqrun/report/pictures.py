@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from luqrun import checkpoint
-from luqrun.config import Config
+from luqrun.config import PRECISIONS, Config, check_choice
 from luqrun.convert import quantize_model, quantized_layers, set_step
 from luqrun.datasets import build_dataset, validate_dataset
 from luqrun.datasets.loader import train_loader
@@ -43,24 +45,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not (chosen.run / "config.yaml").is_file():
             raise UserError(f"{chosen.run} is not a run folder: it has no config.yaml")
-        pictures = {"health": draw_health(chosen.run)}
-        pictures["gradients"] = draw_gradients(*layer_gradients(chosen.run, chosen.layer))
+        drawings = {
+            "health": lambda: draw_health(chosen.run),
+            "gradients": lambda: draw_gradients(layer_gradients(chosen.run, chosen.layer)),
+        }
+        pictures, missing = {}, []
+        for name, draw in drawings.items():
+            try:
+                pictures[name] = draw()
+            except NothingToShow as nothing:
+                missing.append(f"no picture of {name}: {nothing}")
+        if not pictures:
+            raise UserError("; ".join(missing))
         out.mkdir(parents=True, exist_ok=True)
         paths = [path for name, figure in pictures.items() for path in save(figure, out, name)]
     except (UserError, OSError) as error:
         parser.exit(1, f"pictures.py: {printable(str(error))}\n")
     print("\n".join(map(str, paths)))
+    for line in missing:
+        print(f"pictures.py: {printable(line)}", file=sys.stderr)
     return 0
 
 
-def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
-    """The name of a quantized layer and the gradient of its output, of the first batch of the epoch to come."""
+class NothingToShow(UserError):
+    """A run has not left, or does not have, what a picture shows: its other pictures can be drawn."""
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """The gradient of a quantized layer's output. state: of what weights and how it was computed; run: its name."""
+
+    layer: str
+    values: Tensor
+    state: str
+    run: str
+
+
+def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
+    """Of the first batch of the epoch to come: layers at 4 bits in either phase, the rest in the run's precision."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
         validate_dataset(config.dataset)
+        check_choice("precision", config.precision, PRECISIONS)
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
         raise UserError(f"{run / 'config.yaml'}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     path = run / "checkpoints" / checkpoint.LAST
+    if not path.exists():
+        raise NothingToShow(f"{path} is not there")
     data = build_dataset(config.dataset)
     model = build_model(config.model, len(data.classes), data.channels, data.image_size)
     model = quantize_model(model, Recipe.from_config(config.quant), seed=config.seed)
@@ -73,7 +104,7 @@ def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
     # Attention as a whole returns a tuple; what is quantized behind it is its out_proj, a layer too.
     layers = {name: each for name, each in quantized_layers(model) if not isinstance(each, nn.MultiheadAttention)}
     if not layers:
-        raise UserError(f"quant={config.quant.name} quantizes no layer: there is nothing to show")
+        raise NothingToShow(f"quant={config.quant.name} quantizes no layer")
     if layer is not None and layer not in layers:
         raise UserError(f"--layer {layer} is not known; allowed: {', '.join(layers)}")
     name = layer or list(layers)[len(layers) // 2]
@@ -85,22 +116,38 @@ def layer_gradients(run: Path, layer: str | None) -> tuple[str, Tensor]:
     layers[name].register_forward_hook(watch)
     images, labels = next(iter(train_loader(data, config.dataset, config.seed, content["progress"]["epoch"])))
     model.to(memory_format=torch.channels_last).train()
-    F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels).backward()
-    return name, found[0].detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = model(images.to(memory_format=torch.channels_last))
+    F.cross_entropy(logits.float(), labels).backward()
+    state = f"{_weights(config, content['progress'])}; layers at 4 bits, the rest in {config.precision}"
+    return LayerGradient(name, found[0].detach().float(), state, name_of(run))
 
 
-def draw_gradients(name: str, gradient: Tensor):
+def _weights(config: Config, progress: dict) -> str:
+    """Which weights a checkpoint holds."""
+    trained, tuned = min(progress["epoch"], config.schedule.epochs), progress["epoch"] - config.schedule.epochs
+    tuned = f" and {tuned} of fine-tuning" if tuned > 0 else ""
+    return f"weights of step {progress['step']}, after epoch {trained}{tuned}"
+
+
+def name_of(run: Path) -> str:
+    """A run's study and id, as its folders are called."""
+    return printable("/".join(run.resolve().parts[-2:]))
+
+
+def draw_gradients(gradient: LayerGradient):
     """The distribution of log2 |gradient| relative to its maximum, and under it the levels of each format."""
     plt = pyplot()
-    magnitude = gradient.abs().flatten()
+    magnitude = gradient.values.abs().flatten()
     largest = magnitude.max().item()
     if not 0 < largest < float("inf"):
-        raise UserError(f"the gradient of {name} is zero or not finite: there is no distribution to show")
+        raise NothingToShow(f"the gradient of {gradient.layer} is zero or not finite: there is no distribution")
     relative = (magnitude[magnitude > 0] / largest).log2().numpy()
     figure, axes = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(3, 1))
     axes[0].hist(relative, bins=160, range=(-24, 0), density=True, color="0.6")
     zeros = (magnitude == 0).float().mean().item()
-    axes[0].set(ylabel="density", title=f"gradient of {name}'s output ({zeros:.1%} are zero)")
+    axes[0].set(ylabel="density")
+    axes[0].set_title(f"gradient of {gradient.layer}'s output ({zeros:.1%} are zero)\n{gradient.state}", fontsize=10)
     for height, format in enumerate(reversed(SHOWN)):
         form = get_format(format)
         levels = torch.tensor([level for level in form.levels() if level > 0]) / form.limit
@@ -109,6 +156,7 @@ def draw_gradients(name: str, gradient: Tensor):
         axes[1].text(-24, height, f"{under:.0%} below the smallest level", va="center", fontsize=8)
     axes[1].set_yticks(range(len(SHOWN)), reversed(SHOWN))
     axes[1].set(xlabel="log2 of |gradient| / maximum", ylim=(-0.6, len(SHOWN) - 0.4), xlim=(-24.5, 0.5))
+    _caption(figure, gradient.run)
     return figure
 
 
@@ -118,7 +166,9 @@ def draw_health(run: Path):
     events.Reload()
     tags = [tag for tag in events.Tags()[SCALARS] if re.fullmatch(rf"{GROUP}/[^/]+/[^/]+/[^/]+", tag)]
     if not tags:
-        raise UserError(f"{run} has no curves of quantization: tracking.health_every=0, or a recipe without quantizers")
+        raise NothingToShow(
+            f"{run} has no curves of quantization: tracking.health_every=0, or a recipe without quantizers"
+        )
     operands = sorted({tag.rpartition("/")[2] for tag in tags})
     plt = pyplot()
     size = (4 * len(operands), 2.4 * len(HEALTH))
@@ -142,4 +192,9 @@ def draw_health(run: Path):
         *axes[0][0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 0.95), fontsize=7, frameon=False
     )
     figure.tight_layout()
+    _caption(figure, name_of(run))
     return figure
+
+
+def _caption(figure, run: str) -> None:
+    figure.text(0.01, -0.02, run, fontsize=7, va="top")

@@ -1,11 +1,16 @@
-"""What the report knows of a run: read from its folder, or named with the reason why it is left out."""
+"""What the report knows of a run: read from its folder, or named with the reason why it is left out.
+
+summaries.py reads runs whose folders are gone, with the checks that are made here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +25,16 @@ from luqrun.run_folder import METRICS, NOT_IN_RESULT, RUN, SUMMARY
 CONFIG = "config.yaml"
 ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
 DRAWN = ["nearest", "stochastic", "flush"]
+MORE = {"top5": "val/top5", "loss": "val/loss", "train_seconds": "train_seconds"}
 
 
 @dataclass(frozen=True)
 class Record:
     """One finished or diverged run that says which cell of which table it is.
 
-    top1: per cent, of the last evaluation (None where the run diverged, or did not train). curve: val/top1 after each
-    epoch. rounding: what task=rounding measured.
+    top1, top5: per cent, of the last evaluation, and its loss (None where the run diverged, or did not train). curve:
+    val/top1 after each epoch, of a diverged run up to there. rounding: what task=rounding measured. config: YAML. run:
+    what run.json says. train_seconds: without evaluations.
     """
 
     path: Path
@@ -42,6 +49,9 @@ class Record:
     rounding: tuple[dict, ...]
     config: str
     run: dict
+    top5: float | None = None
+    loss: float | None = None
+    train_seconds: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -91,8 +101,8 @@ def differences(own: dict, other: dict) -> str:
     return ", ".join(shown + ([f"and {len(keys) - 3} more"] if keys[3:] else []))
 
 
-class _Unusable(Exception):
-    """The reason why a folder is left out."""
+class Unusable(Exception):
+    """The reason why a run is left out."""
 
 
 class _NotANumber(Exception):
@@ -104,19 +114,28 @@ def _refuse_nan(constant: str):
 
 
 def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
-    """All runs under `outputs` that belong to a table, and the folders that cannot be counted.
+    """All runs under `outputs` that belong to a table, and the folders that cannot be counted."""
+    records, left_out = read_folders(outputs)
+    kept, duplicated = without_duplicates(records)
+    return kept, [*left_out, *duplicated]
 
-    Runs without a cell (trained for their own sake) are neither. Two runs of one cell and seed are both left out:
-    which of them is meant cannot be known.
-    """
+
+def read_folders(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
+    """As read_outputs, with duplicates. Runs without a cell (trained for their own sake) are neither."""
     records, left_out = [], []
     for path in sorted({path.parent for name in (RUN, CONFIG) for path in outputs.rglob(name)}):
         try:
             record = read_run(path, outputs)
-        except _Unusable as reason:
+        except Unusable as reason:
             left_out.append(LeftOut(path, str(reason)))
         else:
             records += [record] if record else []
+    return records, left_out
+
+
+def without_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
+    """Two runs of one cell and seed are both left out: which of them is meant cannot be known."""
+    left_out = []
     by_cell: dict[tuple, list[Record]] = {}
     for record in records:
         cell = record.study, record.table, record.scale, record.row, record.column, record.seed
@@ -142,56 +161,82 @@ def _duplicates(same: list[Record]) -> list[LeftOut]:
 
 
 def read_run(path: Path, outputs: Path) -> Record | None:
-    """The record of a run folder, or None where the run belongs to no table. Raises _Unusable."""
+    """The record of a run folder, or None where the run belongs to no table. Raises Unusable."""
     text = _text(path / CONFIG)
     try:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a number or date that Python cannot hold
-        raise _Unusable(f"{CONFIG} is not YAML") from None
+        raise Unusable(f"{CONFIG} is not YAML") from None
+    if not names_a_cell(config, CONFIG):
+        return None
+    run = _json(path / RUN)
+    check_run(run, RUN)
+    finished = run["status"] == "finished"
+    if finished and not (path / SUMMARY).is_file():
+        raise Unusable(f"incomplete: finished without {SUMMARY}")
+    summary = _json(path / SUMMARY) if finished else {}
+    trained = summary.get("val/top1") is not None
+    curve = tuple(_curve(path / METRICS)) if trained else () if finished else _sound(_curve(path / METRICS))
+    record = make_record(path, _study(path, outputs), text, config, run, summary, curve, SUMMARY)
+    if trained and curve[-1:] != (record.top1,):
+        raise Unusable(f"incomplete: {METRICS} does not end in the val/top1 of {SUMMARY}")
+    return record
+
+
+def names_a_cell(config, source: str) -> bool:
+    """Whether a config says which cell of which table its run is. Raises Unusable; source: the file of the config."""
     if not isinstance(config, dict) or not _is_plain(config):
-        raise _Unusable(f"{CONFIG} is not a configuration")
+        raise Unusable(f"{source} is not a configuration")
     cell = config.get("cell", "cut off")
     if cell is None or (isinstance(cell, dict) and not cell.get("table", "cut off")):
-        return None
+        return False
     if not isinstance(cell, dict) or "table" not in cell:
-        raise _Unusable(f"{CONFIG} does not say which cell of which table this is")
+        raise Unusable(f"{source} does not say which cell of which table this is")
     if cell["table"] not in list(TITLES):  # it may be of any type
-        raise _Unusable(f"its table {cell['table']} is not known; known: {', '.join(TITLES)}")
-    run = _json(path / RUN)
+        raise Unusable(f"its table {cell['table']} is not known; known: {', '.join(TITLES)}")
+    return True
+
+
+def check_run(run: dict, source: str) -> None:
+    """Raise Unusable where what run.json says is not of a run of this version that has ended."""
     status = run.get("status")
     if status not in ("finished", "diverged"):
-        raise _Unusable(f"incomplete: {status or 'no status'}" + (f" ({run['reason']})" if run.get("reason") else ""))
+        raise Unusable(f"incomplete: {status or 'no status'}" + (f" ({run['reason']})" if run.get("reason") else ""))
     versions = run.get("versions")
     version = versions.get("luqrun") if isinstance(versions, dict) else None
     if version != __version__:
-        raise _Unusable(f"of another version: {version}, this is {__version__}")
+        raise Unusable(f"of another version: {version}, this is {__version__}")
     overrides, commit = run.get("overrides", []), run.get("git_commit")
     texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or ""]
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in texts):
-        raise _Unusable(f"{RUN} is damaged")
-    if status == "finished" and not (path / SUMMARY).is_file():
-        raise _Unusable(f"incomplete: finished without {SUMMARY}")
-    summary = _json(path / SUMMARY) if status == "finished" else {}
-    seed = config.get("seed")
+        raise Unusable(f"{source} is damaged")
+
+
+def make_record(
+    path: Path, study: str, text: str, config: dict, run: dict, summary: dict, curve: tuple[float, ...], source: str
+) -> Record:
+    """The record of a run whose config and run have passed the checks above. Raises Unusable; source: of `summary`."""
+    cell, seed = config["cell"], config.get("seed")
     names = [cell.get("row"), cell.get("column"), "" if cell.get("scale") is None else cell["scale"]]
     if type(seed) is not int or not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise _Unusable("its cell or seed is incomplete")
+        raise Unusable("its cell or seed is incomplete")
     if "/" in names[2]:
-        raise _Unusable(f"its scale {names[2]} is not known")
+        raise Unusable(f"its scale {names[2]} is not known")
     top1 = summary.get("val/top1")
     rounding = summary.get("rounding", [])
     if not isinstance(rounding, list) or not all(map(_is_rounding, rounding)):
-        raise _Unusable(f"{SUMMARY} is damaged")
-    if status == "finished" and not rounding and top1 is None:
-        raise _Unusable(f"{SUMMARY} has no val/top1")
-    if top1 is not None and not _is_share(top1):
-        raise _Unusable(f"val/top1 is {top1}")
-    curve = _curve(path / METRICS) if top1 is not None else ()
-    if top1 is not None and curve[-1:] != (top1,):
-        raise _Unusable(f"incomplete: {METRICS} does not end in the val/top1 of {SUMMARY}")
+        raise Unusable(f"{source} is damaged")
+    if run["status"] == "finished" and not rounding and top1 is None:
+        raise Unusable(f"{source} has no val/top1")
+    if top1 is not None and not is_share(top1):
+        raise Unusable(f"val/top1 is {top1}")
+    more = {name: summary.get(key) for name, key in MORE.items()}
+    for name, value in more.items():
+        if value is not None and not _is_number(value):
+            raise Unusable(f"{MORE[name]} is {value}")
     return Record(
         path=path,
-        study=_study(path, outputs),
+        study=study,
         table=str(cell["table"]),
         scale=cell.get("scale"),
         row=cell["row"],
@@ -202,6 +247,7 @@ def read_run(path: Path, outputs: Path) -> Record | None:
         rounding=tuple(rounding),
         config=text,
         run=run,
+        **more,
     )
 
 
@@ -210,27 +256,35 @@ def _study(path: Path, outputs: Path) -> str:
         raise UserError(f"{outputs} is a run; give the folder that holds its study, as outputs/ does")
     study = path.parent.relative_to(outputs)
     if not str(path).isprintable():
-        raise _Unusable("the name of its folder is not printable")
+        raise Unusable("the name of its folder is not printable")
     return str(study) if study.parts else outputs.resolve().name
 
 
-def _curve(path: Path) -> tuple[float, ...]:
-    found = []
+def _curve(path: Path) -> Iterator[float]:
+    """val/top1 after each epoch. Raises Unusable at the first line that is not sound."""
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
             row = json.loads(line, parse_constant=_refuse_nan)
-            if row.get("kind") == "epoch":
-                found.append(float(row["val/top1"]) if _is_share(row["val/top1"]) else None)
+            found = [row["val/top1"]] if row.get("kind") == "epoch" else []
         except _NotANumber as constant:
-            raise _Unusable(f"{METRICS} holds {constant} in line {number}") from None
+            raise Unusable(f"{METRICS} holds {constant} in line {number}") from None
         except (ValueError, KeyError, AttributeError, RecursionError):
-            raise _Unusable(f"{METRICS} is damaged in line {number}") from None
-        if found[-1:] == [None]:
-            raise _Unusable(f"{METRICS} is damaged in line {number}")
+            raise Unusable(f"{METRICS} is damaged in line {number}") from None
+        if not all(map(is_share, found)):
+            raise Unusable(f"{METRICS} is damaged in line {number}")
+        yield from map(float, found)
+
+
+def _sound(curve: Iterator[float]) -> tuple[float, ...]:
+    """As far as it is sound: a diverged run's number does not hang on it, and it may hold NaN."""
+    found = []
+    with contextlib.suppress(Unusable):
+        for top1 in curve:
+            found.append(top1)
     return tuple(found)
 
 
-def _is_share(value) -> bool:
+def is_share(value) -> bool:
     """A number of per cent."""
     return type(value) in (int, float) and 0 <= value <= 100
 
@@ -266,20 +320,20 @@ def _is_plain(config: dict) -> bool:
 
 def _text(path: Path) -> str:
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise _Unusable(f"incomplete: {path.name} is not a file")
+        raise Unusable(f"incomplete: {path.name} is not a file")
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise _Unusable(f"incomplete: {path.name} cannot be read ({type(error).__name__})") from None
+        raise Unusable(f"incomplete: {path.name} cannot be read ({type(error).__name__})") from None
 
 
 def _json(path: Path) -> dict:
     try:
         content = json.loads(_text(path), parse_constant=_refuse_nan)
     except _NotANumber as constant:
-        raise _Unusable(f"{path.name} holds {constant}") from None
+        raise Unusable(f"{path.name} holds {constant}") from None
     except (ValueError, RecursionError):
-        raise _Unusable(f"{path.name} is damaged") from None
+        raise Unusable(f"{path.name} is damaged") from None
     if not isinstance(content, dict):
-        raise _Unusable(f"{path.name} is damaged")
+        raise Unusable(f"{path.name} is damaged")
     return content

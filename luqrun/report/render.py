@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 
+from luqrun.report import layout, measured
 from luqrun.report.claims import Finding, how_tested
-from luqrun.report.records import LeftOut
+from luqrun.report.records import LeftOut, Record
+from luqrun.report.spread import Spread
 from luqrun.report.tables import Cell, Table
 
 HEADER = ("", "ours, top-1 %", "against our baseline", "paper", "against its baseline")
@@ -32,16 +36,49 @@ def _signed(spread) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table, and under it the commands of what is missing."""
+    """The table, and under it the commands of all of it and of what is missing."""
     lines = [f"## {table.title}", "", _md_row(HEADER), _md_row(["---"] * len(HEADER))]
     lines += [_md_row(line(table, cell)) for cell in table.cells.values()]
     lines += [
         "",
         "Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data.",
     ]
-    missing, commands = table.missing()
-    if missing:
-        lines += ["", f"Missing runs ({missing}):", "```", *commands, "```"]
+    lines += _missing(*table.missing())
+    lines += _made_by(whole_command(table))
+    return "\n".join(lines) + "\n"
+
+
+def _missing(count: int, commands: Sequence[str]) -> list[str]:
+    return ["", f"Missing runs ({count}):", "```", *commands, "```"] if count else []
+
+
+def whole_command(table: Table) -> str | None:
+    """What makes all of a table; None where there is no experiment of it."""
+    return _whole(table.name, table.scale, [run for cell in table.cells.values() for run in cell.runs.values()])
+
+
+def _whole(name: str, scale: str | None, runs: Sequence[Record]) -> str | None:
+    """The command of an experiment, with what all its runs were given beside."""
+    sweep = {part for wish in layout.expected(name, scale or "") for part in shlex.split(wish.command)}
+    shared = [given for given in runs[0].overrides if all(given in run.overrides for run in runs)]
+    more = [given for given in shared if given not in sweep]  # which holds the values that it goes through
+    return shlex.join(["luqrun", "-m", f"+experiment={name}/{scale}", *more]) if sweep else None
+
+
+def _made_by(command: str | None) -> list[str]:
+    return ["", "All of it is one command:", "```", command, "```"] if command else []
+
+
+def markdown_measured(table: measured.Measured) -> str:
+    """Table 1 or Fig. 1a: what was measured beside the closed forms, and the commands as under the others."""
+    lines = [f"## {table.title}"]
+    if table.records:
+        rows = [measured.HEADER, ["---"] * len(measured.HEADER), *table.lines()]
+        draws = table.records[0].rounding[0]["draws"]
+        lines += ["", *map(_md_row, rows), "", f"In brackets the closed form; {draws} draws a point."]
+    lines += _missing(table.missing, table.commands)
+    if table.records:
+        lines += _made_by(_whole(table.name, table.records[0].scale, table.records))
     return "\n".join(lines) + "\n"
 
 
@@ -51,27 +88,88 @@ def _md_row(values: Sequence[str]) -> str:
 
 def csv_text(table: Table) -> str:
     """A line a run, the missing ones too: study, row, column, seed, status, top1, paper, command."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["study", "table", "row", "column", "seed", "status", "top1", "paper", "paper_model", "command"])
+    rows = []
     for cell in table.cells.values():
-        paper = table.paper(cell)
-        theirs = ("", "") if paper is None else ("" if paper.value is None else paper.value, paper.what)
+        theirs = _papers(table, cell)
         where = table.study, table.name, cell.row, cell.column
         for seed, run in sorted(cell.runs.items()):
             status, top1 = run.run["status"], "" if run.top1 is None else round(run.top1, 4)
-            writer.writerow([*where, seed, status, top1, *theirs, run.command])
+            rows.append([*where, seed, status, top1, *theirs, run.command])
         for wish in cell.missing:
-            writer.writerow([*where, wish.seed, "missing", "", *theirs, wish.command])
+            rows.append([*where, wish.seed, "missing", "", *theirs, wish.command])
+    header = ("study", "table", "row", "column", "seed", "status", "top1", "paper", "paper_model", "command")
+    return _csv(header, rows)
+
+
+CELL_NUMBERS = ("runs", "diverged", "missing", "mean", "deviation", "n")
+DIFFERENCE = ("difference", "difference_deviation", "difference_n", "paper", "paper_model", "paper_difference")
+
+
+def cells_csv(table: Table) -> str:
+    """A line a cell: CELL_NUMBERS; DIFFERENCE to our baseline, seed by seed, beside the paper's to its own."""
+    rows = []
+    for cell in table.cells.values():
+        theirs, values = table.paper_difference(cell), list(cell.values.values())
+        rows.append([
+            *(table.study, table.name, cell.row, cell.column),
+            *(len(cell.runs), cell.diverged, len(cell.missing)),
+            *_numbers(Spread.of(values) if values else None),
+            *_numbers(table.difference(cell)),
+            *_papers(table, cell),
+            "" if theirs is None else round(theirs, 4),
+        ])  # fmt: skip
+    return _csv(("study", "table", "row", "column", *CELL_NUMBERS, *DIFFERENCE), rows)
+
+
+def _papers(table: Table, cell: Cell) -> tuple:
+    """The paper's number and whose it is, or what it says of it."""
+    paper = table.paper(cell)
+    return ("", "") if paper is None else ("" if paper.value is None else paper.value, paper.what)
+
+
+def _numbers(spread: Spread | None) -> tuple:
+    """Mean, deviation and number of values; what there is not is empty."""
+    if spread is None:
+        return "", "", ""
+    return round(spread.mean, 4), "" if spread.deviation is None else round(spread.deviation, 4), spread.count
+
+
+def measured_csv(records: Sequence[Record]) -> str:
+    """A line a bin of each quantizer: largest bias and variance, and mean squared error; each in closed form too."""
+    rows = []
+    for record in records:
+        for row in record.rounding:
+            pairs = [
+                of(row[side][name])
+                for name, of in (("bias", max), ("variance", max), ("mse", fmean))
+                for side in ("measured", "closed_form")
+            ]
+            about = record.study, record.table, record.row, row["operand"], row["quantizer"], row["drawn"]
+            rows.append([*about, *row["bin"], row["draws"], *(f"{value:.9g}" for value in pairs), row["z"]])
+    pairs = ("bias", "bias_closed_form", "variance", "variance_closed_form", "mse", "mse_closed_form")
+    about = ("study", "table", "row", "operand", "quantizer", "drawn", "bin_low", "bin_high", "draws")
+    return _csv((*about, *pairs, "z"), rows)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
     return text.getvalue()
 
 
 def markdown_findings(findings: Sequence[Finding], left_out: Sequence[LeftOut]) -> str:
-    """What holds of the paper's claims, and the folders that were not counted."""
-    lines = []
-    if findings:
-        lines += ["## What holds of the paper's claims", "", how_tested(findings), ""]
-        lines += [*(f"- {finding}" for finding in findings), ""]
-    if left_out:
-        lines += ["## Run folders left out", "", *(f"- {each.path}: {each.reason}" for each in left_out), ""]
-    return "\n".join(lines)
+    """What holds of the paper's claims, and what was not counted."""
+    head = "## What holds of the paper's claims"
+    parts = [f"{head}\n\n{how_tested(findings)}\n\n{list_findings(findings)}\n"] if findings else []
+    parts += [list_left_out(left_out) + "\n"] if left_out else []
+    return "\n".join(parts)
+
+
+def list_findings(findings: Sequence[Finding]) -> str:
+    """A line of Markdown each."""
+    return "\n".join(f"- {finding}" for finding in findings)
+
+
+def list_left_out(left_out: Sequence[LeftOut]) -> str:
+    """Under its heading, a line of Markdown each."""
+    return "\n".join(["## Runs left out", "", *(f"- {each.path}: {each.reason}" for each in left_out)])

@@ -1,0 +1,38 @@
+"""The index of a report: every table with its figure, what holds of it, and where its numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import quote
+
+from luqrun.report.claims import Finding, how_tested
+from luqrun.report.layout import TITLES
+from luqrun.report.records import LeftOut
+from luqrun.report.render import list_findings, list_left_out
+
+
+class Entry(NamedTuple):
+    """A table of the report. figure: its file; links: to its other files, by name."""
+
+    table: str
+    study: str
+    text: str
+    figure: str | None
+    links: dict[str, str]
+
+
+def index(entries: Sequence[Entry], findings: Sequence[Finding], left_out: Sequence[LeftOut]) -> str:
+    """The Markdown of README.md, the tables in the paper's order."""
+    parts = ["# The paper's tables and figures, from our runs"]
+    parts += [how_tested(findings)] if findings else []
+    order = list(TITLES)
+    for entry in sorted(entries, key=lambda each: order.index(each.table)):
+        parts.append(entry.text.rstrip())
+        if entry.figure:
+            parts.append(f"![{TITLES[entry.table]}]({quote(entry.figure)})")
+        own = [each for each in findings if (each.claim.table, each.study) == (entry.table, entry.study)]
+        parts += [list_findings(own)] if own else []
+        parts.append(", ".join(f"[{name}]({quote(path)})" for name, path in entry.links.items()))
+    parts += [list_left_out(left_out)] if left_out else []
+    return "\n\n".join(parts) + "\n"
