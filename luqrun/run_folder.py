@@ -228,10 +228,13 @@ def now() -> str:
 
 
 def provenance() -> dict:
-    """Versions and, in a checkout, the git commit and whether the tree was changed."""
-    packages = ("torch", "torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")
+    """Versions (torch's with its local part, as +cu130) and, in a checkout, the git commit and whether the tree was
+    changed."""
+    import torch  # here, as reading run folders needs none
+
+    packages = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")
     return {
-        "versions": {"python": platform.python_version(), "luqrun": __version__}
+        "versions": {"python": platform.python_version(), "luqrun": __version__, "torch": str(torch.__version__)}
         | {package: version(package) for package in packages},
         "platform": platform.platform(),
         "command": sys.argv,

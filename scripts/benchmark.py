@@ -1,7 +1,7 @@
 """What 4-bit training costs here: encode kernels, layers, whole steps and memory, against what they replace.
 
-python scripts/benchmark.py --out outputs/benchmark             some minutes on two CPU cores
-python scripts/benchmark.py --out DIR --quick                   seconds: whether it runs, not how fast
+python scripts/benchmark.py --out outputs/benchmark             a quarter of an hour on two CPU cores
+python scripts/benchmark.py --out DIR --quick                   minutes, most of them compiling: no speeds
 python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR's record stays, if all is of one commit
 """
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for benchmark.json, benchmark.md and step.svg")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds")
     parser.add_argument(
-        "--only", default="encode,layer,step,memory", help="sections, with commas (default: %(default)s)"
+        "--only", default="encode,layer,gemm,step,memory", help="sections, with commas (default: %(default)s)"
     )
     parser.add_argument("--models", default="", help="networks of step and memory, with commas (default: all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

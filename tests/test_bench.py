@@ -1,6 +1,7 @@
 """The benchmark: how contenders take turns, and what its record and report hold. No timings."""
 
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from luqrun.bench import contenders, picture, report
+from luqrun.bench import contenders, picture, report, sections
 from luqrun.bench.contenders import encoders, steps
-from luqrun.bench.run import RECORD, REPORT, add, run
-from luqrun.bench.sections import MEMORY_MODELS, MODELS, QUICK, SECTIONS, STEP_PAIRS
+from luqrun.bench.run import RECORD, REPORT, add, driver_version, run
+from luqrun.bench.sections import MEMORY_MODELS, MODELS, QUICK, SECTIONS, STEP_PAIRS, _fastest, _kinds
 from luqrun.bench.timing import Contender, Timings, interleave
 from luqrun.config import ModelConfig
+from luqrun.errors import UserError
 from luqrun.models import build_model
+from luqrun.profiling import KINDS, OTHER
 from luqrun.run_folder import provenance
 
 CPU = torch.device("cpu")
@@ -26,8 +29,10 @@ TINY = dataclasses.replace(
     elements={"cpu": 1000},
     conv_images=1,
     linear_rows=3,
-    batches={"resnet8": 2, "resnet18": 2},
-    rounds={"encode": 2, "layer": 1, "step": 2},
+    gemms={"cpu": {"linear": (32, 16, 48)}},
+    batches={"resnet8": 2, "resnet18": 2, "resnext8": 2, "mobilenet_tiny": 2, "vit_tiny": 2},
+    rounds={"encode": 2, "layer": 1, "gemm": 2, "step": 2},
+    profiled=(2, 1),
 )
 
 
@@ -45,14 +50,15 @@ def test_slow_contenders_sit_rounds_out():
     calls = []
     taking_part = [Contender("fast", lambda: None), Contender("slow", lambda: calls.append(1), every=3)]
     timings = interleave(taking_part, 7, CPU, calls=2, settle=1, warm_up=0)
+    assert len(calls) == 3 * (1 + 2)  # as many a round as the fast one's
     assert [seconds is not None for seconds in timings.rounds["slow"]] == [True, False, False, True, False, False, True]
-    assert len(calls) == 3
     assert len(timings.measured("fast")) == 7
 
 
 def test_ratios_are_of_common_rounds():
     timings = Timings({"a": [2.0, 4.0, 9.0, 1.0], "b": [1.0, None, 3.0, 4.0]})
-    assert timings.ratio("a", "b") == {"median": 2.0, "min": 1.0}
+    assert timings.ratio("a", "b") == {"median": 2.0, "quartiles": [1.125, 2.5], "min": 1.0}
+    assert Timings({"a": [3.0], "b": [1.5]}).ratio("a", "b") == {"median": 2.0, "quartiles": [2.0, 2.0], "min": 2.0}
     record = timings.as_record()
     assert (record["median"], record["min"]) == ({"a": 3.0, "b": 3.0}, {"a": 1.0, "b": 1.0})
 
@@ -64,6 +70,60 @@ def test_what_does_not_fit_is_left_out():
     timings = interleave([Contender("large", too_large), Contender("small", lambda: None)], 2, CPU)
     assert list(timings.rounds) == ["small"]
     assert timings.left_out == {"large": "out of memory"}
+
+
+def test_what_does_not_fit_any_more_is_left_out():
+    calls = []
+
+    def grows():
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError
+
+    timings = interleave([Contender("grows", grows), Contender("small", lambda: None)], 3, CPU, warm_up=1)
+    assert len(calls) == 4
+    assert list(timings.rounds) == ["small"]
+    assert timings.left_out == {"grows": "out of memory"}
+
+
+def test_what_does_not_compile_is_left_out():
+    def backend(graph, inputs):
+        raise FileNotFoundError("/somewhere/c++")
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    timings = interleave([Contender("compiled", lambda: compiled(torch.ones(1)))], 2, CPU)
+    assert timings.left_out == {"compiled": "does not compile: FileNotFoundError"}  # no path
+
+
+def test_other_errors_of_contenders_are_errors():
+    with pytest.raises(ZeroDivisionError):
+        interleave([Contender("wrong", lambda: 1 / 0)], 2, CPU)
+
+
+def test_profiles_are_taken_in_turns():
+    called = []
+    contenders = [Contender(name, lambda name=name: called.append(name)) for name in "ab"]
+    found = _kinds(contenders, CPU, rounds=3, count=2)
+    assert "".join(called) == "aabbbbaaaabb"
+    assert found.keys() == {"a", "b"}
+    assert all(set(kinds) == {*KINDS, OTHER} and sum(kinds.values()) > 0 for kinds in found.values())
+
+
+def test_the_fastest_are_compared():
+    seconds = {
+        "fp32": 4.0,
+        "fp32 compiled": 2.0,
+        "bf16": 3.0,
+        "luq fp32": 6.0,
+        "luq fp32 compiled": 8.0,
+        "luq bf16": 1.0,
+    }
+    rounds = {name: [value] * 2 for name, value in {**seconds, "formulas fp32": 0.5}.items()}
+    found = {(r["what"], r["against"]): r["median"] for r in _fastest(Timings(rounds))}
+    assert found == {
+        ("luq fp32, fastest: luq fp32", "fp32, fastest: fp32 compiled"): 3.0,
+        ("luq, fastest: luq bf16", "plain, fastest: fp32 compiled"): 0.5,
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +140,15 @@ def folder(tmp_path_factory):
     """What a whole run writes, of sizes and of networks that are small."""
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "build_model", lambda config, *rest: build_model(ModelConfig("resnet8"), *rest))
+        small = {"resnet18": "resnet8"}
+        patch.setattr(
+            contenders,
+            "build_model",
+            lambda config, *rest: build_model(ModelConfig(small.get(config.name, config.name)), *rest),
+        )
+        # As the compiler sees it, without the minutes that its code takes to compile; and without processes.
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        patch.setattr(sections, "resident_peaks", lambda workload, options, count: [3 * 2**20] * count)
         run(folder, quick=True, device="cpu", sizes=TINY, log=lambda text: None)
     return folder
 
@@ -96,13 +164,20 @@ def test_the_record_has_all_parts(record):
     assert record["machine"].keys() >= {"device", "name", "cpu", "threads", "kernels", "isa"}
     assert {"torch", "numba", "python"} <= record["versions"].keys()
     assert list(record["sections"]) == list(SECTIONS)
-    for section in ("encode", "layer", "step"):
+    for section in ("encode", "layer", "gemm", "step"):
         for case in record["sections"][section].values():
             names = case["rounds"].keys()
             assert names == case["median"].keys() == case["min"].keys()
             assert all(len(rounds) == TINY.rounds[section] for rounds in case["rounds"].values())
     assert all(case["seconds_by_kind"].keys() == case["median"].keys() for case in record["sections"]["step"].values())
-    assert all(ratio["median"] > 0 and ratio["min"] > 0 for ratio in record["ratios"])
+    for ratio in record["ratios"]:
+        low, high = ratio["quartiles"]
+        assert 0 < low <= ratio["median"] <= high
+        assert ratio["min"] > 0
+    assert list(record["sections"]["step"]) == ["resnet8", "resnet8, 1 thread", *MODELS["cpu"][1:]]
+    assert "luq fp32 compiled" in record["sections"]["step"]["resnet8"]["median"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["codes"].keys() == {"fp32", "bf16"}
 
 
 def test_every_requirement_of_this_device_is_measured(record):
@@ -159,7 +234,8 @@ def test_reached_is_at_most_or_at_least(record):
     for each in report.REQUIREMENTS:
         if each.device == "cpu":
             measured = each.required * 0.9
-            ratio = {"what": each.name, "against": each.against, "median": measured, "min": measured}
+            ratio = {"what": each.name, "against": each.against, **dict.fromkeys(("median", "min"), measured)}
+            ratio["quartiles"] = [measured, measured]
             record["ratios"].append({"section": each.section, "case": each.case, **ratio})
     rows = [row for row in report.requirements(record) if row["device"] == "cpu"]
     assert all(row["reached"] == row["required"].startswith("≤") for row in rows)
@@ -185,6 +261,21 @@ def test_a_record_of_other_code_is_not_completed(record, tmp_path, change, monke
     assert alone["ratios"] == []
 
 
+def test_the_drivers_version_is_what_its_tool_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_version() == "unknown"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")  # a line a GPU
+    tool.chmod(0o755)
+    assert driver_version() == "580.65.06"
+
+
+def test_a_network_of_another_device_is_refused(tmp_path):
+    with pytest.raises(UserError, match="models=resnet50: not measured on cpu; allowed there: resnet8, resnet18"):
+        run(tmp_path / "out", quick=True, only=["step"], device="cpu", models=["resnet50"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_case_measured_again_replaces_the_earlier():
     record = {"sections": {}, "ratios": []}
     add(record, "step", "a", {"date": 1}, [{"what": "x", "against": "y", "median": 1.0, "min": 1.0}])
@@ -199,7 +290,7 @@ def test_the_picture_shows_every_contender(folder, record):
     pytest.importorskip("matplotlib")
     assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
     drawn = (folder / "step.svg").read_text()
-    for case in record["sections"]["step"].values():
+    for case in (record["sections"]["step"][model] for model in ("resnet8", "resnet18")):
         assert all(f"<!-- {name} -->" in drawn for name in case["seconds_by_kind"])
     assert "![" in (folder / REPORT).read_text()
 
@@ -224,5 +315,5 @@ def test_the_script_names_what_it_does_not_know(tmp_path):
         [sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 2
-    assert "nonsense is not known; allowed: encode, layer, step, memory" in done.stderr
+    assert "nonsense is not known; allowed: encode, layer, gemm, step, memory" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -219,23 +219,23 @@ class Training:
 
 def steps(device: torch.device) -> dict[str, tuple[dict, int]]:
     """The contenders of a training step: by name, the options of Training, and every how many rounds it is timed."""
-    if device.type == "cuda":
-        plain, quantized, formulas = ({"scheme": scheme, "half": True} for scheme in ("plain", "luq", "formulas"))
-        return {
-            "bf16": (plain, 1),
-            "bf16 compiled": ({**plain, "compiled": True}, 1),
-            "luq bf16": (quantized, 1),
-            "luq bf16 compiled": ({**quantized, "compiled": True}, 1),
-            "luq bf16 compiled, fused": ({**quantized, "compiled": True, "within": transparent}, 1),
-            "formulas bf16": (formulas, 3),
-            "formulas bf16 compiled": ({**formulas, "compiled": True}, 3),
-        }
-    found = {
-        f"{prefix}{precision}": ({"scheme": scheme, "half": precision == "bf16"}, 1)
+    on_gpu, found = device.type == "cuda", {}
+    for prefix, scheme, precision in (
+        (prefix, scheme, precision)
         for prefix, scheme in (("", "plain"), ("luq ", "luq"))
         for precision in ("fp32", "bf16")
-    }
-    if gemms.use_int8(device.type):
-        for name in ("luq fp32", "luq bf16"):
-            found[f"{name}, float GEMMs"] = ({**found[name][0], "within": floating_point}, 1)
-    return {**found, "formulas fp32": ({"scheme": "formulas", "half": False}, 3)}
+    ):
+        name, options = f"{prefix}{precision}", {"scheme": scheme, "half": precision == "bf16"}
+        if not on_gpu or precision == "bf16":
+            found[name] = (options, 1)
+        found[f"{name} compiled"] = ({**options, "compiled": True}, 1)
+        if scheme == "luq" and gemms.use_int8(device.type):
+            found[f"{name}, float GEMMs"] = ({**options, "within": floating_point}, 1)
+    formulas = {"scheme": "formulas", "half": True}
+    if on_gpu:
+        compiled = {"scheme": "luq", "half": True, "compiled": True}
+        found["luq bf16 compiled, fused"] = ({**compiled, "within": transparent}, 1)
+        found["formulas bf16 compiled"] = ({**formulas, "compiled": True}, 3)
+    else:
+        found["formulas fp32"] = ({**formulas, "half": False}, 3)
+    return {**found, "formulas bf16": (formulas, 3)}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import accumulate
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from luqrun.bench.contenders import Training
+from luqrun.bench.contenders import Training, Workload
 from luqrun.convert import quantized_layers
+from luqrun.devices import peak_memory, reset_peak_memory
 from luqrun.modules import QuantConv2d, QuantLinear
 
 
@@ -55,8 +57,9 @@ def kept_for_backward(training: Training) -> dict[str, int]:
 def peak(make: Callable[[], Training], device: torch.device) -> int:
     """The most bytes allocated at once by a training that `make` builds: state, batch and its second step.
 
-    On a GPU the allocator counts; on a CPU torch's allocations are added up from the profiler's record of them (numba
-    allocates nothing, and memory inside of oneDNN does not go through torch's allocator).
+    On a GPU the allocator counts; on a CPU torch's allocations are added up from the profiler's record of them. What
+    oneDNN and numba's loops take for themselves is not among them, nor is what the allocator holds in reserve: see
+    `resident_peaks`.
     """
     if device.type == "cuda":
         return _peak_on_gpu(make(), device)
@@ -83,6 +86,40 @@ def _peak_on_cpu(work: Callable[[], Training]) -> int:
         training()
 
     return peak_of_allocations(two_steps)
+
+
+def resident_peaks(workload: Workload, options: dict, count: int) -> list[int]:
+    """`count` times: by how many bytes the resident memory of a process of its own grew for a training on the CPU and
+    two of its steps, at most. All that is allocated counts, whoever does it, and what the allocator gave not back.
+
+    options: of Training. What is loaded, compiled and cached by a first training is not counted. Empty where the
+    system does not let a process forget its peak.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(_resident_peaks, workload, options, count, torch.get_num_threads()).result()
+
+
+def _resident_peaks(workload: Workload, options: dict, count: int, threads: int) -> list[int]:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+
+    def two_steps():
+        training = Training(workload, device, **options)
+        training()
+        training()
+
+    two_steps()
+    grown = []
+    for _ in range(count):
+        reset_peak_memory(device)
+        before = peak_memory(device)  # now what is resident
+        held = torch.ones(2**22)
+        if peak_memory(device) < before + held.nbytes // 2:  # a peak of earlier
+            return []
+        del held
+        two_steps()
+        grown.append(peak_memory(device) - before)
+    return grown
 
 
 def peak_of_allocations(work: Callable[[], object]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from luqrun.bench.report import REQUIREMENTS
 from luqrun.bench.timing import Timings
 from luqrun.profiling import KINDS, OTHER
 
@@ -14,12 +15,17 @@ NAME = "step"
 def draw(record: dict, folder: Path) -> list[Path]:
     """Write step.svg and step.png: a bar a contender, its time in units of the base's, split by the profile's shares.
 
-    record: of a run with the section `step`. Raises ModuleNotFoundError without matplotlib (the extra `plot`).
+    record: of a run with the section `step`. Of its cases, those of which something is required, or all where there
+    is none. A case without its base is left out. Raises ModuleNotFoundError without matplotlib (the extra `plot`).
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    cases, base = record["sections"]["step"], BASES[record["machine"]["device"]]
+    base, required = BASES[record["machine"]["device"]], {each.case for each in REQUIREMENTS if each.section == "step"}
+    cases = {name: case for name, case in record["sections"]["step"].items() if base in case["rounds"]}
+    cases = {name: case for name, case in cases.items() if name in required} or cases
+    if not cases:
+        return []
     colours = dict(zip((*KINDS, OTHER), matplotlib.colormaps["tab10"].colors, strict=False))
     heights = [1 + 0.35 * len(case["seconds_by_kind"]) for case in cases.values()]
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")

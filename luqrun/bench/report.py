@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from luqrun.profiling import kinds_table
 
 NOT_MEASURED = "not measured"
+RESIDENT = (
+    "Resident, on a CPU: by how much the memory of a process of its own grew, everybody's allocations included and "
+    "what allocators hold in reserve; the median of several such peaks."
+)
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,12 @@ REQUIREMENTS = (
 
 
 def requirements(record: dict) -> list[dict]:
-    """A row for each requirement: device, what, required, aim, measured (median, min or None), reached (or None)."""
+    """A row for each requirement: device, what, required, aim, measured (median, quartiles and min) and reached, both
+    None where it was not measured."""
     rows = []
     for each in REQUIREMENTS:
         found = each.found(record)
-        measured = found and {key: found[key] for key in ("median", "min")}
+        measured = found and {key: found[key] for key in ("median", "quartiles", "min")}
         limits = {"required": each.limit(each.required), "aim": each.limit(each.aim)}
         reached = each.reached(found) if found else None
         rows.append({"device": each.device, "what": each.what, **limits, "measured": measured, "reached": reached})
@@ -144,12 +150,21 @@ def _heading(record: dict) -> str:
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         f"Commit {commit}, {record['date']}.",
         "",
-        "Contenders take turns within a run. A ratio is the median over rounds of the ratio within a round, and in "
-        "brackets that of the shortest times.",
+        f"Encoders write codes {_codes(machine['codes'])}; in that type GEMMs take them.",
+        "",
+        "Contenders take turns within a run. A ratio is the median over rounds of the ratio within a round; in "
+        "brackets are the quartiles of that ratio over the rounds, and the ratio of the shortest times.",
     ]
     if record["quick"]:
         lines += ["", "**A quick run: the sizes are too small for the numbers to say anything.**"]
     return "\n".join(lines)
+
+
+def _codes(codes: dict[str, tuple[str, int]]) -> str:
+    """Such as: of fp32 and bf16 as int8, 1 byte an element."""
+    texts = {name: f"as {dtype}, {size} byte{'s' * (size > 1)} an element" for name, (dtype, size) in codes.items()}
+    alike = {text: [name for name in texts if texts[name] == text] for text in texts.values()}
+    return "; ".join(f"of {' and '.join(names)} {text}" for text, names in alike.items())
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -159,8 +174,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _ratio(ratio: dict) -> str:
-    median, shortest = (f"{ratio[key]:.3g}" for key in ("median", "min"))
-    return median if median == shortest else f"{median} ({shortest})"
+    median, low, high, shortest = (f"{each:.3g}" for each in (ratio["median"], *ratio["quartiles"], ratio["min"]))
+    return median if {median} == {low, high, shortest} else f"{median} ({low} to {high}; shortest {shortest})"
 
 
 def _requirement_table(record: dict) -> str:
@@ -178,31 +193,38 @@ def _ratio_table(record: dict) -> str:
 
 
 def _kinds(record: dict, picture: str | None) -> str:
-    parts = []
+    parts = ["Milliseconds a step under the profiler: medians over turns of some steps, contender after contender.\n"]
     if picture:
-        parts.append(f"![A step's time by kind]({picture})\n")
+        parts.insert(0, f"![A step's time by kind]({picture})\n")
     for model, case in record["sections"]["step"].items():
-        parts.append(f"{model}, milliseconds a step under the profiler:\n\n{kinds_table(case['seconds_by_kind'])}")
+        parts.append(f"{model}:\n\n{kinds_table(case['seconds_by_kind'])}")
     return "\n".join(parts)
 
 
 def _time_tables(record: dict) -> str:
-    parts = []
-    for section, cases in record["sections"].items():
-        if section == "memory":
-            continue
-        for name, case in cases.items():
-            rows = []
-            for contender, median in case["median"].items():
-                moved = case.get("bytes", {}).get(contender)
-                speed = [f"{moved / median / 1e9:.1f}" if moved else ""] if "bytes" in case else []
-                rounds = sum(seconds is not None for seconds in case["rounds"][contender])
-                rows.append([contender, f"{1e3 * median:.3f}", f"{1e3 * case['min'][contender]:.3f}", *speed])
-                rows[-1].append(str(rounds))
-            rows += [[contender, why] + [""] * (2 + ("bytes" in case)) for contender, why in case["left_out"].items()]
-            head = [f"{section}, {name}", "median, ms", "min, ms", *(["GB/s"] if "bytes" in case else []), "rounds"]
-            parts.append(_table(head, rows))
-    return "\n".join(parts)
+    cases = [
+        (f"{section}, {name}", case)
+        for section, cases in record["sections"].items()
+        if section != "memory"
+        for name, case in cases.items()
+    ]
+    return "\n".join(_time_table(name, case) for name, case in cases)
+
+
+def _time_table(name: str, case: dict) -> str:
+    """What a case measured: of encoders with their speed, of GEMMs with whether they are exact."""
+    moved, exact = case.get("bytes"), case.get("exact")
+    more = ["GB/s"] * (moved is not None) + ["exact"] * (exact is not None)
+    rows = []
+    for contender, median in case["median"].items():
+        cells = [contender, f"{1e3 * median:.3f}", f"{1e3 * case['min'][contender]:.3f}"]
+        if moved is not None:
+            cells.append(f"{moved[contender] / median / 1e9:.1f}" if contender in moved else "")
+        if exact is not None:
+            cells.append({True: "yes", False: "no", None: ""}[exact.get(contender)])
+        rows.append([*cells, str(sum(seconds is not None for seconds in case["rounds"][contender]))])
+    rows += [[contender, why, *[""] * (2 + len(more))] for contender, why in case["left_out"].items()]
+    return _table([name, "median, ms", "min, ms", *more, "rounds"], rows)
 
 
 def _memory_tables(record: dict) -> str:
@@ -210,8 +232,10 @@ def _memory_tables(record: dict) -> str:
     for model, case in record["sections"]["memory"].items():
         rows = []
         for name, peak in case["peak"].items():
-            kept = case["kept"].get(name)
-            rows.append([name, f"{peak / 1e6:.1f}", f"{kept['bytes'] / 1e6:.1f}" if kept else ""])
-        rows += [[name, why, ""] for name, why in case["left_out"].items()]
-        parts.append(_table([f"{model} ({case['how']})", "peak, MB", "kept for the backward pass, MB"], rows))
+            kept, grown = case["kept"].get(name), case["resident"].get(name)
+            resident = f"{statistics.median(grown) / 1e6:.1f}" if grown else NOT_MEASURED
+            rows.append([name, f"{peak / 1e6:.1f}", resident, f"{kept['bytes'] / 1e6:.1f}" if kept else ""])
+        rows += [[name, why, "", ""] for name, why in case["left_out"].items()]
+        head = [model, "allocated at most, MB", "resident at most, MB", "kept for the backward pass, MB"]
+        parts.append(f"Allocated: {case['how']}. {RESIDENT}\n\n{_table(head, rows)}")
     return "\n".join(parts)

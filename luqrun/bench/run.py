@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ import torch
 
 from luqrun import gemms
 from luqrun.bench import picture, report
-from luqrun.bench.sections import FULL, QUICK, SECTIONS, Sizes
+from luqrun.bench.sections import FULL, MODELS, QUICK, SECTIONS, Sizes
 from luqrun.devices import choose_device
+from luqrun.errors import UserError
+from luqrun.qgemm import code_dtype
 from luqrun.run_folder import now, provenance, write_atomically
 
 RECORD, REPORT = "benchmark.json", "benchmark.md"
@@ -39,10 +42,14 @@ def run(
 
     models: of the sections step and memory, all by default. sizes: instead of the usual or the quick ones. A record
     that is in `out` already keeps what this run does not measure again, if it is of the same machine, versions and
-    commit, and nothing was changed since that commit.
+    commit, and nothing was changed since that commit. UserError for a network that is not measured on this device.
     """
-    out.mkdir(parents=True, exist_ok=True)
     chosen = choose_device(device)
+    elsewhere = [model for model in models if model not in MODELS[chosen.type]]
+    if elsewhere:
+        allowed = ", ".join(MODELS[chosen.type])
+        raise UserError(f"models={','.join(elsewhere)}: not measured on {chosen.type}; allowed there: {allowed}")
+    out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # as the trainer does
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # networks share their code
     record = _start(out / RECORD, describe(chosen, quick))
@@ -58,7 +65,8 @@ def run(
     drawn = None
     if record["sections"].get("step"):
         try:
-            drawn = picture.draw(record, out)[0].name
+            paths = picture.draw(record, out)
+            drawn = paths[0].name if paths else None
         except ModuleNotFoundError as error:
             log(f"no picture: {error} (pip install luqrun[plot])")
     _write(record, out, drawn)
@@ -71,6 +79,11 @@ def describe(device: torch.device, quick: bool) -> dict:
     versions = dict(known["versions"])
     with suppress(PackageNotFoundError):
         versions["triton"] = version("triton")
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn.version()
+        versions |= {"cuda": torch.version.cuda, "cudnn": cudnn, "driver": driver_version()}
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    codes = {key: code_dtype(torch.empty(0, device=device), True, dtype) for key, dtype in precisions.items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     settings = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LUQRUN_KERNELS")
     machine = {
@@ -80,8 +93,12 @@ def describe(device: torch.device, quick: bool) -> dict:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernels": gemms.describe(device.type),
+        "codes": {key: [str(dtype).removeprefix("torch."), dtype.itemsize] for key, dtype in codes.items()},
         "environment": {key: os.environ[key] for key in settings if key in os.environ},
     }
+    if device.type == "cuda":
+        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        machine["tf32"] = {"matmul": matmul, "cudnn": cudnn}
     commit = {key: known[key] for key in ("git_commit", "git_dirty")}
     return {
         "requirements": [], "ratios": [], "machine": machine, "versions": versions, **commit,
@@ -96,6 +113,16 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver, as its tool says; "unknown" without it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said.split()[0] if said.split() else "unknown"
 
 
 def add(record: dict, section: str, case: str, measured: dict, ratios: Sequence[dict]) -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+log = logging.getLogger(__name__)
+
+COMPILING = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)  # inductor's own are mostly of the first kind
 
 
 @dataclass(frozen=True)
 class Contender:
-    """run: what is timed. every: it takes part in each so-many-th round only, with one call, for slow ones."""
+    """run: what is timed. every: it takes part in each so-many-th round only, for slow ones."""
 
     name: str
     run: Callable[[], object]
@@ -37,11 +44,16 @@ class Timings:
     def minimum(self, name: str) -> float:
         return min(self.measured(name))
 
-    def ratio(self, name: str, against: str) -> dict[str, float]:
-        """median: of the ratios within each round that both took part in; min: of the shortest times."""
+    def ratio(self, name: str, against: str) -> dict:
+        """median and quartiles (a pair): of the ratios in the rounds that both took part in; min: of shortest times.
+
+        One round alone is its own quartiles.
+        """
         pairs = zip(self.rounds[name], self.rounds[against], strict=True)
         ratios = [mine / other for mine, other in pairs if mine is not None and other is not None]
-        return {"median": statistics.median(ratios), "min": self.minimum(name) / self.minimum(against)}
+        low, _, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
+        shortest = self.minimum(name) / self.minimum(against)
+        return {"median": statistics.median(ratios), "quartiles": [low, high], "min": shortest}
 
     def as_record(self) -> dict:
         """Medians and minima in seconds, and every round."""
@@ -67,35 +79,64 @@ def interleave(
 
     calls: how many calls in a row one time is of, their median, or on a GPU, where they overlap, their mean; settle:
     untimed calls before them, after which caches and allocator are as the contender itself leaves them; warm_up:
-    untimed calls before the first round. A contender that does not fit into the GPU's memory is left out.
+    untimed calls before the first round. A contender that does not compile, or does not fit into the GPU's memory, is
+    left out.
     """
-    timings, taking_part = Timings(), []
+    timings, taking_part, timed = Timings(), [], []
     for contender in contenders:
-        try:
-            for _ in range(warm_up):
-                contender.run()
-            _wait(device)
-        except torch.OutOfMemoryError:
-            timings.left_out[contender.name] = "out of memory"
-            torch.cuda.empty_cache()
+        why = left_out(lambda: _repeat(contender.run, warm_up, device))  # noqa: B023
+        if why:
+            timings.left_out[contender.name] = why
             continue
         taking_part.append(contender)
         timings.rounds[contender.name] = [None] * rounds
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for number in range(rounds):
-            first = number % max(len(taking_part), 1)
-            for contender in [*taking_part[first:], *taking_part[:first]]:
-                if number % contender.every == 0:
-                    counts = (calls, settle) if contender.every == 1 else (1, 0)
-                    seconds = _time(contender.run, *counts, device)
-                    timings.rounds[contender.name][number] = seconds
+        for number, order in turns(taking_part, rounds):
+            for contender in order:
+                if number % contender.every or contender.name in timings.left_out:
+                    continue
+                why = left_out(lambda: timed.append(_time(contender.run, calls, settle, device)))  # noqa: B023
+                if why:
+                    timings.left_out[contender.name] = why
+                    del timings.rounds[contender.name]
+                else:
+                    timings.rounds[contender.name][number] = timed.pop()
             gc.collect()
     finally:
         if collecting:
             gc.enable()
     return timings
+
+
+def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[tuple[int, list[Contender]]]:
+    """The number of each round and whose turns it has, in their order: each round starts with the next one."""
+    for number in range(rounds):
+        first = number % max(len(contenders), 1)
+        yield number, [*contenders[first:], *contenders[:first]]
+
+
+def left_out(work: Callable[[], object]) -> str | None:
+    """Do `work`; why it cannot be done here, where it does not compile or does not fit into the GPU's memory."""
+    try:
+        work()
+        return None
+    except torch.OutOfMemoryError:
+        why = "out of memory"
+    except COMPILING as error:  # its text names files of this machine: not for the record
+        log.warning("%s", error)
+        why = f"does not compile: {type(getattr(error, 'inner_exception', error)).__name__}"
+    gc.collect()  # only now does no traceback hold what the work had allocated
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return why
+
+
+def _repeat(run: Callable[[], object], calls: int, device: torch.device) -> None:
+    for _ in range(calls):
+        run()
+    wait(device)
 
 
 def _time(run: Callable[[], object], calls: int, settle: int, device: torch.device) -> float:
@@ -107,14 +148,13 @@ def _time(run: Callable[[], object], calls: int, settle: int, device: torch.devi
 
 
 def _stretch(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    _wait(device)
+    _repeat(run, calls, device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
