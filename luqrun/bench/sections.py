@@ -82,7 +82,7 @@ FULL = Sizes(
     },
     batches={"resnet18": 32, "resnet50": 256, "vit_b_16": 256, **dict.fromkeys(SMALL, 128)},
     compiled=("resnet8", "resnet18", "resnet50", "vit_b_16"),
-    rounds={"encode": 40, "layer": 20, "gemm": 10, "step": 30},
+    rounds={"encode": 40, "layer": 20, "gemm": 10, "step": 20},
     profiled=(3, 2),
     resident=5,
 )
@@ -168,7 +168,8 @@ def _steps(model: str, device: torch.device, sizes: Sizes, names: Iterable[str])
     """The record and the ratios of these contenders."""
     workload, known = _workload(model, sizes), steps(device)
     contenders = [Contender(name, Training(workload, device, **known[name][0]), known[name][1]) for name in names]
-    timings = interleave(contenders, sizes.rounds["step"], device)
+    # After a step of its own, as in a training: another network's would leave it cold caches.
+    timings = interleave(contenders, sizes.rounds["step"], device, settle=1)
     kinds = _kinds([each for each in contenders if each.name in timings.rounds], device, *sizes.profiled)
     record = {"workload": vars(workload), **timings.as_record(), "seconds_by_kind": kinds}
     torch._dynamo.reset()  # what was compiled goes with its network
