@@ -148,7 +148,7 @@ def folder(tmp_path_factory):
         )
         # As the compiler sees it, without the minutes that its code takes to compile; and without processes.
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-        patch.setattr(sections, "resident_peaks", lambda workload, options, count: [3 * 2**20] * count)
+        patch.setattr(sections, "resident_peaks", lambda workload, options, count, allocator: [3 * 2**20] * count)
         run(folder, quick=True, device="cpu", sizes=TINY, log=lambda text: None)
     return folder
 

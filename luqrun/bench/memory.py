@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import accumulate
 from multiprocessing import get_context
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -88,14 +90,15 @@ def _peak_on_cpu(work: Callable[[], Training]) -> int:
     return peak_of_allocations(two_steps)
 
 
-def resident_peaks(workload: Workload, options: dict, count: int) -> list[int]:
+def resident_peaks(workload: Workload, options: dict, count: int, allocator: dict[str, str]) -> list[int]:
     """`count` times: by how many bytes the resident memory of a process of its own grew for a training on the CPU and
     two of its steps, at most. All that is allocated counts, whoever does it, and what the allocator gave not back.
 
-    options: of Training. What is loaded, compiled and cached by a first training is not counted. Empty where the
-    system does not let a process forget its peak.
+    options: of Training. allocator: environment variables that glibc's malloc reads as the process starts. What is
+    loaded, compiled and cached by a first training is not counted. Empty where the system does not let a process
+    forget its peak.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+    with mock.patch.dict(os.environ, allocator), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(_resident_peaks, workload, options, count, torch.get_num_threads()).result()
 
 

@@ -11,7 +11,8 @@ from luqrun.profiling import kinds_table
 NOT_MEASURED = "not measured"
 RESIDENT = (
     "Resident, on a CPU: by how much the memory of a process of its own grew, everybody's allocations included and "
-    "what allocators hold in reserve; the median of several such peaks."
+    "what allocators hold in reserve; the median of several such peaks. Given back: with MALLOC_MMAP_THRESHOLD_=262144 "
+    "in the environment, so that glibc keeps no freed block of a tensor."
 )
 
 
@@ -232,10 +233,12 @@ def _memory_tables(record: dict) -> str:
     for model, case in record["sections"]["memory"].items():
         rows = []
         for name, peak in case["peak"].items():
-            kept, grown = case["kept"].get(name), case["resident"].get(name)
-            resident = f"{statistics.median(grown) / 1e6:.1f}" if grown else NOT_MEASURED
-            rows.append([name, f"{peak / 1e6:.1f}", resident, f"{kept['bytes'] / 1e6:.1f}" if kept else ""])
-        rows += [[name, why, "", ""] for name, why in case["left_out"].items()]
-        head = [model, "allocated at most, MB", "resident at most, MB", "kept for the backward pass, MB"]
+            kept = case["kept"].get(name)
+            grown = [found.get(name) for found in case["resident"].values()]
+            resident = [f"{statistics.median(each) / 1e6:.1f}" if each else NOT_MEASURED for each in grown]
+            rows.append([name, f"{peak / 1e6:.1f}", *resident, f"{kept['bytes'] / 1e6:.1f}" if kept else ""])
+        rows += [[name, why, *[""] * (1 + len(case["resident"]))] for name, why in case["left_out"].items()]
+        names = "allocated at most", *case["resident"], "kept for the backward pass"
+        head = [model, *(f"{name}, MB" for name in names)]
         parts.append(f"Allocated: {case['how']}. {RESIDENT}\n\n{_table(head, rows)}")
     return "\n".join(parts)
