@@ -180,9 +180,8 @@ class Trainer:
                 progress["step"] += 1
                 bar.update(accumulate)
                 step = progress["step"]
-                running = self._train_metrics()
-                speed = running["images_per_second"]
-                shown = f"loss {loss:.3f}, top-1 {running['train/top1']:.1f}, {speed:.0f} img/s"
+                top1 = self._train_metrics()["train/top1"]
+                shown = f"loss {loss:.3f}, top-1 {top1:.1f}, {self._speed():.0f} img/s"
                 bar.set_postfix_str(shown, refresh=False)
                 if tracking.log_every and step % tracking.log_every == 0:
                     lately = self.interval_images / self.interval_seconds
@@ -201,7 +200,7 @@ class Trainer:
         examine, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
         loss, correct, images = self.accumulate_gradients(micro_batches, examine or histograms)
         if not math.isfinite(loss):
-            self.accumulate_gradients(micro_batches, examine=True)  # once more, to see what each layer saw
+            self.accumulate_gradients(micro_batches, True, until_it_fails=True)  # once more, to see what each layer saw
             self._report_divergence("loss", loss)
         if config.schedule.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.schedule.clip_grad_norm)
@@ -213,15 +212,17 @@ class Trainer:
         sums[0], sums[1], sums[2] = sums[0] + loss * images, sums[1] + correct, sums[2] + images
         return loss, images
 
-    def accumulate_gradients(self, micro_batches: list[tuple[Tensor, Tensor]], examine: bool) -> tuple[float, int, int]:
-        """Forward and backward passes of one step: (mean loss, correct, images).
+    def accumulate_gradients(
+        self, micro_batches: list[tuple[Tensor, Tensor]], examine: bool, until_it_fails: bool = False
+    ) -> tuple[float, int, int]:
+        """Forward and backward passes of one step, which can be repeated exactly: (mean loss, correct, images).
 
-        Everything random in it is a function of the step, so it can be repeated exactly. examine: let the quantized
-        layers record the health of the last pass.
+        examine: let this process' quantized layers record the health of the last pass; with until_it_fails, which is
+        for all processes alike, the last is the first whose loss is not finite.
         """
         step = self.progress["step"]
-        # Of a seed, the CPU's generator takes 32 bits.
-        torch.manual_seed(int(mix(self.config.seed, DROPOUT, step, ranks.rank())[0]) & 0xFFFFFFFF)
+        seed = mix(self.config.seed, DROPOUT, step, ranks.rank())[0]
+        torch.manual_seed(int(seed) & 0xFFFFFFFF)  # the CPU's generator takes 32 bits
         set_step(self.model, step)
         self._examine(examine)
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,8 +232,8 @@ class Trainer:
                 with assembly.synchronizing(self.network, number == len(micro_batches)):
                     passes.append(self._forward_and_backward(images, labels, len(micro_batches)))
                 count += len(labels)
-                if examine and not math.isfinite(self._total(passes[-1:], 0)[0]):
-                    break  # the layers' health is then that of the pass that failed
+                if until_it_fails and not math.isfinite(self._total(passes[-1:], 0)[0]):
+                    break
         loss, correct, count = self._total(passes, count)
         return loss / len(micro_batches), int(correct), int(count)
 

@@ -112,7 +112,7 @@ def checked(left: Tensor, right: Tensor, has_e3m0: bool) -> tuple[list[Contender
         except torch.OutOfMemoryError:
             lacking[name] = "out of memory"
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            lacking[name] = str(error).splitlines()[0][:160]
+            lacking[name] = (str(error).splitlines() or [type(error).__name__])[0][:160]
         else:
             contenders.append(Contender(name, call))
             if not name.endswith("scaled"):

@@ -70,7 +70,8 @@ def quantize(
     dtype: torch.dtype,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See luqrun.kernels.cpu.quantize: three launches, and with a hindsight maximum one pass over x."""
+    """See luqrun.kernels.cpu.quantize: three launches or few more, and with a hindsight maximum one pass over x."""
+    x = _native(x)
     estimate = None if hindsight is None or range != "hindsight" else hindsight.to(x.device)
     # Whether integer codes have a sign is known from the present alone.
     once = estimate is not None and form.logarithmic
