@@ -64,10 +64,10 @@ def train(path, *overrides) -> tuple[dict, RunFolder]:
         return trainer.run(tiny(*overrides), folder), folder
 
 
-def build_trainer(path, *overrides) -> trainer.Trainer:
+def build_trainer(path, *overrides, device="cpu") -> trainer.Trainer:
     """The trainer of such a run, before its first step; to be used in quiet_machine."""
     path.mkdir(parents=True, exist_ok=True)
-    return trainer.Trainer(tiny(*overrides), RunFolder(path), torch.device("cpu"))
+    return trainer.Trainer(tiny(*overrides), RunFolder(path), torch.device(device))
 
 
 def metrics(folder: RunFolder, kind=None) -> list[dict]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import E3M0, HINDSIGHT, INT4, LUQ, quantize
+from running import build_trainer, quiet_machine
 from torch import nn
 
 from luqrun.bench import run as benchmark
@@ -60,6 +61,22 @@ def test_the_host_never_waits_in_a_step(recipe, bf16):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.isfinite().all()
+
+
+def test_the_trainer_waits_for_nothing_but_the_sums_of_a_step(tmp_path, monkeypatch):
+    with quiet_machine(tmp_path):
+        trainer = build_trainer(tmp_path / "run", "precision=bf16", device="cuda")
+        monkeypatch.setattr(trainer, "_total", lambda passes, images: (0.0, 0, images))
+        images = torch.randn(32, trainer.data.channels, trainer.data.image_size, trainer.data.image_size)
+        batch = [(images, torch.arange(32) % 10)]
+        trainer.model.train()
+        trainer.accumulate_gradients(batch, examine=False)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.accumulate_gradients(batch, examine=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.tracker.close()
 
 
 @RECIPES
