@@ -21,7 +21,7 @@ EXPERIMENTS = [
     for path in sorted(CONF.glob("experiment/*/*.yaml"))
     if "hydra" in yaml.safe_load(path.read_text())
 ]
-SEEDS = {"fig2": 5, "table3": 5, "table2": 3, "table6": 5, "fig1b": 5, "fig1c": 5, "fig5": 5, "options": 10}
+SEEDS = {"fig2": 5, "table3": 5, "table2": 3, "table6": 5, "fig1b": 5, "fig1c": 5, "fig5": 5, "options": 6}
 
 
 def overrides(command: str) -> list[str]:
