@@ -109,11 +109,11 @@ def cells_csv(table: Table) -> str:
     """A line a cell: CELL_NUMBERS; DIFFERENCE to our baseline, seed by seed, beside the paper's to its own."""
     rows = []
     for cell in table.cells.values():
-        theirs, values = table.paper_difference(cell), list(cell.values.values())
+        theirs = table.paper_difference(cell)
         rows.append([
             *(table.study, table.name, cell.row, cell.column),
             *(len(cell.runs), cell.diverged, len(cell.missing)),
-            *_numbers(Spread.of(values) if values else None),
+            *_numbers(cell.spread),
             *_numbers(table.difference(cell)),
             *_papers(table, cell),
             "" if theirs is None else round(theirs, 4),
