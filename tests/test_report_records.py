@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from report_runs import DIVERGED, metrics_lines, run_json, summary_json, write_run
+from report_runs import DIVERGED, metrics_lines, run_json, summary_json, write_measured, write_run
 
 from luqrun import __version__
 from luqrun.errors import UserError
@@ -107,6 +107,18 @@ def test_the_ends_of_the_percentage_are_results(tmp_path, top1):
 def test_a_summary_without_top1_is_left_out(tmp_path):
     RunFolder(write_run(tmp_path)).write_json("summary.json", {})
     assert only_reason(tmp_path) == "summary.json has no val/top1"
+
+
+@pytest.mark.parametrize("table", ["table1", "fig1a"])
+@pytest.mark.parametrize("top1", [80.0, DIVERGED])
+def test_a_training_is_left_out_of_what_is_measured(tmp_path, table, top1):
+    write_run(tmp_path, table, "luq", "rounding", top1=top1)
+    assert only_reason(tmp_path) == f"{table} holds what task=rounding measures, which this is not"
+
+
+def test_what_is_measured_is_left_out_of_trainings(tmp_path):
+    write_measured(tmp_path, "fig2")
+    assert only_reason(tmp_path) == "fig2 holds results of trainings, which this is not"
 
 
 @pytest.mark.parametrize("number", [0, 3])

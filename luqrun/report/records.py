@@ -19,7 +19,7 @@ import yaml
 from luqrun import __version__
 from luqrun.config import flatten
 from luqrun.errors import UserError
-from luqrun.report.layout import TITLES
+from luqrun.report.layout import MEASURED, TITLES
 from luqrun.run_folder import METRICS, NOT_IN_RESULT, RUN, SUMMARY
 
 CONFIG = "config.yaml"
@@ -226,6 +226,10 @@ def make_record(
     rounding = summary.get("rounding", [])
     if not isinstance(rounding, list) or not all(map(_is_rounding, rounding)):
         raise Unusable(f"{source} is damaged")
+    measured = cell["table"] in MEASURED
+    if bool(rounding) != measured or (measured and run["status"] == "diverged"):
+        holds = "what task=rounding measures" if measured else "results of trainings"
+        raise Unusable(f"{cell['table']} holds {holds}, which this is not")
     if run["status"] == "finished" and not rounding and top1 is None:
         raise Unusable(f"{source} has no val/top1")
     if top1 is not None and not is_share(top1):
