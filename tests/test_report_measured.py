@@ -12,8 +12,8 @@ from luqrun import rounding
 from luqrun.report import figures, measured
 from luqrun.report.claims import CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED, check_claims, how_tested
 from luqrun.report.layout import MEASURED
-from luqrun.report.records import read_outputs
 from luqrun.report.render import markdown_measured
+from luqrun.report.summaries import read_inputs
 from luqrun.run_folder import RunFolder
 from luqrun.validate import to_config
 
@@ -49,13 +49,13 @@ def studies(tmp_path_factory):
 
 
 def measured_tables(studies):
-    tables, left_out = measured.build_measured(read_outputs(studies)[0])
+    tables, left_out = measured.build_measured(read_inputs([studies])[0])
     assert left_out == []
     return tables
 
 
 def test_measured_runs_are_read(studies):
-    records, left_out = read_outputs(studies)
+    records, left_out = read_inputs([studies])
     assert left_out == []
     tables, left_out = measured.build_measured(records)
     assert [(table.name, len(table.records), table.missing) for table in tables] == [("table1", 5, 0), ("fig1a", 5, 0)]
@@ -69,7 +69,7 @@ def test_measured_runs_with_nan_are_left_out(studies, tmp_path):
     for name in ("config.yaml", "run.json", "summary.json"):
         text = next(studies.glob(f"measured/table1/*forward_sr*/{name}")).read_text()
         (path / name).write_text(text.replace('"z": ', '"z": NaN, "was": ', 1))
-    records, (left_out,) = read_outputs(tmp_path)
+    records, (left_out,) = read_inputs([tmp_path])
     assert (records, left_out.reason) == ([], "summary.json holds NaN")
 
 

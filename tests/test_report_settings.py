@@ -88,6 +88,23 @@ def test_the_root_of_a_folder_is_the_data_set():
     assert of_one_kind(packed) == (packed, [])
 
 
+def test_a_link_to_a_data_set_is_that_data_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    runs = [
+        trained(seed, dataset={"name": "folder", "root": str(tmp_path / name)})
+        for seed, name in enumerate(("data", "link"))
+    ]
+    assert of_one_kind(runs) == (runs, [])
+
+
+def test_the_only_choice_of_one_process_is_no_setting():
+    runs = [trained(0), trained(1, distributed={"batch_norm": "local", "range": "rank"})]
+    assert of_one_kind(runs) == (runs, [])
+    odd = trained(2, distributed={"batch_norm": "sync", "range": "rank"})
+    assert [each.path for each in of_one_kind([*runs, odd])[1]] == [odd.path]
+
+
 def test_the_minority_is_left_out_with_what_differs():
     usual, odd = [trained(0), trained(1)], trained(2, epochs=1)
     kept, (left_out,) = of_one_kind([*usual, odd])
