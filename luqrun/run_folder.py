@@ -48,19 +48,35 @@ class Busy(UserError):
 
 def what_decides_the_result(config: Config) -> dict:
     """The resolved config as a dict, without what does not change the result."""
-    values = asdict(config)
-    if config.task == "rounding":  # nothing is trained
-        return {name: values[name] for name in ("task", "quant", "seed")}
+    return of_the_result(asdict(config))
+
+
+def of_the_result(config: dict) -> dict:
+    """`what_decides_the_result` of a config read from a file, of which any part may be missing or damaged."""
+    if config.get("task") == "rounding":  # nothing is trained
+        return {name: config.get(name) for name in ("task", "quant", "seed")}
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    parts = {part: values.get(part) if isinstance(values.get(part), dict) else {} for part in ("dataset", "finetune")}
+    root = parts["dataset"].get("root")
     for part, names in NOT_IN_RESULT.items():
-        for name in names:
-            (values[part] if part else values).pop(name)
-    if config.distributed == DistributedConfig():  # the only choice that one process has
+        of = values.get(part) if part else values
+        for name in names if isinstance(of, dict) else ():
+            of.pop(name, None)
+    if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
-    if config.finetune.epochs == 0:
+    if parts["finetune"].get("epochs") == 0:
         values["finetune"] = {"epochs": 0}
-    if config.dataset.name == "folder" and config.dataset.root is not None:
-        values["dataset"]["root"] = str(Path(config.dataset.root).resolve())  # here the root is the data set
+    if parts["dataset"].get("name") == "folder" and root is not None:
+        parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
     return values
+
+
+def _whole_path(root) -> object:
+    """Without links; as it is where it is no path (of a damaged file)."""
+    try:
+        return os.path.realpath(root)
+    except (TypeError, ValueError):
+        return root
 
 
 def run_id(config: Config) -> str:

@@ -125,15 +125,15 @@ def write_two_tables(outputs: Path) -> Path:
     return outputs
 
 
-def write_measured(outputs: Path) -> None:
-    """A run of table1, of one quantizer in one bin."""
+def write_measured(outputs: Path, table="table1") -> None:
+    """A run of task=rounding, of one quantizer in one bin."""
     row = {
         "operand": "weight", "quantizer": "int4/sawb/nearest", "bin": [0, 1], "draws": 8, "drawn": "nearest",
         "x": [0.0, 0.5], "z": 0.0,
         "measured": {"bias": [0, 0.5], "variance": [0, 0], "mse": [0, 0.25]},
         "closed_form": {"bias": [0, 0.5], "variance": [0, 0], "mse": [0, 0.25]},
     }  # fmt: skip
-    path = write_run(outputs, "table1", "forward_only", "rounding", scale="measured")
+    path = write_run(outputs, table, "forward_only", "rounding", scale="measured")
     (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
 
 

@@ -304,8 +304,9 @@ def test_the_loss_is_halved_against_fp32_after_the_same_epochs(gaps, wanted, cou
 def test_a_reader_is_told_how_many_claims_were_tested_and_how():
     findings = check_claims([a_table("fig2", {"luq": [80.0], "uniform_sr": [DIVERGED]})])
     text = how_tested(findings)
-    assert text.startswith("5 claims, each tested alone, without a correction for their number: ")
+    assert text.startswith("5 claims about trainings, each tested alone, without a correction for their number: ")
     assert "95% confidence" in text
+    assert "rounding" not in text
     assert "\n" not in text
 
 

@@ -150,6 +150,17 @@ def test_only_the_tables_that_were_asked_for(tmp_path, capsys):
     assert not (tmp_path / "tables").exists()
 
 
+def test_one_table_alone_is_not_written_where_the_others_are(tmp_path, capsys):
+    write_run(tmp_path, "table2", "resnet8", "luq")
+    write_run(tmp_path, "table6", "resnet8", "luq")
+    out = tmp_path / "published"
+    assert report(tmp_path, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "--out" in refused(capsys, tmp_path, out, "--table", "table6", "--out", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert report(out, "--table", "table6", "--out", tmp_path / "there") == 0
+
+
 def test_a_second_report_replaces_the_first(tmp_path):
     write_run(tmp_path, "table2", "resnet8", "luq", 0)
     report(tmp_path, "--html")
@@ -187,7 +198,7 @@ def test_check_is_zero_where_every_claim_holds(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count(": holds (") == 5
     assert "holds (diverged: luq in 0 of 5 seeds, uniform_sr in 5 of 5)" in printed
-    assert "5 claims, each tested alone, without a correction for their number" in printed
+    assert "5 claims about trainings, each tested alone, without a correction for their number" in printed
     assert "luq-top1-seed5-0123abcd: summary.json holds NaN" in printed
 
 

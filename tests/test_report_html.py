@@ -118,7 +118,11 @@ def test_measured_tables_are_on_a_page_with_their_runs(tmp_path, capsys):
     write_measured(tmp_path)
     assert report(tmp_path, "--html") == 0
     assert "| RDN | int4 | [0, 1] | 0.5 (0.5) | 0 (0) | 0.125 (0.125) | 0.00 |" in capsys.readouterr().out
-    page = Page((tmp_path / "tables" / "measured.html").read_text())
+    text = (tmp_path / "tables" / "measured.html").read_text()
+    assert "In brackets the closed form; 8 draws a point." in text
+    assert "<p>All of it is one command:</p><pre>luqrun -m +experiment=table1/measured</pre>" in text
+    assert text.count("one command") == 1  # of Fig. 1a there is none yet
+    page = Page(text)
     assert ["RDN", "int4", "[0, 1]", "0.5 (0.5)", "0 (0)", "0.125 (0.125)", "0.00"] in page.rows
     assert len(page.links) == 1
     assert page.links[0][1:] in page.ids

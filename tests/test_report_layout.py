@@ -10,8 +10,7 @@ from running import composed
 
 from luqrun.config import conf_dir
 from luqrun.errors import UserError
-from luqrun.report.layout import BASELINES, TITLES, check_tables, expected
-from luqrun.report.measured import NAMES
+from luqrun.report.layout import BASELINES, MEASURED, TITLES, check_tables, expected
 from luqrun.report.paper import MODELS, published
 from luqrun.validate import to_config, validate
 
@@ -31,7 +30,7 @@ def overrides(command: str) -> list[str]:
 
 
 def test_every_table_has_its_experiments():
-    assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *NAMES}
+    assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *MEASURED}
     for table in BASELINES:
         assert [scale for name, scale in EXPERIMENTS if name == table] == ["cifar", "cifar100", "glyphs", "paper"]
 

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from report_runs import a_record, config_text, run_json
+from report_runs import a_record, a_table, config_text, run_json
 from running import composed, quiet_machine
 
 from luqrun import rounding
 from luqrun.report import figures, measured
-from luqrun.report.claims import CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED
-from luqrun.report.records import read_outputs
+from luqrun.report.claims import CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED, check_claims, how_tested
+from luqrun.report.layout import MEASURED
 from luqrun.report.render import markdown_measured
+from luqrun.report.summaries import read_inputs
 from luqrun.run_folder import RunFolder
 from luqrun.validate import to_config
 
@@ -36,7 +37,7 @@ def studies(tmp_path_factory):
     recipes = ("forward_only", "forward_sr", "backward_nearest", "backward_only", "biased_log")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounding, "DRAWS", DRAWS)
-        for name, table in itertools.product(recipes, measured.NAMES):
+        for name, table in itertools.product(recipes, MEASURED):
             path = outputs / "measured" / table / f"rounding-{name}-seed0-01234567"
             path.mkdir(parents=True)
             cell = {"table": table, "scale": "measured", "row": name, "column": "rounding"}
@@ -48,13 +49,13 @@ def studies(tmp_path_factory):
 
 
 def measured_tables(studies):
-    tables, left_out = measured.build_measured(read_outputs(studies)[0])
+    tables, left_out = measured.build_measured(read_inputs([studies])[0])
     assert left_out == []
     return tables
 
 
 def test_measured_runs_are_read(studies):
-    records, left_out = read_outputs(studies)
+    records, left_out = read_inputs([studies])
     assert left_out == []
     tables, left_out = measured.build_measured(records)
     assert [(table.name, len(table.records), table.missing) for table in tables] == [("table1", 5, 0), ("fig1a", 5, 0)]
@@ -68,7 +69,7 @@ def test_measured_runs_with_nan_are_left_out(studies, tmp_path):
     for name in ("config.yaml", "run.json", "summary.json"):
         text = next(studies.glob(f"measured/table1/*forward_sr*/{name}")).read_text()
         (path / name).write_text(text.replace('"z": ', '"z": NaN, "was": ', 1))
-    records, (left_out,) = read_outputs(tmp_path)
+    records, (left_out,) = read_inputs([tmp_path])
     assert (records, left_out.reason) == ([], "summary.json holds NaN")
 
 
@@ -218,6 +219,17 @@ def test_an_mse_of_stochastic_rounding_below_the_nearest_s():
     assert found[measured.CLOSED].verdict == HOLDS
     apart = verdicts(a_row("nearest", form="e3m0"), a_row("stochastic", mse=low))  # another format's
     assert apart[measured.NEVER_BELOW].verdict == MISSING
+
+
+def test_a_reader_is_told_how_the_measured_claims_were_tested():
+    rounding = [*verdicts(a_row("nearest"), a_row("stochastic")).values()]
+    text = how_tested(rounding)
+    assert text.startswith("3 claims about measured rounding: ")
+    assert "Bonferroni" in text
+    assert "seeds" not in text
+    trained = check_claims([a_table("fig2", {"luq": [80.0]})])
+    assert how_tested([*trained, *rounding]).startswith("5 claims about trainings, each tested alone, ")
+    assert " 3 claims about measured rounding: " in how_tested([*trained, *rounding])
 
 
 def test_the_bound_of_the_bias_grows_with_the_points():

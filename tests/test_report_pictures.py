@@ -14,7 +14,7 @@ from shell import ROOT
 
 from luqrun.convert import quantized_layers, set_step
 from luqrun.datasets.loader import train_loader
-from luqrun.report.records import read_outputs
+from luqrun.report.summaries import read_inputs
 from luqrun.run_folder import RunFolder, provenance
 
 CELL = ("+experiment=fig2/glyphs", "quant=luq", "tracking.health_every=2", "seed=3")
@@ -85,7 +85,7 @@ def copy(run, path, without=()):
 
 
 def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
-    (record,), left_out = read_outputs(outputs)
+    (record,), left_out = read_inputs([outputs])
     assert left_out == []
     assert (record.study, record.table, record.scale) == ("glyphs/fig2", "fig2", "glyphs")
     assert (record.row, record.column, record.seed) == ("luq", "top1", 3)

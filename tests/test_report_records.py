@@ -4,17 +4,17 @@ import json
 
 import pytest
 import yaml
-from report_runs import DIVERGED, metrics_lines, run_json, summary_json, write_run
+from report_runs import DIVERGED, metrics_lines, run_json, summary_json, write_measured, write_run
 
 from luqrun import __version__
 from luqrun.errors import UserError
-from luqrun.report.records import read_outputs
+from luqrun.report.summaries import read_inputs
 from luqrun.run_folder import RunFolder
 
 
 def only_reason(outputs) -> str:
     """Why the single folder is left out."""
-    records, left_out = read_outputs(outputs)
+    records, left_out = read_inputs([outputs])
     assert records == []
     (each,) = left_out
     return each.reason
@@ -28,7 +28,7 @@ def change(path, name, **values):
 
 def test_a_finished_run_is_read(tmp_path):
     path = write_run(tmp_path, "table2", "resnet8", "luq", 3, 79.25, more=["schedule.epochs=3"])
-    (record,), left_out = read_outputs(tmp_path)
+    (record,), left_out = read_inputs([tmp_path])
     assert left_out == []
     assert (record.path, record.study) == (path, "glyphs/table2")
     assert (record.table, record.scale, record.row, record.column) == ("table2", "glyphs", "resnet8", "luq")
@@ -43,20 +43,20 @@ def test_a_finished_run_is_read(tmp_path):
 
 def test_a_command_can_be_pasted_into_a_shell(tmp_path):
     write_run(tmp_path, more=["quant.skip=[first, last]"])
-    (record,), _ = read_outputs(tmp_path)
+    (record,), _ = read_inputs([tmp_path])
     assert record.command.endswith(" 'quant.skip=[first, last]'")
 
 
 def test_a_diverged_run_is_a_record_without_a_number_but_with_its_curve_so_far(tmp_path):
     path = write_run(tmp_path, top1=DIVERGED)
-    (record,), left_out = read_outputs(tmp_path)
+    (record,), left_out = read_inputs([tmp_path])
     assert (record.diverged, record.top1, record.curve, left_out) == (True, None, (4.0, 30.5), [])
     lines = (path / "metrics.jsonl").read_text().splitlines()
     for damage in ("{", '{"loss": NaN}', '{"kind": "epoch", "val/top1": "x"}'):
         (path / "metrics.jsonl").write_text("\n".join([*lines[:2], damage, *lines[2:]]))
-        assert read_outputs(tmp_path)[0][0].curve == (4.0,)
+        assert read_inputs([tmp_path])[0][0].curve == (4.0,)
     (path / "metrics.jsonl").unlink()
-    assert read_outputs(tmp_path)[0][0].curve == ()
+    assert read_inputs([tmp_path])[0][0].curve == ()
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,25 @@ def test_other_results_that_are_no_numbers_are_left_out(tmp_path, name, value):
 @pytest.mark.parametrize("top1", [0.0, 100.0])
 def test_the_ends_of_the_percentage_are_results(tmp_path, top1):
     write_run(tmp_path, top1=top1)
-    (record,), _ = read_outputs(tmp_path)
+    (record,), _ = read_inputs([tmp_path])
     assert record.top1 == top1
 
 
 def test_a_summary_without_top1_is_left_out(tmp_path):
     RunFolder(write_run(tmp_path)).write_json("summary.json", {})
     assert only_reason(tmp_path) == "summary.json has no val/top1"
+
+
+@pytest.mark.parametrize("table", ["table1", "fig1a"])
+@pytest.mark.parametrize("top1", [80.0, DIVERGED])
+def test_a_training_is_left_out_of_what_is_measured(tmp_path, table, top1):
+    write_run(tmp_path, table, "luq", "rounding", top1=top1)
+    assert only_reason(tmp_path) == f"{table} holds what task=rounding measures, which this is not"
+
+
+def test_what_is_measured_is_left_out_of_trainings(tmp_path):
+    write_measured(tmp_path, "fig2")
+    assert only_reason(tmp_path) == "fig2 holds results of trainings, which this is not"
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -121,7 +133,7 @@ def test_metrics_with_nan_are_left_out(tmp_path, number):
 def test_metrics_of_a_diverged_run_may_hold_nan(tmp_path):
     path = write_run(tmp_path, top1=DIVERGED)
     (path / "metrics.jsonl").write_text('{"kind": "step", "loss": NaN}\n')
-    records, left_out = read_outputs(tmp_path)
+    records, left_out = read_inputs([tmp_path])
     assert (len(records), left_out) == (1, [])
 
 
@@ -192,7 +204,7 @@ def test_runs_without_a_cell_belong_to_no_table(tmp_path):
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     broken = write_run(tmp_path, cell=False, seed=1)
     (broken / "run.json").write_text("{")  # and nobody asks
-    assert read_outputs(tmp_path) == ([], [])
+    assert read_inputs([tmp_path]) == ([], [])
 
 
 def test_duplicates_are_all_left_out_and_name_each_other(tmp_path):
@@ -202,7 +214,7 @@ def test_duplicates_are_all_left_out_and_name_each_other(tmp_path):
     config = yaml.safe_load((tmp_path / "glyphs/fig2/two/config.yaml").read_text())
     config["quant"]["skip"], config["schedule"]["epochs"] = [], 3
     (tmp_path / "glyphs/fig2/two/config.yaml").write_text(yaml.safe_dump(config))
-    records, left_out = read_outputs(tmp_path)
+    records, left_out = read_inputs([tmp_path])
     assert [record.path for record in records] == [other]
     reasons = {each.path.name: each.reason for each in left_out}
     same, skip = "nor do their settings differ", ["first", "last", "shortcut"]
@@ -220,7 +232,7 @@ def test_duplicates_are_all_left_out_and_name_each_other(tmp_path):
 def test_a_copied_run_is_no_other_study(tmp_path):
     for name in ("one", "two"):
         write_run(tmp_path, name=name)
-    _, left_out = read_outputs(tmp_path)
+    _, left_out = read_inputs([tmp_path])
     assert left_out[0].reason == "duplicated: the same cell and seed as two (nor do their settings differ)"
 
 
@@ -228,14 +240,14 @@ def test_a_copied_run_is_no_other_study(tmp_path):
 def test_the_same_cell_of_another_study_table_or_seed_is_no_duplicate(tmp_path, other):
     write_run(tmp_path, name="one")
     write_run(tmp_path, name="two", **other)
-    records, left_out = read_outputs(tmp_path)
+    records, left_out = read_inputs([tmp_path])
     assert (len(records), left_out) == (2, [])
 
 
 def test_a_failed_run_does_not_make_its_repetition_a_duplicate(tmp_path):
     write_run(tmp_path, name="one", status="failed")
     write_run(tmp_path, name="two")
-    records, left_out = read_outputs(tmp_path)
+    records, left_out = read_inputs([tmp_path])
     assert [record.path.name for record in records] == ["two"]
     assert [each.path.name for each in left_out] == ["one"]
 
@@ -243,13 +255,13 @@ def test_a_failed_run_does_not_make_its_repetition_a_duplicate(tmp_path):
 def test_empty_outputs(tmp_path):
     (tmp_path / "glyphs" / "fig2").mkdir(parents=True)
     (tmp_path / "glyphs" / "fig2" / "multirun.yaml").write_text("hydra: {}\n")
-    assert read_outputs(tmp_path) == ([], [])
+    assert read_inputs([tmp_path]) == ([], [])
 
 
 def test_a_study_is_named_by_its_place_from_wherever_one_looks(tmp_path):
     path = write_run(tmp_path, study="mine/fig2")
     for outputs, study in ((tmp_path, "mine/fig2"), (tmp_path / "mine", "fig2"), (tmp_path / "mine" / "fig2", "fig2")):
-        (record,), _ = read_outputs(outputs)
+        (record,), _ = read_inputs([outputs])
         assert record.study == study
     with pytest.raises(UserError, match="is a run; give the folder that holds its study"):
-        read_outputs(path)
+        read_inputs([path])

@@ -38,8 +38,8 @@ SKIP = ["first", "last", "shortcut"]
             "finetune.lr_base=9 instead of 0.1",
         ),
         (
-            {"model": {"name": "resnet8", "stem": "auto"}},
-            {"model": {"name": "resnet8", "stem": "small"}},
+            {"row": "resnet8", "model": {"name": "resnet8", "stem": "auto"}},
+            {"row": "resnet8", "model": {"name": "resnet8", "stem": "small"}},
             "model.stem=small instead of auto",
         ),
         (
@@ -51,7 +51,8 @@ SKIP = ["first", "last", "shortcut"]
 )
 def test_the_runs_of_a_cell_share_recipe_finetune_and_model(usual, odd, words):
     same, other = [trained(0, **usual), trained(1, **usual)], trained(2, **odd)
-    elsewhere = trained(2, row="fp32", **odd)  # the odd one's settings may be those of another cell
+    # The odd one's settings may be those of another cell.
+    elsewhere = replace(other, column="other") if "row" in odd else trained(2, row="fp32", **odd)
     kept, (left_out,) = of_one_kind([other, *same, elsewhere])
     assert kept == [*same, elsewhere]
     assert left_out.path == other.path
@@ -87,6 +88,23 @@ def test_the_root_of_a_folder_is_the_data_set():
     assert of_one_kind(packed) == (packed, [])
 
 
+def test_a_link_to_a_data_set_is_that_data_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    runs = [
+        trained(seed, dataset={"name": "folder", "root": str(tmp_path / name)})
+        for seed, name in enumerate(("data", "link"))
+    ]
+    assert of_one_kind(runs) == (runs, [])
+
+
+def test_the_only_choice_of_one_process_is_no_setting():
+    runs = [trained(0), trained(1, distributed={"batch_norm": "local", "range": "rank"})]
+    assert of_one_kind(runs) == (runs, [])
+    odd = trained(2, distributed={"batch_norm": "sync", "range": "rank"})
+    assert [each.path for each in of_one_kind([*runs, odd])[1]] == [odd.path]
+
+
 def test_the_minority_is_left_out_with_what_differs():
     usual, odd = [trained(0), trained(1)], trained(2, epochs=1)
     kept, (left_out,) = of_one_kind([*usual, odd])
@@ -104,9 +122,21 @@ def test_without_a_majority_none_is_kept():
     ]
 
 
-def test_each_model_has_settings_of_its_own():
+def test_where_rows_are_models_each_has_settings_of_its_own():
     runs = [trained(0, row="a", model={"name": "a"}), trained(0, row="b", model={"name": "b"}, epochs=9)]
     assert of_one_kind(runs) == (runs, [])
+    odd = trained(1, row="b", model={"name": "b"}, epochs=9, precision="bf16")
+    kept, left_out = of_one_kind([*runs, trained(2, row="b", model={"name": "b"}, epochs=9), odd])
+    assert (len(kept), [each.path for each in left_out]) == (3, [odd.path])
+
+
+def test_where_rows_are_no_models_all_runs_are_of_one():
+    usual = [trained(seed, row="fp32", model={"name": "resnet18"}) for seed in range(3)]
+    odd = [trained(seed, row="luq", model={"name": "resnet8"}) for seed in range(2)]
+    kept, left_out = of_one_kind([*usual, *odd])
+    assert kept == usual
+    assert [each.path for each in left_out] == [record.path for record in odd]
+    assert left_out[0].reason.endswith("most runs of its table: model.name=resnet8 instead of resnet18")
 
 
 def test_of_many_keys_three_are_named():

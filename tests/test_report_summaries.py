@@ -14,7 +14,7 @@ from luqrun import __version__
 from luqrun.config import Config
 from luqrun.report import summaries
 from luqrun.report.command import main
-from luqrun.report.records import read_outputs
+from luqrun.report.records import read_folders
 from luqrun.report.summaries import read_inputs, read_summaries
 from luqrun.run_folder import run_id
 
@@ -23,7 +23,7 @@ def publish(outputs, folder, name="glyphs-fig2") -> Path:
     """The runs of a folder of studies as one file of summaries."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(summaries.to_json(read_outputs(outputs)[0]))
+    path.write_text(summaries.to_json(read_inputs([outputs])[0]))
     return path
 
 
@@ -74,7 +74,7 @@ def test_tables_of_summaries_are_those_of_the_folders(outputs, tmp_path):
 
 
 def test_a_record_comes_back_as_it_was(outputs, tmp_path):
-    records, _ = read_outputs(outputs)
+    records, _ = read_inputs([outputs])
     publish(outputs, tmp_path / "published")
     again, left_out = read_summaries(tmp_path / "published")
     assert left_out == []
@@ -93,7 +93,7 @@ def test_a_table_is_completed_from_summaries_and_folders(tmp_path):
     publish(tmp_path / "outputs", tmp_path / "published")
     shutil.rmtree(tmp_path / "outputs")
     write_run(tmp_path / "outputs", seed=1, name="two")
-    assert read_outputs(tmp_path / "published") == ([], [])
+    assert read_folders(tmp_path / "published") == ([], [])
     records, left_out = read_inputs([tmp_path / "outputs", tmp_path / "published"])
     assert ([record.path.name for record in records], left_out) == (["two", "one"], [])
     assert main([str(tmp_path / "outputs"), str(tmp_path / "published"), "--out", str(tmp_path / "published")]) == 0

@@ -6,14 +6,23 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
+import yaml
 from running import composed, tiny
 
 from luqrun import run_folder
 from luqrun.config import Config
-from luqrun.run_folder import Busy, RunFolder, provenance, run_id, what_decides_the_result, write_atomically
+from luqrun.run_folder import (
+    Busy,
+    RunFolder,
+    of_the_result,
+    provenance,
+    run_id,
+    what_decides_the_result,
+    write_atomically,
+)
 from luqrun.validate import to_config
 
 SAME_RESULT = [
@@ -99,6 +108,19 @@ def test_run_id_makes_a_folder_name_of_any_name(tmp_path):
 def test_what_decides_the_result_is_plain_json():
     values = what_decides_the_result(tiny())
     assert json.loads(json.dumps(values)) == values
+
+
+@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("task=rounding",), ("distributed.range=global",)])
+def test_what_decides_the_result_is_the_same_of_a_config_read_again(overrides):
+    config = tiny(*overrides)
+    assert of_the_result(yaml.safe_load(yaml.safe_dump(asdict(config)))) == what_decides_the_result(config)
+
+
+@pytest.mark.parametrize("root", ["a\0b", "\ud800", 3.5, [1], {}])
+def test_a_root_that_is_no_path_stays_as_it_is(root):
+    config = {"dataset": {"name": "folder", "root": root, "workers": 3}, "schedule": None, "finetune": [], "cell": 1}
+    assert of_the_result(config) == {"dataset": {"name": "folder", "root": root}, "schedule": None, "finetune": []}
+    assert config["dataset"]["workers"] == 3  # not changed
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):

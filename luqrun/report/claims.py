@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from luqrun.report.layout import MEASURED
 from luqrun.report.spread import Spread, bounds
 from luqrun.report.tables import Cell, Table
 
@@ -127,13 +128,24 @@ class Finding:
 
 
 def how_tested(findings: Sequence[Finding]) -> str:
-    """What a reader of the findings must know: their number, and that nothing corrects for it."""
-    return (
-        f"{len(findings)} claims, each tested alone, without a correction for their number: one that is not true is "
-        f'said to hold with a chance of up to {1 - CONFIDENCE:.0%}. "{HOLDS}" and "{CONTRADICTED}": with '
-        f"{CONFIDENCE:.0%} confidence, by Student's t over seeds, one-sided; where one side diverged, by a sign test "
-        f'of at least {ENOUGH} seeds. "{NOT_CONTRADICTED}": said of "not worse" and "unbiased", and no proof of it.'
-    )
+    """What a reader of the findings must know: how many claims were tested, how, and corrected for what."""
+    measured = sum(finding.claim.table in MEASURED for finding in findings)
+    trained = len(findings) - measured
+    parts = []
+    if trained:
+        parts.append(
+            f"{trained} claims about trainings, each tested alone, without a correction for their number: one that is "
+            f'not true is said to hold with a chance of up to {1 - CONFIDENCE:.0%}. "{HOLDS}" and "{CONTRADICTED}": '
+            f"with {CONFIDENCE:.0%} confidence, by Student's t over seeds, one-sided; where one side diverged, by a "
+            f"sign test of at least {ENOUGH} seeds."
+        )
+    if measured:
+        parts.append(
+            f'{measured} claims about measured rounding: "{HOLDS}" and "{CONTRADICTED}" compare number with number; '
+            f'"unbiased" is a z-test of each point, with a Bonferroni correction for the points of its table.'
+        )
+    of = [name for name, count in (('"not worse"', trained), ('"unbiased"', measured)) if count]
+    return " ".join([*parts, f'"{NOT_CONTRADICTED}": said of {" and ".join(of)}, and no proof of it.'])
 
 
 def check_claims(tables: Sequence[Table]) -> list[Finding]:

@@ -63,6 +63,12 @@ def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool,
     for folder in inputs:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; it must hold studies, as outputs/ does, or summaries")
+    own = out.resolve() in [folder.resolve() for folder in inputs]  # what is left out of its files stays in them
+    if wanted and own:
+        raise UserError(
+            f"--table would leave the other tables out of the index and the findings in {out}, from which runs are "
+            "read: give another folder with --out"
+        )
     records, left_out = summaries.read_inputs(inputs)
     records, others = of_one_kind(records)
     tables = build_tables(records, wanted)
@@ -73,7 +79,6 @@ def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool,
     measured_names = _measured_names(rounding)
     names = _names(tables, measured_names)
     out.mkdir(parents=True, exist_ok=True)
-    own = out.resolve() in [folder.resolve() for folder in inputs]  # what is left out of its files stays in them
     where = out, pages, own
     entries = [_write_measured(*both, *where) for both in zip(rounding, measured_names, strict=True)]
     entries += [_write_table(*both, *where) for both in zip(tables, names, strict=True)]

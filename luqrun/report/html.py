@@ -10,7 +10,7 @@ from html import escape
 from luqrun.report import figures, measured
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import HEADER, line, whole_command
+from luqrun.report.render import HEADER, about_measured, line, whole_command
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -62,11 +62,13 @@ def _table(table: Table) -> str:
         cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
-    whole = whole_command(table)
-    listed = f"<p>All of it is one command:</p><pre>{escape(whole)}</pre>" if whole else ""
-    listed += _missing(*table.missing())
+    listed = _made_by(whole_command(table)) + _missing(*table.missing())
     body = _html_table((*HEADER, "runs by seed"), rows)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
+
+
+def _made_by(command: str | None) -> str:
+    return f"<p>All of it is one command:</p><pre>{escape(command)}</pre>" if command else ""
 
 
 def _missing(count: int, commands: Sequence[str]) -> str:
@@ -79,9 +81,10 @@ def _missing(count: int, commands: Sequence[str]) -> str:
 def _measured(table: measured.Measured) -> str:
     rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in table.lines()]
     links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in table.records)
-    body = _html_table(measured.HEADER, rows) + f"<p>In brackets the closed form. Runs: {links}.</p>" if rows else ""
-    missing = _missing(table.missing, table.commands)
-    return f"<h2>{escape(table.title)}</h2>{body}{missing}{_svg(measured.draw(table))}"
+    about = f"<p>{escape(about_measured(table))} Runs: {links}.</p>" if table.records else ""
+    body = (_html_table(measured.HEADER, rows) if rows else "") + about
+    listed = _made_by(whole_command(table)) + _missing(table.missing, table.commands)
+    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(measured.draw(table))}"
 
 
 def _html_table(header: Sequence[str], rows: Sequence[str]) -> str:

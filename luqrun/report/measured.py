@@ -9,11 +9,10 @@ from statistics import NormalDist, fmean
 
 from luqrun.report.claims import CONFIDENCE, CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED, Claim, Finding
 from luqrun.report.figures import pyplot
-from luqrun.report.layout import TITLES, expected
+from luqrun.report.layout import MEASURED, TITLES, expected
 from luqrun.report.records import LeftOut, Record
 from luqrun.report.tables import build_table
 
-NAMES = ("table1", "fig1a")
 ROUNDINGS = {"nearest": "RDN", "stochastic": "SR", "flush": "pruned"}
 HEADER = ("rounding", "format", "bin", "largest bias", "largest variance", "mean MSE", "largest z of the bias")
 CLOSED = "rounding to nearest has the bias, the variance and the MSE of its closed forms"
@@ -23,7 +22,7 @@ UNBIASED = "stochastic rounding is unbiased"
 
 @dataclass(frozen=True)
 class Measured:
-    """One of NAMES as a study measured it: a record for each recipe, and the commands of `missing` more runs."""
+    """One of MEASURED as a study measured it: a record for each recipe, and the commands of `missing` more runs."""
 
     study: str
     name: str
@@ -62,13 +61,13 @@ class Measured:
 
 
 def build_measured(records: Sequence[Record], wanted: Sequence[str] = ()) -> tuple[list[Measured], list[LeftOut]]:
-    """What each study measured of NAMES, and the records that it does not show; `wanted`: of these names only.
+    """What each study measured of MEASURED, and the records that it does not show; `wanted`: of these names only.
 
-    Where there is one of NAMES, the other is there too, if only with its command.
+    Where there is one of MEASURED, the other is there too, if only with its command.
     """
     studies: dict[tuple[str, str, str], dict[tuple[str, str], list[Record]]] = {}
     for record in sorted((each for each in records if each.rounding), key=lambda each: each.seed):
-        if record.table in NAMES:
+        if record.table in MEASURED:
             study = studies.setdefault((record.study, record.table, record.scale or ""), {})
             study.setdefault((record.row, record.column), []).append(record)
     found, left_out = [], []
@@ -81,13 +80,13 @@ def build_measured(records: Sequence[Record], wanted: Sequence[str] = ()) -> tup
         commands = tuple(command for cell in missing for command in cell.commands())
         found.append(Measured(study, name, tuple(shown), sum(len(cell.missing) for cell in missing), commands))
     there = {each.name for each in found}
-    for name in NAMES if found else ():
+    for name in MEASURED if found else ():
         if name not in there:
             parent = found[0].study.rpartition("/")[0]
             command = f"luqrun -m +experiment={name}/measured"
             count = len(expected(name, "measured"))
             found.append(Measured(f"{parent}/{name}".lstrip("/"), name, (), count, (command,)))
-    found.sort(key=lambda each: (NAMES.index(each.name), each.study))
+    found.sort(key=lambda each: (MEASURED.index(each.name), each.study))
     return [each for each in found if not wanted or each.name in wanted], left_out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import yaml
 from luqrun import __version__
 from luqrun.config import flatten
 from luqrun.errors import UserError
-from luqrun.report.layout import TITLES
-from luqrun.run_folder import METRICS, NOT_IN_RESULT, RUN, SUMMARY
+from luqrun.report.layout import MEASURED, TITLES
+from luqrun.run_folder import METRICS, RUN, SUMMARY, of_the_result
 
 CONFIG = "config.yaml"
 ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
@@ -66,18 +65,8 @@ class Record:
         return self.run.get("overrides") or []
 
     def settings(self) -> dict:
-        """Its config with dotted keys, without what does not change the result (as in luqrun.run_folder)."""
-        config = yaml.safe_load(self.config)
-        if config.get("task") == "rounding":
-            return flatten({name: config.get(name) for name in ("task", "quant", "seed")})
-        settings = flatten({name: value for name, value in config.items() if name not in NOT_IN_RESULT[""]})
-        unused = [f"{part}.{name}" for part, names in NOT_IN_RESULT.items() if part for name in names]
-        if settings.get("dataset.name") == "folder" and isinstance(settings.get("dataset.root"), str):
-            unused.remove("dataset.root")  # here the root is the data set
-            settings["dataset.root"] = os.path.abspath(settings["dataset.root"])
-        if settings.get("finetune.epochs") == 0:
-            unused += [key for key in settings if key.startswith("finetune.") and key != "finetune.epochs"]
-        return {key: value for key, value in settings.items() if key not in unused}
+        """Its config with dotted keys, without what does not change the result (luqrun.run_folder)."""
+        return flatten(of_the_result(yaml.safe_load(self.config)))
 
 
 @dataclass(frozen=True)
@@ -113,15 +102,11 @@ def _refuse_nan(constant: str):
     raise _NotANumber(constant)
 
 
-def read_outputs(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
-    """All runs under `outputs` that belong to a table, and the folders that cannot be counted."""
-    records, left_out = read_folders(outputs)
-    kept, duplicated = without_duplicates(records)
-    return kept, [*left_out, *duplicated]
-
-
 def read_folders(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
-    """As read_outputs, with duplicates. Runs without a cell (trained for their own sake) are neither."""
+    """All runs under `outputs` that belong to a table, duplicates too, and the folders that cannot be counted.
+
+    Runs without a cell (trained for their own sake) are neither.
+    """
     records, left_out = [], []
     for path in sorted({path.parent for name in (RUN, CONFIG) for path in outputs.rglob(name)}):
         try:
@@ -226,6 +211,10 @@ def make_record(
     rounding = summary.get("rounding", [])
     if not isinstance(rounding, list) or not all(map(_is_rounding, rounding)):
         raise Unusable(f"{source} is damaged")
+    measured = cell["table"] in MEASURED
+    if bool(rounding) != measured or (measured and run["status"] == "diverged"):
+        holds = "what task=rounding measures" if measured else "results of trainings"
+        raise Unusable(f"{cell['table']} holds {holds}, which this is not")
     if run["status"] == "finished" and not rounding and top1 is None:
         raise Unusable(f"{source} has no val/top1")
     if top1 is not None and not is_share(top1):

@@ -52,13 +52,18 @@ def _missing(count: int, commands: Sequence[str]) -> list[str]:
     return ["", f"Missing runs ({count}):", "```", *commands, "```"] if count else []
 
 
-def whole_command(table: Table) -> str | None:
-    """What makes all of a table; None where there is no experiment of it."""
-    return _whole(table.name, table.scale, [run for cell in table.cells.values() for run in cell.runs.values()])
+def whole_command(table: Table | measured.Measured) -> str | None:
+    """What makes all of a table, with what all its runs were given beside.
 
-
-def _whole(name: str, scale: str | None, runs: Sequence[Record]) -> str | None:
-    """The command of an experiment, with what all its runs were given beside."""
+    None where there is no experiment of it, or nothing was measured yet.
+    """
+    if isinstance(table, measured.Measured):
+        runs = table.records
+    else:
+        runs = [run for cell in table.cells.values() for run in cell.runs.values()]
+    if not runs:
+        return None
+    name, scale = table.name, runs[0].scale
     sweep = {part for wish in layout.expected(name, scale or "") for part in shlex.split(wish.command)}
     shared = [given for given in runs[0].overrides if all(given in run.overrides for run in runs)]
     more = [given for given in shared if given not in sweep]  # which holds the values that it goes through
@@ -74,12 +79,15 @@ def markdown_measured(table: measured.Measured) -> str:
     lines = [f"## {table.title}"]
     if table.records:
         rows = [measured.HEADER, ["---"] * len(measured.HEADER), *table.lines()]
-        draws = table.records[0].rounding[0]["draws"]
-        lines += ["", *map(_md_row, rows), "", f"In brackets the closed form; {draws} draws a point."]
+        lines += ["", *map(_md_row, rows), "", about_measured(table)]
     lines += _missing(table.missing, table.commands)
-    if table.records:
-        lines += _made_by(_whole(table.name, table.records[0].scale, table.records))
+    lines += _made_by(whole_command(table))
     return "\n".join(lines) + "\n"
+
+
+def about_measured(table: measured.Measured) -> str:
+    """What a reader of its numbers, of which there are some, must know."""
+    return f"In brackets the closed form; {table.records[0].rounding[0]['draws']} draws a point."
 
 
 def _md_row(values: Sequence[str]) -> str:
@@ -109,11 +117,11 @@ def cells_csv(table: Table) -> str:
     """A line a cell: CELL_NUMBERS; DIFFERENCE to our baseline, seed by seed, beside the paper's to its own."""
     rows = []
     for cell in table.cells.values():
-        theirs, values = table.paper_difference(cell), list(cell.values.values())
+        theirs = table.paper_difference(cell)
         rows.append([
             *(table.study, table.name, cell.row, cell.column),
             *(len(cell.runs), cell.diverged, len(cell.missing)),
-            *_numbers(Spread.of(values) if values else None),
+            *_numbers(cell.spread),
             *_numbers(table.difference(cell)),
             *_papers(table, cell),
             "" if theirs is None else round(theirs, 4),

@@ -8,22 +8,24 @@ from collections.abc import Sequence
 
 from luqrun.report.records import LeftOut, Record, differences
 
-OF_A_CELL = ("quant", "finetune", "model")  # what tables compare; a model brings its schedule
+OF_A_CELL = ("quant", "finetune")  # what all tables compare
 
 
 def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
     """The records that were trained as most of their table and of their cell were, and the others by name.
 
-    Of a table, runs of one model share all settings but recipe, fine-tune and seed; the runs of a cell share all but
-    the seed. Where no settings are in the majority, all are left out: which are meant cannot be known.
+    The runs of a table share all settings but recipe, fine-tune and seed, those of a cell all but the seed. Where a
+    table's rows are models, which bring their schedules, this is asked of the runs of one model. Where no settings are
+    in the majority, all are left out: which are meant cannot be known.
     """
     of_table, of_cell, left_out = {}, {}, []
     for record in records:
         table = record.study, record.table, record.scale
         settings = record.settings()
-        own = {key: value for key, value in settings.items() if key.partition(".")[0] in OF_A_CELL}
+        model = record.row if record.row == settings.get("model.name") else None
+        of_cells = OF_A_CELL if model is None else (*OF_A_CELL, "model")
+        own = {key: value for key, value in settings.items() if key.partition(".")[0] in of_cells}
         rest = {key: value for key, value in settings.items() if key not in own and key != "seed"}
-        model = json.dumps(settings.get("model.name"))
         of_table.setdefault((*table, model), []).append((record, rest))
         of_cell[id(record)] = (*table, record.row, record.column), own
     cells: dict[tuple, list[tuple[Record, dict]]] = {}
