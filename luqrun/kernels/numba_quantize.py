@@ -21,6 +21,7 @@ from luqrun.kernels.numba_driver import (
     store,
     uint8s,
 )
+from luqrun.kernels.numba_encode import encode
 from luqrun.kernels.numba_philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 
@@ -46,9 +47,9 @@ def _encode_row(row, out, words, codes, kind, first, how, ends, finite):
     """Codes of `row` go to `codes`; by way of out (int32), but for int8, which is all that the GEMMs mostly take."""
     if kind == INT8:
         target = int8s(codes + first, row.size)
-        rows.encode(row, target, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
+        encode(row, target, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
     else:
-        rows.encode(row, out, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
+        encode(row, out, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
         store(out, codes, kind, first)
 
 

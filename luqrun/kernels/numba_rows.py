@@ -1,5 +1,6 @@
-"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: encoding, packing,
-and the ReLU's mask. numba_quantize and numba_loops drive them over whole tensors, on all cores.
+"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: measuring, packing,
+and the ReLU's mask; numba_encode has those that encode. numba_quantize and numba_loops drive them over whole tensors,
+on all cores.
 
 `bits` are bit patterns: int32 of float32, and where it is said uint16 of bf16.
 """
@@ -10,8 +11,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from llvmlite import binding
+from numba import config, njit
 
 u8, u16, u32, u64, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32, np.float64
 NEAREST, STOCHASTIC, FLUSH, UNUSED = 0, 1, 2, 3
@@ -21,6 +22,12 @@ MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNU
 GATHER = u64(0x0102040810204080)
 REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
 
+_features = binding.get_host_cpu_features()
+HAS_FMA = _features.get("fma", False) or _features.get("neon", False)  # without, it would be a function's call
+# On Intel's CPUs LLVM leaves half of each AVX-512 register unused, as the first ones that had them clocked down. All of
+# it takes 0.6 of the time. Without effect where numba has compiled something before.
+if _features.get("avx512f", False) and config.ENABLE_AVX and config.CPU_FEATURES is None:
+    config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
 _sources = sorted(Path(__file__).parent.glob("numba_*.py"))
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:8]
 
@@ -129,82 +136,6 @@ def moments(x):
         sum1 += value
         sum2 += value * value
     return sum1, sum2
-
-
-@intrinsic
-def bits_of(typingctx, x):
-    """The bit pattern of a float32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), codegen
-
-
-@intrinsic
-def float_of(typingctx, bits):
-    """The float32 of a bit pattern: the way back of bits_of."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), codegen
-
-
-@row_loop()
-def _encode_powers(bits, out, words, scale, high, rounding, underflow, finite):
-    x = bits.view(np.float32)
-    for j in range(x.size):
-        ratio = min(abs(x[j]) / scale, high)
-        # A carry out of the mantissa is the step to the next power. Below 1 there is none: the power is 1.
-        carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
-        power = i32(i32(bits_of(max(ratio, f32(1))) + carry) & i32(0x7F800000))
-        if underflow == STOCHASTIC:
-            # Half the word < 2^31 ratio, subtracted the other way round: -2^31 is an int32, 2^31 is not.
-            kept = i32(i32(words[j] >> u32(1)) + i32(min(ratio, f32(1)) * f32(-2147483648))) < i32(0)
-        elif underflow == NEAREST:
-            kept = ratio >= f32(0.5)
-        else:
-            kept = ratio >= f32(1)
-        code = i32(float_of(i32(power | i32(bits[j] & i32(-2147483648))))) if kept else i32(0)
-        out[j] = code if finite or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
-
-
-@row_loop()
-def _encode_integers(bits, out, words, scale, low, high, rounding, finite):
-    x = bits.view(np.float32)
-    for j in range(x.size):
-        value = min(max(x[j] / scale, low), high)
-        if rounding == NEAREST:
-            code = i32(np.rint(value))
-        else:
-            # Of the magnitude: there the fraction is exact, also for a tiny negative value.
-            floor = np.floor(abs(value))
-            code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
-            code = -code if bits[j] < i32(0) else code
-        out[j] = code if finite or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
-
-
-@row_loop()
-def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow, finite):
-    """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0.
-
-    What LUQ uses gets loops of its own: LLVM keeps tests of several flags in a loop.
-    """
-    if not scale > f32(0):
-        out[:] = 0
-    elif logarithmic:
-        if rounding == STOCHASTIC and underflow == STOCHASTIC:
-            if finite:
-                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, True)
-            else:
-                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, False)
-        else:
-            _encode_powers(bits, out, words, scale, high, rounding, underflow, False)
-    elif rounding == NEAREST and finite:
-        _encode_integers(bits, out, words, scale, low, high, NEAREST, True)
-    else:
-        _encode_integers(bits, out, words, scale, low, high, rounding, False)
 
 
 @row_loop()

@@ -1,0 +1,131 @@
+"""The division of the compiled loops against IEEE's, where it is hardest, and the codes that hang on it."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_inputs import assert_identical
+from numba import njit
+
+from luqrun.formats import FORMATS
+from luqrun.kernels import cpu, reference
+from luqrun.kernels.numba_encode import is_swift, quotient
+from luqrun.kernels.numba_rows import HAS_FMA
+from luqrun.kernels.philox import make_stream
+from luqrun.quantizer import Quantizer
+
+SWIFT = [2.0**-40, 2.0**-39 * 1.7, 2.0**-20 / 3, 1.0, 1.3, float(np.nextafter(np.float32(2), np.float32(0))), 2.0**40]
+SLOW = [2.0**-149, 2.0**-127, 2.0**-41, 2.0**-40 * (1 - 2.0**-24), 2.0**40 * (1 + 2.0**-23), 2.0**127, np.inf, np.nan]
+
+pytestmark = pytest.mark.skipif(not HAS_FMA, reason="this CPU has no fused multiply-add: it divides")
+
+
+@njit(error_model="numpy")
+def quotients(x, scale, out):
+    for j in range(x.size):
+        out[j] = quotient(x[j], scale[j], np.float32(1) / scale[j])
+
+
+def assert_rounds_as_a_division(x, scale):
+    out = np.empty_like(x)
+    quotients(x, scale, out)
+    wrong = out.view(np.int32) != (x / scale).view(np.int32)
+    assert not wrong.any(), (wrong.sum(), x[wrong][:3].tolist(), scale[wrong][:3].tolist())
+
+
+@njit
+def inverse_of_odd(number):
+    """Modulo 2^64, by Newton's iteration."""
+    inverse = np.uint64(number)
+    for _ in range(5):
+        inverse *= np.uint64(2) - np.uint64(number) * inverse
+    return inverse
+
+
+@njit(error_model="numpy")
+def quotients_next_to_a_middle(first, stop, nearest):
+    """(tried, wrong) of the quotients x / scale, both of 24 bits, with first <= scale < stop, that are nearest / scale
+    units in the last place or less from the middle of two floats.
+
+    That is |x 2^k - scale middle| <= nearest for an odd middle of 25 bits: for each difference one congruence.
+    """
+    tried, wrong = 0, 0
+    for scale in range(first, stop):
+        zeros = 0
+        while (scale >> zeros) % 2 == 0:
+            zeros += 1
+        inverse = inverse_of_odd(scale >> zeros)
+        for difference in range(-nearest, nearest + 1):
+            if difference == 0 or difference % (1 << zeros) != 0:
+                continue
+            for k in (24, 25):
+                modulus = np.int64(1) << (k - zeros)
+                middle = np.int64(np.uint64(-difference >> zeros) * inverse & np.uint64(modulus - 1))
+                if middle % 2 == 0:
+                    continue
+                middle += ((1 << 24) - middle + modulus - 1) // modulus * modulus
+                while middle < 1 << 25:
+                    x = (scale * middle + difference) >> k
+                    if x << k == scale * middle + difference and x >= 1 << 23 and x < 1 << 24:
+                        found = quotient(np.float32(x), np.float32(scale), np.float32(1) / np.float32(scale))
+                        tried += 1
+                        wrong += found * np.float32(2.0 ** (k - 1)) != (middle >> 1) + (difference > 0)
+                    middle += modulus
+    return tried, wrong
+
+
+def test_every_quotient_next_to_the_middle_of_two_floats():
+    # Before its last rounding the quotient is off by 2^-46 of itself, so that the difference would have to be
+    # 2^-46 2^24 2^25 = 8 or less.
+    tried, wrong = quotients_next_to_a_middle(1 << 23, 1 << 24, 9)
+    assert tried > 5e7
+    assert wrong == 0
+
+
+def test_quotients_anywhere():
+    rng = np.random.default_rng(1)
+    x, scale = rng.integers(2**23, 2**24, (2, 3_000_000)).astype(np.float32)
+    assert_rounds_as_a_division(x, scale)
+
+
+def test_quotients_at_the_ends_of_what_is_promised():
+    rng = np.random.default_rng(2)
+    for low, high in ((-60, -59), (-40, -20), (-3, 8), (59, 60)):
+        for end in (-40, 0, 39):
+            mantissa, scale = (1 + rng.random((2, 300_000))).astype(np.float32)
+            x = np.ldexp(mantissa, rng.integers(low, high, scale.size) + end)
+            assert_rounds_as_a_division(x, np.ldexp(scale, end))
+
+
+def test_smaller_quotients_stay_small():
+    for scale in SWIFT:
+        x = np.array([0.0, 2.0**-149, 2.0**-140 * 3, 2.0**-126, scale * 2.0**-61, scale * 2.0**-90], np.float32)
+        out = np.empty_like(x)
+        quotients(x, np.full_like(x, scale), out)
+        assert out[0] == 0
+        assert (abs(out[np.float64(x) / scale < 2.0**-60]) < 2.0**-50).all()
+
+
+def test_scales_for_which_it_does_not_hold_are_divided_by():
+    assert all(is_swift(np.float32(scale)) for scale in SWIFT)
+    assert not any(is_swift(np.float32(scale)) for scale in SLOW)
+
+
+@pytest.mark.parametrize("form", ["int4", "e3m0"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_codes_of_elements_on_the_edge(form, rounding):
+    # Beside every multiple of half a scale, beyond the largest code, and between powers of two.
+    form, rng = FORMATS[form], np.random.default_rng(3)
+    quantizer, stream = Quantizer(form.name, rounding=rounding), make_stream(5)
+    halves = torch.arange(-150, 151) / 2
+    edges = torch.cat([halves, 1e6 * halves, 2.0 ** -torch.arange(40)]).repeat(7)
+    for scale in torch.tensor([*SWIFT, *SLOW[:6], *np.ldexp(1 + rng.random(40), rng.integers(-42, 42, 40))]).float():
+        largest = form.limit * scale
+        measured, signed, _ = quantizer.measure(torch.stack([largest, -largest]))  # may be scale's neighbour
+        x = edges * measured
+        x = torch.cat([x, x.nextafter(torch.tensor(0.0)), x.nextafter(torch.tensor(torch.inf))])
+        inside = torch.cat([x[x.abs() <= largest], largest[None], -largest[None]])
+        how = measured, signed, form, rounding, quantizer.underflow, stream
+        assert_identical(cpu.encode(x, *how)[0], reference.encode(x, *how)[0], scale)
+        found = quantizer.run(inside, stream, None, form.code_dtype)
+        assert_identical(found.scale, measured)
+        assert_identical(found.codes, reference.encode(inside, *how)[0], scale)
