@@ -185,6 +185,17 @@ def test_every_code_and_the_largest_sums(route):
     assert_exact(conv(a, w, padded, torch.tensor(1.0)), exact(a, w, padded), 1.0)
 
 
+def test_signed_sums_that_are_small_only_without_the_shift_of_a_direct_convolution(monkeypatch):
+    # oneDNN adds 128 to a, and with AMX makes float32 of those sums, which here are beyond 2^24.
+    monkeypatch.setattr(int8, "DIRECT_BYTES", 0)
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 512, 4, 4), 2
+    for largest in (7, 14, 15, 127):  # 9 * 512 * 255 * 14 is below 2^24
+        a, w = codes(2, 512, 4, 4), codes(2, 512, 3, 3, low=largest - largest // 4, high=largest, seed=1)
+        for scale in (0.3, 1.0, 0.0137):
+            scale = torch.tensor(scale)
+            assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
+
+
 def test_sums_beyond_int32_of_a_weight_gradient():
     # 2^18 rows of 127 * 127 are 4.2e9: blocks are summed in int64.
     rows = 2**18 + 5

@@ -26,8 +26,11 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
 PRODUCT_BYTES = 1 << 20  # of products at a time
-DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
+# Of patches, from which a convolution without them is faster in spite of its preparations: oneDNN's has AMX's matrix
+# units, where a CPU has them.
+DIRECT_BYTES = 1 << 20 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 1 << 22
 SMALLEST_SCALE = 2.0**-100
+EXACT_FLOATS = 1 << 24  # up to which float32 holds every integer
 NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
 MOST_VIEWS = 1024  # of geometries and views that are kept, a few a layer
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
@@ -123,8 +126,8 @@ class _Patches(NamedTuple):
         """The size of the whole matrix; 0 for a pointwise convolution, which needs none."""
         return 0 if self.pointwise else self.size[0] * math.prod(self.out_size) * self.depth
 
-    def of(self, a: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first row, int8 (rows, depth)) of each block."""
+    def of(self, a: Tensor, name: str = "patches") -> Iterator[tuple[int, Tensor]]:
+        """(first row, int8 (rows, depth)) of each block, which lies in the scratch memory `name`."""
         if not self.blocks:
             return
         line = self.out_size[1]
@@ -133,7 +136,7 @@ class _Patches(NamedTuple):
             if self.pointwise:
                 block = a[first * line : (first + lines) * line]
             else:
-                block = _scratch("patches", lines * line, self.depth, torch.int8)
+                block = _scratch(name, lines * line, self.depth, torch.int8)
                 address = block.data_ptr(), a.data_ptr()
                 _loops().patches(block.numel(), *address, first, self.size, self.out_size, *self.geometry)
             yield first * line, block
@@ -181,6 +184,18 @@ def _ones_and_zeros(channels: int) -> tuple[Tensor, Tensor]:
     return torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
 
 
+def _suits_direct_conv(matrix: Tensor, scale: Tensor, padding: Sequence[int], signed: Tensor) -> bool:
+    """Whether `_direct_conv` does exactly what `conv` promises."""
+    # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
+    if min(padding) < 0 or scale.item() < SMALLEST_SCALE:
+        return False
+    if not signed.item() or len(matrix) * 255 * 128 <= EXACT_FLOATS:
+        return True
+    # With AMX it makes float32 of the sums of shifted codes before it takes the shift out again.
+    least, most = matrix.aminmax()
+    return len(matrix) * 255 * max(-least.item(), most.item()) <= EXACT_FLOATS
+
+
 def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype, signed: bool) -> Tensor:
     """As `conv`, without patches: oneDNN's, which takes unsigned activations with a zero point."""
     stride, padding, dilation = geometry
@@ -215,8 +230,7 @@ def conv(
     channels = matrix.shape[1]
     geometry = _pairs(kernel, stride, padding, dilation)
     patches = _patches(a.shape, geometry, channels, CHUNK_BYTES, PRODUCT_BYTES)
-    # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
-    if patches.bytes() > DIRECT_BYTES and min(padding) >= 0 and scale.item() >= SMALLEST_SCALE and has_direct_conv():
+    if patches.bytes() > DIRECT_BYTES and has_direct_conv() and _suits_direct_conv(matrix, scale, padding, signed):
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
         out = _direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
         return out if channels_last else _contiguous(out)
@@ -281,22 +295,18 @@ def _sum_of_rows(g: Tensor, block: Tensor) -> Tensor:
 
 
 def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
-    """As _products, with the patches of one line of the kernel, which serve all its lines: line r of an output is as
-    many lines below line 0, in an image with its padding. g gets zeros below, where line 0 has more than outputs."""
-    (lines, columns), (_, step), padding, (down, across) = geometry
-    patches = _patches(a.shape, ((1, columns), (1, step), padding, (1, across)), 0, CHUNK_BYTES, PRODUCT_BYTES)
-    channels, width = grads[0].shape[1], patches.out_size[1]
-    zeros = 0, 0, 0, 0, 0, (lines - 1) * down
-    flat = [F.pad(_channels_last(g).permute(0, 2, 3, 1), zeros).reshape(-1, channels) for g in grads]
-    for row, block in patches.of(a):
-        shifts = [min(r * down * width, row + len(block)) for r in range(lines)]
-        starts = [max(row - shift, 0) for shift in shifts]
-        for g in flat:
-            parts = [
-                _sum_of_rows(g[start : row + len(block) - shift], block[start + shift - row :])
-                for start, shift in zip(starts, shifts, strict=True)
-            ]
-            yield torch.stack(parts, 1).view(channels, -1)
+    """As _products, of a's patches by a line of the kernel and g's by a column: to each pixel of a belong, for all
+    lines of the kernel, as many of g. Both together are smaller than a's whole patches, and the products wider."""
+    (lines, columns), (_, step), (above, beside), (down, across) = geometry
+    channels, depth = grads[0].shape[1], columns * a.shape[1]
+    of_a = _patches(a.shape, ((1, columns), (1, step), (0, beside), (1, across)), 0, CHUNK_BYTES, PRODUCT_BYTES)
+    upright = (lines, 1), (1, 1), (down * (lines - 1) - above, 0), (down, 1)
+    of_g = _patches(grads[0].shape, upright, 0, CHUNK_BYTES, PRODUCT_BYTES)._replace(blocks=of_a.blocks)
+    others = [of_g.of(g, f"patches of {number}") for number, g in enumerate(grads)]
+    for (_, block), *blocks in zip(of_a.of(a), *others, strict=True):
+        for _, other in blocks:
+            product = _sum_of_rows(other, block).view(lines, channels, depth)
+            yield product.flip(0).transpose(0, 1).reshape(channels, -1)
 
 
 def conv_wgrad(
