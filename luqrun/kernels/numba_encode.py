@@ -77,7 +77,7 @@ def _encode_powers(bits, out, words, scale, high, rounding, underflow, finite, s
     for j in range(x.size):
         if not swift:
             ratio = min(abs(x[j]) / scale, high)
-        elif finite:  # the scale is then that of these very elements, so that none is beyond high
+        elif finite:
             ratio = quotient(abs(x[j]), scale, inverse)
         else:
             ratio = min(quotient(min(abs(x[j]), bound), scale, inverse), high)
@@ -113,7 +113,8 @@ def _encode_integers(bits, out, words, scale, low, high, rounding, finite, swift
 
 @row_loop()
 def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow, finite):
-    """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0.
+    """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0, nor, where the
+    format is logarithmic, beyond high * scale.
 
     What LUQ uses gets loops of its own: LLVM keeps tests of several flags in a loop.
     """

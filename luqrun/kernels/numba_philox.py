@@ -9,6 +9,7 @@ from luqrun.kernels.numba_rows import row_loop, u32, u64
 from luqrun.kernels.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SAMPLE_SLOTS
 
 LOW = u64(0xFFFFFFFF)
+LANES = 16  # channels whose words are drawn together
 
 
 @njit(inline="always", error_model="numpy")
@@ -51,21 +52,38 @@ def _draw(counters, high, carries, w0, w1, w2, w3, c2, c3, k0, k1):
 
 
 @row_loop()
+def _draw_lanes(flat, to, channels, counter, step, high, carries, c2, c3, k0, k1):
+    # A number of turns that is known makes vectors of them; four pixels' words lie `channels` apart.
+    for lane in range(u64(LANES)):
+        each = counter + lane * step
+        a, b, c, d = _philox(each, each >> u64(32) if carries else high, c2, c3, k0, k1)
+        at = to + lane
+        flat[at], flat[at + channels] = u32(a), u32(b)
+        flat[at + u64(2) * channels], flat[at + u64(3) * channels] = u32(c), u32(d)
+
+
+@row_loop()
 def fill_pixels(drawn, counters, words, group, step, name):
     """Random words of drawn (pixels, channels): four neighbouring pixels of a channel are the words of one counter.
 
     Pixel 0 of channel 0 is counter `group`, channels are `step` counters apart. counters uint64 and words (4, n)
-    uint32 are scratch for n >= pixels / 4 * channels counters: one long loop, however few the channels.
+    uint32 are scratch for n >= pixels / 4 * channels counters: one long loop, where channels are no multiple of LANES.
     """
-    channels, rows = u64(drawn.shape[1]), u64(drawn.shape[0] // 4)
+    channels, rows, step = u64(drawn.shape[1]), u64(drawn.shape[0] // 4), u64(step)
+    high, last = u64(group) >> u64(32), u64(group) + rows + channels * step
+    flat, carries = drawn.reshape(-1), last >> u64(32) != high
+    if channels % u64(LANES) == u64(0):
+        for row in range(rows):
+            for channel in range(u64(0), channels, u64(LANES)):
+                counter, to = u64(group) + row + channel * step, u64(4) * row * channels + channel
+                _draw_lanes(flat, to, channels, counter, step, high, carries, name[2], name[3], name[0], name[1])
+        return
     for row in range(rows):
         for channel in range(channels):
-            counters[row * channels + channel] = u64(group) + row + channel * u64(step)
-    high, last = u64(group) >> u64(32), u64(group) + rows + channels * u64(step)
-    wanted, carries = counters[: rows * channels], last >> u64(32) != high
+            counters[row * channels + channel] = u64(group) + row + channel * step
+    wanted = counters[: rows * channels]
     _draw(wanted, high, carries, words[0], words[1], words[2], words[3], name[2], name[3], name[0], name[1])
-    flat, source = drawn.reshape(-1), words.reshape(-1)
-    stride = u64(words.shape[1])
+    source, stride = words.reshape(-1), u64(words.shape[1])
     for row in range(rows):
         for k in range(u64(4)):
             to, at = (u64(4) * row + k) * channels, k * stride + row * channels

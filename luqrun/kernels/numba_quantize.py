@@ -73,31 +73,32 @@ def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, finit
 
 
 @row_loop()
-def _image_task(x, half, image, pixels, channels, codes, how, form, name, ends, finite, observe):
-    """Encode one (pixels, channels) image of a channels_last tensor, whose elements are numbered channel by channel."""
+def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name, ends, finite, observe):
+    """Encode images start .. stop - 1, (pixels, channels) each, of a channels_last tensor, whose elements are numbered
+    image by image and channel by channel; returns the pattern of their max|x|."""
     # Four neighbouring pixels of a channel share a Philox call, unless such groups straddle channels.
     aligned = pixels % 4 == 0
     block = min(pixels, max(4, ROW // channels // 4 * 4))
-    first = image * channels * pixels
     buffer = np.empty(block * channels, np.int32)
     drawn, coded = np.empty((block, channels), np.uint32), np.empty(block * channels, np.int32)
     scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
-    if not aligned:
-        fill_words(counters, first // 4, scratch, name)
-    word = counters.view(np.uint32)
-    largest = i32(0)
-    for start in range(0, pixels, block):
-        count = min(block, pixels - start)
-        if aligned:
-            fill_pixels(drawn[:count], counters, words, (first + start) // 4, pixels // 4, name)
-        else:
-            transpose(word[first % 4 + start :], drawn[:count], pixels)
-        row = load(x, half, first + start * channels, count * channels, buffer)
-        out = coded[: count * channels]
-        _encode_row(row, out, drawn.reshape(-1), codes, form[2], first + start * channels, how, ends, finite)
-        if observe:
-            largest = max(largest, rows.extremes(row)[0])
+    word, largest = counters.view(np.uint32), i32(0)
+    for image in range(start, stop):
+        first = image * channels * pixels
+        if not aligned:
+            fill_words(counters, first // 4, scratch, name)
+        for above in range(0, pixels, block):
+            count = min(block, pixels - above)
+            if aligned:
+                fill_pixels(drawn[:count], counters, words, (first + above) // 4, pixels // 4, name)
+            else:
+                transpose(word[first % 4 + above :], drawn[:count], pixels)
+            row = load(x, half, first + above * channels, count * channels, buffer)
+            out = coded[: count * channels]
+            _encode_row(row, out, drawn.reshape(-1), codes, form[2], first + above * channels, how, ends, finite)
+            if observe:
+                largest = max(largest, rows.extremes(row)[0])
     return largest
 
 
@@ -141,14 +142,19 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
         name = stream_words(carray(pointer(stream), (6,), np.int64), how[6])
         draws = how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC
         coding = (how[0], how[1], how[2])
+        # Then the scale is that of these very elements. In a logarithmic format they decided it alone: none is clipped.
         finite = how[3] != GIVEN and not once and np.isfinite(found[2])
         by_image = images > 0 and draws  # without draws the order of the elements does not matter
-        largest = np.zeros(images if by_image else tasks, np.int32)
+        each = max(1, CHUNK // 4 // max(1, pixels * channels))  # images a task
+        groups = (images + each - 1) // each
+        largest = np.zeros(groups if by_image else tasks, np.int32)
         if by_image:
-            for image in prange(images):
-                largest[image] = _image_task(
-                    x, half, image, pixels, channels, codes, coding, form, name, ends, finite, how[4] or once
-                )
+            for group in prange(groups):
+                stop = min(images, (group + 1) * each)
+                largest[group] = _images_task(
+                    x, half, group * each, stop, pixels, channels, codes, coding, form, name, ends, finite,
+                    how[4] or once,
+                )  # fmt: skip
         else:
             for task in prange(tasks):
                 stop = min(elements, (task + 1) * CHUNK)
