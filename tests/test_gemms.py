@@ -216,7 +216,7 @@ def test_large_convolutions_take_the_direct_route(name, route, dense, monkeypatc
     make, shape = LAYERS[name]
     layer, x = quantize(make()), torch.randn(shape)
     expected = trained(layer, x, gradient_like)
-    monkeypatch.setattr(int8, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
     found = trained(layer, x, gradient_like)
     assert torch.equal(found[0], expected[0])
     for left, right in zip(found, expected, strict=True):

@@ -94,7 +94,7 @@ def assert_exact(found, product, scale, dtype=torch.float32):
 def route(request, monkeypatch):
     """Through patches at once, through blocks of a few rows of them, or through oneDNN's convolution."""
     direct = request.param == "direct"
-    monkeypatch.setattr(int8, "DIRECT_BYTES", 0 if direct else 2**62)
+    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: direct)
     if request.param == "many chunks":
         monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
         monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
@@ -159,14 +159,18 @@ def test_conv_wgrad(geometry, narrow, route, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pointwise", "3 x 3", "strided", "stem"])
-def test_the_direct_convolution_is_taken_where_patches_are_large(name, monkeypatch):
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_direct_convolution_is_taken_where_patches_are_large(name, amx, monkeypatch):
     geometry, used = GEOMETRIES[name], []
     monkeypatch.setattr(int8, "_direct_conv", lambda *arguments: used.append(1) or torch.zeros(1))
+    monkeypatch.setattr(int8, "has_direct_conv", lambda: True)
+    monkeypatch.setattr(int8, "has_amx", lambda: amx)
     a, w = operands(geometry)
-    patches = exact(a, w, geometry)[:, 0].numel() * w[0].numel()
-    for limit, direct in ((patches - 1, name != "pointwise"), (patches, False)):
+    pixels = exact(a, w, geometry)[:, 0].numel()
+    limit, size = ("DIRECT_PIXELS", pixels / len(w)) if amx else ("DIRECT_BYTES", pixels * w[0].numel() - 1)
+    for at, direct in ((size, name != "pointwise"), (size + 1, False)):
         used.clear()
-        monkeypatch.setattr(int8, "DIRECT_BYTES", limit)
+        monkeypatch.setattr(int8, limit, at)
         conv(a, w, geometry, torch.tensor(1.0))
         assert bool(used) == direct
 
@@ -187,7 +191,7 @@ def test_every_code_and_the_largest_sums(route):
 
 def test_signed_sums_that_are_small_only_without_the_shift_of_a_direct_convolution(monkeypatch):
     # oneDNN adds 128 to a, and with AMX makes float32 of those sums, which here are beyond 2^24.
-    monkeypatch.setattr(int8, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 512, 4, 4), 2
     for largest in (7, 14, 15, 127):  # 9 * 512 * 255 * 14 is below 2^24
         a, w = codes(2, 512, 4, 4), codes(2, 512, 3, 3, low=largest - largest // 4, high=largest, seed=1)

@@ -95,7 +95,7 @@ def test_relu(dtype):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("direct", [False, True], ids=["patches", "direct"])
 def test_int8_conv(channels_last, direct, monkeypatch):
-    monkeypatch.setattr(int8, "DIRECT_BYTES", 0 if direct else 2**62)
+    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: direct)
     g = torch.Generator().manual_seed(0)
     a = torch.randint(-7, 8, (2, 3, 7, 8), dtype=torch.int8, generator=g)
     for kernel, stride, padding, dilation in (

@@ -25,9 +25,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
 PRODUCT_BYTES = 1 << 20  # of products at a time
-# Of patches, from which a convolution without them is faster in spite of its preparations: oneDNN's has AMX's matrix
-# units, where a CPU has them.
-DIRECT_BYTES = 1 << 20 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 1 << 22
+DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
+DIRECT_PIXELS = 56  # of the output for each channel of it, the same with AMX, whose preparations are of the weight
 SMALLEST_SCALE = 2.0**-100
 EXACT_FLOATS = 1 << 24  # up to which float32 holds every integer
 NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
@@ -168,6 +167,19 @@ def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 @functools.cache
+def has_amx() -> bool:
+    """Whether this CPU has AMX's matrix units, which oneDNN's convolution uses."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def prefers_direct(patches: _Patches, channels: int) -> bool:
+    """Whether a convolution to so many channels is faster without these patches; both rules were measured."""
+    if has_amx():
+        return not patches.pointwise and patches.size[0] * math.prod(patches.out_size) >= DIRECT_PIXELS * channels
+    return patches.bytes() > DIRECT_BYTES
+
+
+@functools.cache
 def has_direct_conv() -> bool:
     """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does what it did."""
     a, w = torch.tensor([-3, 5, 7, 1]).view(1, 4, 1, 1).char(), torch.tensor([2, -7, 1, 0]).view(1, 4, 1, 1).char()
@@ -229,7 +241,7 @@ def conv(
     channels = matrix.shape[1]
     geometry = _pairs(kernel, stride, padding, dilation)
     patches = _patches(a.shape, geometry, channels, CHUNK_BYTES, PRODUCT_BYTES)
-    if patches.bytes() > DIRECT_BYTES and has_direct_conv() and _suits_direct_conv(matrix, scale, padding, signed):
+    if prefers_direct(patches, channels) and has_direct_conv() and _suits_direct_conv(matrix, scale, padding, signed):
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
         out = _direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
         return out if channels_last else _contiguous(out)
