@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from luqrun import gemms, kernels
+from luqrun.bench import gemm
 from luqrun.bench.contenders import Training, Workload, encoders, floating_point, oracle, steps, transparent
 from luqrun.bench.formulas import FormulaAttention, FormulaConv2d, FormulaLinear, formula_model, luq, sawb_int4
 from luqrun.bench.gemm import checked, operands, units
@@ -228,3 +229,12 @@ def test_a_unit_that_is_wrong_or_lacking_is_told(monkeypatch):
     assert without == {"fp8 e4m3 x e4m3": "only from compute capability 8.9 on"}
     assert exact == {"fp32": True, "bf16": True, "int8": False}
     assert "int8" in {contender.name for contender in contenders}
+
+
+def test_a_unit_that_is_emulated_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gemm, "TOO_SLOW", -1.0)
+    left, right = operands(80, 48, 16, CPU)["fprop INT4 x INT4"]
+    contenders, exact, without = checked(left, right, has_e3m0=False)
+    assert not contenders
+    assert not exact
+    assert "64 of 80 rows took 0.0 s" in without["int8"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernel_inputs import LAST
 
 from luqrun.errors import UserError
-from luqrun.kernels import int8
+from luqrun.kernels import int8, int8_direct
 
 fast = pytest.mark.skipif(not int8.is_fast(), reason="without VNNI oneDNN's int8 products may saturate")
 
@@ -100,8 +100,8 @@ def route(request, monkeypatch):
         monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
     if direct and not int8.has_direct_conv():
         pytest.skip("this torch has no such convolution")
-    used, direct_conv = [], int8._direct_conv
-    monkeypatch.setattr(int8, "_direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
+    used, direct_conv = [], int8.direct_conv
+    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
     yield request.param
     if not direct:
         assert not used
@@ -162,7 +162,7 @@ def test_conv_wgrad(geometry, narrow, route, monkeypatch):
 @pytest.mark.parametrize("amx", [False, True])
 def test_the_direct_convolution_is_taken_where_patches_are_large(name, amx, monkeypatch):
     geometry, used = GEOMETRIES[name], []
-    monkeypatch.setattr(int8, "_direct_conv", lambda *arguments: used.append(1) or torch.zeros(1))
+    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or torch.zeros(1))
     monkeypatch.setattr(int8, "has_direct_conv", lambda: True)
     monkeypatch.setattr(int8, "has_amx", lambda: amx)
     a, w = operands(geometry)
@@ -189,15 +189,50 @@ def test_every_code_and_the_largest_sums(route):
     assert_exact(conv(a, w, padded, torch.tensor(1.0)), exact(a, w, padded), 1.0)
 
 
-def test_signed_sums_that_are_small_only_without_the_shift_of_a_direct_convolution(monkeypatch):
-    # oneDNN adds 128 to a, and with AMX makes float32 of those sums, which here are beyond 2^24.
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("largest", [7, 14, 15, 127])  # 9 * 512 * 255 * 14 is below 2^24, and not 15
+def test_deep_direct_convolutions(largest, amx, signed, monkeypatch):
+    # To signed codes oneDNN adds 128, and with AMX makes float32 of those sums, however small they are without.
+    if int8_direct.has_amx() and not amx:
+        pytest.skip("this CPU has AMX")
+    if not int8.has_direct_conv():
+        pytest.skip("this torch has no such convolution")
+    used, direct_conv = [], int8.direct_conv
+    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
     monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
+    monkeypatch.setattr(int8_direct, "has_amx", lambda: amx)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 512, 4, 4), 2
-    for largest in (7, 14, 15, 127):  # 9 * 512 * 255 * 14 is below 2^24
-        a, w = codes(2, 512, 4, 4), codes(2, 512, 3, 3, low=largest - largest // 4, high=largest, seed=1)
-        for scale in (0.3, 1.0, 0.0137):
-            scale = torch.tensor(scale)
-            assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
+    a, w = codes(2, 512, 4, 4), codes(2, 512, 3, 3, low=largest - largest // 4, high=largest, seed=1)
+    a = a if signed else (a.abs() | 64)  # sums far beyond 2^24
+    for scale in (0.3, 1.0, 0.0137):
+        scale = torch.tensor(scale)
+        assert_exact(conv(a, w, geometry, scale, signed=signed), exact(a, w, geometry), scale)
+    assert bool(used) == (not amx or not signed or largest <= 14)
+
+
+@pytest.mark.parametrize("size", [(8, 0, 16, 16), (8, 3, 0, 16), (0, 3, 16, 16)])
+@pytest.mark.parametrize("channels", [0, 2])
+def test_nothing_to_multiply(size, channels, monkeypatch):
+    monkeypatch.setattr(int8, "has_amx", lambda: True)
+    a, matrix = torch.ones(size, dtype=torch.int8), torch.ones(9 * size[1], channels, dtype=torch.int8)
+    how = (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, False, torch.tensor(True)
+    found = int8.conv(a, matrix, torch.tensor(0.5), *how)
+    assert found.shape == (size[0], channels, size[2], size[3])
+    assert not found.any()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_weight_gradients_by_lines_with_more_padding_than_kernel(taken, monkeypatch):
+    # The patches of the gradient then leave out its edge. `taken`: of few input channels they would be too large.
+    used, by_lines = [], int8._products_by_lines
+    monkeypatch.setattr(int8, "_products_by_lines", lambda *arguments: used.append(1) or by_lines(*arguments))
+    geometry = (3, 3), (1, 1), (4, 3), (1, 2), (3, 16 if taken else 2, 6, 5), 8
+    a, w = operands(geometry)
+    g = codes(*exact(a, w, geometry).shape, seed=2)
+    found = int8.conv_wgrad([g, g], a, *geometry[:4])
+    assert torch.equal(found, 2 * exact_wgrad(g, a, geometry).float())
+    assert bool(used) == taken
 
 
 def test_sums_beyond_int32_of_a_weight_gradient():

@@ -1,5 +1,9 @@
 """The division of the compiled loops against IEEE's, where it is hardest, and the codes that hang on it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +20,7 @@ from luqrun.quantizer import Quantizer
 SWIFT = [2.0**-40, 2.0**-39 * 1.7, 2.0**-20 / 3, 1.0, 1.3, float(np.nextafter(np.float32(2), np.float32(0))), 2.0**40]
 SLOW = [2.0**-149, 2.0**-127, 2.0**-41, 2.0**-40 * (1 - 2.0**-24), 2.0**40 * (1 + 2.0**-23), 2.0**127, np.inf, np.nan]
 
-pytestmark = pytest.mark.skipif(not HAS_FMA, reason="this CPU has no fused multiply-add: it divides")
+fused = pytest.mark.skipif(not HAS_FMA, reason="this CPU has no fused multiply-add: it divides")
 
 
 @njit(error_model="numpy")
@@ -44,7 +48,7 @@ def inverse_of_odd(number):
 @njit(error_model="numpy")
 def quotients_next_to_a_middle(first, stop, nearest):
     """(tried, wrong) of the quotients x / scale, both of 24 bits, with first <= scale < stop, that are nearest / scale
-    units in the last place or less from the middle of two floats.
+    halves of a unit in the last place or less from the middle of two floats.
 
     That is |x 2^k - scale middle| <= nearest for an odd middle of 25 bits: for each difference one congruence.
     """
@@ -73,6 +77,7 @@ def quotients_next_to_a_middle(first, stop, nearest):
     return tried, wrong
 
 
+@fused
 def test_every_quotient_next_to_the_middle_of_two_floats():
     # Before its last rounding the quotient is off by 2^-46 of itself, so that the difference would have to be
     # 2^-46 2^24 2^25 = 8 or less.
@@ -81,12 +86,14 @@ def test_every_quotient_next_to_the_middle_of_two_floats():
     assert wrong == 0
 
 
+@fused
 def test_quotients_anywhere():
     rng = np.random.default_rng(1)
     x, scale = rng.integers(2**23, 2**24, (2, 3_000_000)).astype(np.float32)
     assert_rounds_as_a_division(x, scale)
 
 
+@fused
 def test_quotients_at_the_ends_of_what_is_promised():
     rng = np.random.default_rng(2)
     for low, high in ((-60, -59), (-40, -20), (-3, 8), (59, 60)):
@@ -96,6 +103,7 @@ def test_quotients_at_the_ends_of_what_is_promised():
             assert_rounds_as_a_division(x, np.ldexp(scale, end))
 
 
+@fused
 def test_smaller_quotients_stay_small():
     for scale in SWIFT:
         x = np.array([0.0, 2.0**-149, 2.0**-140 * 3, 2.0**-126, scale * 2.0**-61, scale * 2.0**-90], np.float32)
@@ -105,6 +113,7 @@ def test_smaller_quotients_stay_small():
         assert (abs(out[np.float64(x) / scale < 2.0**-60]) < 2.0**-50).all()
 
 
+@fused
 def test_scales_for_which_it_does_not_hold_are_divided_by():
     assert all(is_swift(np.float32(scale)) for scale in SWIFT)
     assert not any(is_swift(np.float32(scale)) for scale in SLOW)
@@ -129,3 +138,24 @@ def test_codes_of_elements_on_the_edge(form, rounding):
         found = quantizer.run(inside, stream, None, form.code_dtype)
         assert_identical(found.scale, measured)
         assert_identical(found.codes, reference.encode(inside, *how)[0], scale)
+
+
+ENCODE = """
+import torch
+from luqrun.kernels import numba_rows, reference
+from luqrun.kernels.philox import make_stream
+from luqrun.quantizer import Quantizer
+
+assert not numba_rows.HAS_FMA
+x, stream = torch.randn(5000), make_stream(3)
+for quantizer in (Quantizer("e3m0", rounding="stochastic"), Quantizer("int4", "sawb")):
+    found = quantizer.run(x, stream, None, torch.int8)
+    how = found.scale, found.signed, quantizer.form, quantizer.rounding, quantizer.underflow, stream
+    assert torch.equal(found.codes, reference.encode(x, *how)[0])
+"""
+
+
+def test_a_cpu_without_fused_multiply_adds_divides(tmp_path):
+    # One thread: the loops are compiled once.
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", ENCODE], env={**os.environ, **environment}, check=True, timeout=300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from luqrun.quantizer import Quantizer
 
 FP8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}  # E3M0 is exact in both, INT4's 9 to 15 in e4m3 alone
 EXACT_SUM = 2**24  # what fp32 sums stay exact below
+FEW_ROWS, TOO_SLOW = 64, 1.0  # a unit that needs so many seconds for so few rows is emulated, and not timed
 
 
 def operands(rows: int, inner: int, outer: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
@@ -97,6 +99,14 @@ def _with_tf32(product: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return call
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    """What a call takes once it has been made before, on a device that does not return earlier."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def checked(left: Tensor, right: Tensor, has_e3m0: bool) -> tuple[list[Contender], dict[str, bool], dict[str, str]]:
     """The units that work here; by unit, whether its product is exact; and by unit that does not work, why.
 
@@ -106,8 +116,13 @@ def checked(left: Tensor, right: Tensor, has_e3m0: bool) -> tuple[list[Contender
     expected = left.double() @ right.double()
     assert expected.abs().max() < EXACT_SUM
     contenders, exact, lacking = [], {}, {}
+    few = units(left[:FEW_ROWS], right, has_e3m0)
     for name, call in units(left, right, has_e3m0).items():
         try:
+            seconds = _seconds(few[name])
+            if seconds > TOO_SLOW:
+                lacking[name] = f"{FEW_ROWS} of {len(left)} rows took {seconds:.1f} s"
+                continue
             product = call()
         except torch.OutOfMemoryError:
             lacking[name] = "out of memory"

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import UserError
+from luqrun.kernels.int8_direct import direct_conv, has_amx, has_direct_conv, suits_direct_conv
 from luqrun.kernels.layout import empty
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
 PRODUCT_BYTES = 1 << 20  # of products at a time
-DIRECT_BYTES = 1 << 22  # of patches, from which a convolution without them is faster in spite of its preparations
-DIRECT_PIXELS = 56  # of the output for each channel of it, the same with AMX, whose preparations are of the weight
-SMALLEST_SCALE = 2.0**-100
-EXACT_FLOATS = 1 << 24  # up to which float32 holds every integer
+# From where a convolution without patches is faster in spite of its preparations: bytes of patches, and with AMX, where
+# preparing the weight takes longest, pixels of the output for each channel of it.
+DIRECT_BYTES, DIRECT_PIXELS = 1 << 22, 56
 NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
 MOST_VIEWS = 1024  # of geometries and views that are kept, a few a layer
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
@@ -166,57 +166,12 @@ def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple([(pair[0], pair[1]) for pair in geometry])
 
 
-@functools.cache
-def has_amx() -> bool:
-    """Whether this CPU has AMX's matrix units, which oneDNN's convolution uses."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-
-
 def prefers_direct(patches: _Patches, channels: int) -> bool:
-    """Whether a convolution to so many channels is faster without these patches; both rules were measured."""
+    """Whether a convolution to so many channels is faster without these patches."""
     if has_amx():
-        return not patches.pointwise and patches.size[0] * math.prod(patches.out_size) >= DIRECT_PIXELS * channels
+        pixels = patches.size[0] * math.prod(patches.out_size)
+        return patches.bytes() > 0 and channels > 0 and pixels >= DIRECT_PIXELS * channels
     return patches.bytes() > DIRECT_BYTES
-
-
-@functools.cache
-def has_direct_conv() -> bool:
-    """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does what it did."""
-    a, w = torch.tensor([-3, 5, 7, 1]).view(1, 4, 1, 1).char(), torch.tensor([2, -7, 1, 0]).view(1, 4, 1, 1).char()
-    try:
-        return _direct_conv(a, w, torch.tensor(0.5), ((1, 1), (0, 0), (1, 1)), torch.float32, True).item() == -17.0
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
-@functools.cache
-def _ones_and_zeros(channels: int) -> tuple[Tensor, Tensor]:
-    """What oneDNN takes for the scales and zero points of a weight."""
-    return torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
-
-
-def _suits_direct_conv(matrix: Tensor, scale: Tensor, padding: Sequence[int], signed: Tensor) -> bool:
-    """Whether `_direct_conv` does exactly what `conv` promises."""
-    # oneDNN's own scaling loses subnormal bf16 results, and it has no padding below 0.
-    if min(padding) < 0 or scale.item() < SMALLEST_SCALE:
-        return False
-    if not signed.item() or len(matrix) * 255 * 128 <= EXACT_FLOATS:
-        return True
-    # With AMX it makes float32 of the sums of shifted codes before it takes the shift out again.
-    least, most = matrix.aminmax()
-    return len(matrix) * 255 * max(-least.item(), most.item()) <= EXACT_FLOATS
-
-
-def _direct_conv(a: Tensor, w: Tensor, scale: Tensor, geometry, dtype: torch.dtype, signed: bool) -> Tensor:
-    """As `conv`, without patches: oneDNN's, which takes unsigned activations with a zero point."""
-    stride, padding, dilation = geometry
-    shift = 128 if signed else 0
-    shifted = a.view(torch.uint8) ^ shift if signed else a.view(torch.uint8)  # a + shift
-    ones, zeros = _ones_and_zeros(w.shape[0])
-    onednn = torch.ops.onednn
-    packed = onednn.qconv_prepack(w, ones, 1.0, 0, stride, padding, dilation, 1, None)
-    how = packed, ones, zeros, None, stride, padding, dilation, 1, 1.0, 0, dtype, "none", [], None
-    return onednn.qconv2d_pointwise(shifted, scale.item(), shift, *how)
 
 
 def conv(
@@ -241,9 +196,9 @@ def conv(
     channels = matrix.shape[1]
     geometry = _pairs(kernel, stride, padding, dilation)
     patches = _patches(a.shape, geometry, channels, CHUNK_BYTES, PRODUCT_BYTES)
-    if prefers_direct(patches, channels) and has_direct_conv() and _suits_direct_conv(matrix, scale, padding, signed):
+    if prefers_direct(patches, channels) and has_direct_conv() and suits_direct_conv(matrix, scale, padding, signed):
         weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
-        out = _direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
+        out = direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
         return out if channels_last else _contiguous(out)
     out = empty((a.shape[0], channels, *patches.out_size), True, dtype, a.device)
     if patches.depth == 0:
@@ -307,16 +262,17 @@ def _sum_of_rows(g: Tensor, block: Tensor) -> Tensor:
 
 def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
     """As _products, of a's patches by a line of the kernel and g's by a column: to each pixel of a belong, for all
-    lines of the kernel, as many of g. Both together are smaller than a's whole patches, and the products wider."""
+    lines of the kernel, as many of g. The products are wider."""
     (lines, columns), (_, step), (above, beside), (down, across) = geometry
     channels, depth = grads[0].shape[1], columns * a.shape[1]
-    of_a = _patches(a.shape, ((1, columns), (1, step), (0, beside), (1, across)), 0, CHUNK_BYTES, PRODUCT_BYTES)
+    memory = CHUNK_BYTES * depth // (depth + lines * channels), PRODUCT_BYTES  # the rest is g's
+    of_a = _patches(a.shape, ((1, columns), (1, step), (0, beside), (1, across)), 0, *memory)
     upright = (lines, 1), (1, 1), (down * (lines - 1) - above, 0), (down, 1)
-    of_g = _patches(grads[0].shape, upright, 0, CHUNK_BYTES, PRODUCT_BYTES)._replace(blocks=of_a.blocks)
-    others = [of_g.of(g, f"patches of {number}") for number, g in enumerate(grads)]
-    for (_, block), *blocks in zip(of_a.of(a), *others, strict=True):
-        for _, other in blocks:
-            product = _sum_of_rows(other, block).view(lines, channels, depth)
+    of_g = _patches(grads[0].shape, upright, 0, *memory)._replace(blocks=of_a.blocks)
+    others = [of_g.of(g, "upright patches") for g in grads]
+    for _, block in of_a.of(a):
+        for other in others:
+            product = _sum_of_rows(next(other)[1], block).view(lines, channels, depth)
             yield product.flip(0).transpose(0, 1).reshape(channels, -1)
 
 
@@ -337,7 +293,8 @@ def conv_wgrad(
         raise UserError(f"images of {width} pixels a row are too wide; at most {CHUNK_ROWS}")
     # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.
     fits = images * height * width * len(grads) <= CHUNK_ROWS
-    by_lines = channels <= NARROW and kernel[0] > 1 and stride[0] == 1
+    smaller = kernel[1] * a.shape[1] + kernel[0] * channels * len(grads) < kernel[0] * kernel[1] * a.shape[1]
+    by_lines = channels <= NARROW and stride[0] == 1 and smaller
     total = None
     for product in (_products_by_lines if by_lines else _products)(grads, a, geometry):
         if total is None:

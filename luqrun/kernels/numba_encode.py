@@ -114,9 +114,10 @@ def _encode_integers(bits, out, words, scale, low, high, rounding, finite, swift
 @row_loop()
 def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow, finite):
     """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0, nor, where the
-    format is logarithmic, beyond high * scale.
+    format is logarithmic and the scale `is_swift`, beyond high * scale.
 
-    What LUQ uses gets loops of its own: LLVM keeps tests of several flags in a loop.
+    What LUQ uses gets loops of its own, with scales that are neither tiny nor huge: LLVM keeps tests of several flags
+    in a loop.
     """
     if not scale > f32(0):
         out[:] = 0

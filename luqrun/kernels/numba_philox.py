@@ -66,8 +66,8 @@ def _draw_lanes(flat, to, channels, counter, step, high, carries, c2, c3, k0, k1
 def fill_pixels(drawn, counters, words, group, step, name):
     """Random words of drawn (pixels, channels): four neighbouring pixels of a channel are the words of one counter.
 
-    Pixel 0 of channel 0 is counter `group`, channels are `step` counters apart. counters uint64 and words (4, n)
-    uint32 are scratch for n >= pixels / 4 * channels counters: one long loop, where channels are no multiple of LANES.
+    Pixel 0 of channel 0 is counter `group`, channels are `step` counters apart. Where these are no multiple of LANES,
+    counters uint64 and words (4, n) uint32 are scratch for n >= pixels / 4 * channels counters: one long loop.
     """
     channels, rows, step = u64(drawn.shape[1]), u64(drawn.shape[0] // 4), u64(step)
     high, last = u64(group) >> u64(32), u64(group) + rows + channels * step

@@ -22,7 +22,7 @@ from luqrun.kernels.numba_driver import (
     uint8s,
 )
 from luqrun.kernels.numba_encode import encode
-from luqrun.kernels.numba_philox import fill_pixels, fill_words, stream_words, transpose
+from luqrun.kernels.numba_philox import LANES, fill_pixels, fill_words, stream_words, transpose
 from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 
 
@@ -81,7 +81,7 @@ def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name,
     block = min(pixels, max(4, ROW // channels // 4 * 4))
     buffer = np.empty(block * channels, np.int32)
     drawn, coded = np.empty((block, channels), np.uint32), np.empty(block * channels, np.int32)
-    scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
+    scratch = (block // 4 * channels if channels % LANES else 0) if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
     word, largest = counters.view(np.uint32), i32(0)
     for image in range(start, stop):
@@ -142,7 +142,8 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
         name = stream_words(carray(pointer(stream), (6,), np.int64), how[6])
         draws = how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC
         coding = (how[0], how[1], how[2])
-        # Then the scale is that of these very elements. In a logarithmic format they decided it alone: none is clipped.
+        # Then the scale is that of these very elements, and in a logarithmic format no element is clipped: but for a
+        # scale near the largest float that is rounded down to a power of two.
         finite = how[3] != GIVEN and not once and np.isfinite(found[2])
         by_image = images > 0 and draws  # without draws the order of the elements does not matter
         each = max(1, CHUNK // 4 // max(1, pixels * channels))  # images a task

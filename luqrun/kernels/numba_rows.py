@@ -22,12 +22,15 @@ MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNU
 GATHER = u64(0x0102040810204080)
 REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
 
-_features = binding.get_host_cpu_features()
-HAS_FMA = _features.get("fma", False) or _features.get("neon", False)  # without, it would be a function's call
+# What numba compiles for: this CPU, unless the user said otherwise (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME=generic).
+_host = config.CPU_FEATURES is None
+_features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_FEATURES).split(",")
+# Without the instruction a fused multiply-add would be a function's call.
+HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
 # On Intel's CPUs LLVM leaves half of each AVX-512 register unused, as the first ones that had them clocked down. All of
-# it takes 0.6 of the time. Without effect where numba has compiled something before.
-if _features.get("avx512f", False) and config.ENABLE_AVX and config.CPU_FEATURES is None:
-    config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
+# it takes 0.6 of the time. For all of numba in this process, unless something was decorated before.
+if _host and config.ENABLE_AVX and "+avx512f" in _features:
+    config.CPU_FEATURES = ",".join([*_features, "-prefer-256-bit"])
 _sources = sorted(Path(__file__).parent.glob("numba_*.py"))
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:8]
 
