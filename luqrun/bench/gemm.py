@@ -13,7 +13,7 @@ from luqrun.quantizer import Quantizer
 
 FP8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}  # E3M0 is exact in both, INT4's 9 to 15 in e4m3 alone
 EXACT_SUM = 2**24  # what fp32 sums stay exact below
-FEW_ROWS, TOO_SLOW = 64, 1.0  # a unit that needs so many seconds for so few rows is emulated, and not timed
+FEW_ROWS, TOO_SLOW = 64, 0.1  # a unit that needs so many seconds for so few rows is emulated, and not timed
 
 
 def operands(rows: int, inner: int, outer: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
