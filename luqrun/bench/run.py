@@ -20,6 +20,7 @@ from luqrun.bench import picture, report
 from luqrun.bench.sections import FULL, MODELS, QUICK, SECTIONS, Sizes
 from luqrun.devices import choose_device
 from luqrun.errors import UserError
+from luqrun.kernels import int8_direct
 from luqrun.qgemm import code_dtype
 from luqrun.run_folder import now, provenance, write_atomically
 
@@ -90,7 +91,7 @@ def describe(device: torch.device, quick: bool) -> dict:
         "device": device.type,
         "name": name,
         "cpu": cpu_name(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": torch.backends.cpu.get_cpu_capability() + (", AMX" if int8_direct.has_amx() else ""),
         "threads": torch.get_num_threads(),
         "kernels": gemms.describe(device.type),
         "codes": {key: [str(dtype).removeprefix("torch."), dtype.itemsize] for key, dtype in codes.items()},
