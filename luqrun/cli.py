@@ -167,6 +167,8 @@ def job(composed: DictConfig) -> float | None:
         with handled() as requests, ExitStack() as held:
             config = to_config(composed)
             validate(config)
+            if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
+                log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
             ranks.join()
             held.callback(ranks.leave)
             summary = ranks.from_first(lambda: _begin(config, folder, held))

@@ -1,6 +1,6 @@
 """What 4-bit training costs here: encode kernels, layers, whole steps and memory, against what they replace.
 
-python scripts/benchmark.py --out outputs/benchmark             a quarter of an hour on two CPU cores
+python scripts/benchmark.py --out outputs/benchmark             20 minutes on two CPU cores
 python scripts/benchmark.py --out DIR --quick                   minutes, most of them compiling: no speeds
 python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR's record stays, if all is of one commit
 """
@@ -24,6 +24,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's choice)")
     options = parser.parse_args()
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads={options.threads} is out of range; at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out={options.out} is not a folder")
 
     import torch
 

@@ -221,6 +221,14 @@ def test_a_sweep_runs_all_its_jobs(luqrun, tmp_path):
     assert all((path / "run.log").read_text().count("epoch 1/1") == 1 for path in runs(tmp_path))
 
 
+def test_a_sweep_without_m_is_told_to_be_one_run(luqrun, tmp_path):
+    result = luqrun(*TINY, "+hydra.sweeper.params={seed: '1,2'}")
+    assert result.code == 0
+    assert "which only -m runs" in result.err + result.out
+    assert len(runs(tmp_path)) == 1
+    assert "which only -m runs" not in (tiny := luqrun("-m", *TINY, "quant=fp32", "seed=1")).err + tiny.out
+
+
 def test_under_torchrun(luqrun, tmp_path):
     refused = luqrun("-m", *FAST, "seed=0,1", WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
     assert_refused(refused, tmp_path, "sweep", "torchrun")

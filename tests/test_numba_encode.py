@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kernel_inputs import assert_identical
 from numba import njit
 
 from luqrun.formats import FORMATS
-from luqrun.kernels import cpu, reference
+from luqrun.kernels import cpu, numba_rows, reference
 from luqrun.kernels.numba_encode import is_swift, quotient
 from luqrun.kernels.numba_rows import HAS_FMA
 from luqrun.kernels.philox import make_stream
@@ -141,21 +142,52 @@ def test_codes_of_elements_on_the_edge(form, rounding):
 
 
 ENCODE = """
+import numpy as np
 import torch
-from luqrun.kernels import numba_rows, reference
+from luqrun.formats import FORMATS
+from luqrun.kernels import numba_encode, numba_rows, reference
 from luqrun.kernels.philox import make_stream
-from luqrun.quantizer import Quantizer
 
 assert not numba_rows.HAS_FMA
-x, stream = torch.randn(5000), make_stream(3)
-for quantizer in (Quantizer("e3m0", rounding="stochastic"), Quantizer("int4", "sawb")):
-    found = quantizer.run(x, stream, None, torch.int8)
-    how = found.scale, found.signed, quantizer.form, quantizer.rounding, quantizer.underflow, stream
-    assert torch.equal(found.codes, reference.encode(x, *how)[0])
+x, stream, scale = torch.randn(5000), make_stream(3), np.float32(0.06)
+words, found = reference.random_words(stream, 0, x.numel()).numpy().astype(np.uint32), np.zeros(5000, np.int8)
+for name, rounding, underflow in (("e3m0", "stochastic", "stochastic"), ("int4", "nearest", None)):
+    form = FORMATS[name]
+    how = form.logarithmic, numba_rows.MODES[rounding], numba_rows.MODES[underflow], False
+    ends = np.float32(-form.limit), np.float32(form.limit)
+    numba_encode.encode(x.numpy().view(np.int32), found, words, scale, *ends, *how)
+    how = torch.tensor(scale), torch.tensor(True), form, rounding, underflow, stream
+    assert torch.equal(torch.from_numpy(found), reference.encode(x, *how)[0])
 """
 
 
+def run_elsewhere(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
 def test_a_cpu_without_fused_multiply_adds_divides(tmp_path):
-    # One thread: the loops are compiled once.
-    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", ENCODE], env={**os.environ, **environment}, check=True, timeout=300)
+    done = run_elsewhere(ENCODE, NUMBA_CPU_NAME="generic", NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_there_are_no_kernels():
+    done = run_elsewhere("from luqrun.kernels import backend_for; backend_for('cpu')", NUMBA_DISABLE_JIT="1")
+    assert "UserError: NUMBA_DISABLE_JIT" in done.stderr
+    assert "LUQRUN_KERNELS=reference" in done.stderr
+
+
+def test_loops_that_cannot_be_kept_are_compiled_all_the_same(monkeypatch, caplog):
+    # numba looks for a folder when a loop is declared; a read-only one is none.
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function 'double': no locator available for file 'double.py'")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(numba_rows, "njit", njit)
+    numba_rows.warn_of_no_cache.cache_clear()
+    double = numba_rows.row_loop()(lambda x: 2 * x)
+    numba_rows.row_loop()(lambda x: x)
+    assert double(21) == 42
+    assert caplog.text.count("NUMBA_CACHE_DIR") == 1

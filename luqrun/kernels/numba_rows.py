@@ -7,12 +7,18 @@ on all cores.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 from pathlib import Path
 
 import numpy as np
 from llvmlite import binding
 from numba import config, njit
+
+from luqrun.errors import UserError
+
+log = logging.getLogger(__name__)
 
 u8, u16, u32, u64, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32, np.float64
 NEAREST, STOCHASTIC, FLUSH, UNUSED = 0, 1, 2, 3
@@ -22,6 +28,10 @@ MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNU
 GATHER = u64(0x0102040810204080)
 REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
 
+if config.DISABLE_JIT:
+    raise UserError(
+        "NUMBA_DISABLE_JIT leaves the CPU without kernels: unset it, or set LUQRUN_KERNELS=reference (slow)"
+    )
 # What numba compiles for: this CPU, unless the user said otherwise (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME=generic).
 _host = config.CPU_FEATURES is None
 _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_FEATURES).split(",")
@@ -42,9 +52,21 @@ def row_loop(**options):
     def compiled(function):
         # numba's cache knows the file of a function, not those of the functions that it calls.
         function.__qualname__ = f"{function.__name__}_{_DIGEST}"
-        return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        how = {"nogil": True, "error_model": "numpy", **options}
+        try:
+            return njit(cache=True, **how)(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            warn_of_no_cache()
+            return njit(**how)(function)
 
     return compiled
+
+
+@functools.cache
+def warn_of_no_cache() -> None:
+    log.warning("compiled loops cannot be kept and are compiled in each run: no folder is writable (NUMBA_CACHE_DIR)")
 
 
 @row_loop()
