@@ -222,11 +222,12 @@ def test_a_sweep_runs_all_its_jobs(luqrun, tmp_path):
 
 
 def test_a_sweep_without_m_is_told_to_be_one_run(luqrun, tmp_path):
-    result = luqrun(*TINY, "+hydra.sweeper.params={seed: '1,2'}")
+    result = luqrun("+experiment=fig2/glyphs", *TINY)
     assert result.code == 0
     assert "which only -m runs" in result.err + result.out
-    assert len(runs(tmp_path)) == 1
-    assert "which only -m runs" not in (tiny := luqrun("-m", *TINY, "quant=fp32", "seed=1")).err + tiny.out
+    assert len(runs(tmp_path, "glyphs/fig2")) == 1
+    swept = luqrun("-m", *TINY, "quant=fp32", "seed=1")
+    assert "which only -m runs" not in swept.err + swept.out
 
 
 def test_under_torchrun(luqrun, tmp_path):
