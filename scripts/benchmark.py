@@ -24,15 +24,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's choice)")
     options = parser.parse_args()
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads={options.threads} is out of range; at least 1")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out={options.out} is not a folder")
 
     import torch
 
     from luqrun.bench.run import REPORT, run
     from luqrun.bench.sections import IMAGES, SECTIONS
+    from luqrun.config import check_at_least
     from luqrun.errors import UserError
 
     chosen = {}
@@ -41,9 +38,10 @@ def main() -> None:
         unknown = [name for name in chosen[key] if name not in known]
         if unknown:
             parser.error(f"--{key}: {', '.join(unknown)} is not known; allowed: {', '.join(known)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
+        if options.threads is not None:
+            check_at_least("threads", options.threads, 1)
+            torch.set_num_threads(options.threads)
         run(options.out, quick=options.quick, device=options.device, **chosen)
     except UserError as error:
         parser.error(str(error))

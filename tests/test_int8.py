@@ -90,6 +90,13 @@ def assert_exact(found, product, scale, dtype=torch.float32):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def counted(monkeypatch, name):
+    """A list that grows with each call of the function of int8."""
+    calls, function = [], getattr(int8, name)
+    monkeypatch.setattr(int8, name, lambda *arguments: calls.append(1) or function(*arguments))
+    return calls
+
+
 @pytest.fixture(params=["patches", "many chunks", "direct"])
 def route(request, monkeypatch):
     """Through patches at once, through blocks of a few rows of them, or through oneDNN's convolution."""
@@ -100,8 +107,7 @@ def route(request, monkeypatch):
         monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
     if direct and not int8.has_direct_conv():
         pytest.skip("this torch has no such convolution")
-    used, direct_conv = [], int8.direct_conv
-    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
+    used = counted(monkeypatch, "direct_conv")
     yield request.param
     if not direct:
         assert not used
@@ -198,8 +204,7 @@ def test_deep_direct_convolutions(largest, amx, signed, monkeypatch):
         pytest.skip("this CPU has AMX")
     if not int8.has_direct_conv():
         pytest.skip("this torch has no such convolution")
-    used, direct_conv = [], int8.direct_conv
-    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or direct_conv(*arguments))
+    used = counted(monkeypatch, "direct_conv")
     monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
     monkeypatch.setattr(int8_direct, "has_amx", lambda: amx)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 512, 4, 4), 2
@@ -225,8 +230,7 @@ def test_nothing_to_multiply(size, channels, monkeypatch):
 @pytest.mark.parametrize("taken", [True, False])
 def test_weight_gradients_by_lines_with_more_padding_than_kernel(taken, monkeypatch):
     # The patches of the gradient then leave out its edge. `taken`: of few input channels they would be too large.
-    used, by_lines = [], int8._products_by_lines
-    monkeypatch.setattr(int8, "_products_by_lines", lambda *arguments: used.append(1) or by_lines(*arguments))
+    used = counted(monkeypatch, "_products_by_lines")
     geometry = (3, 3), (1, 1), (4, 3), (1, 2), (3, 16 if taken else 2, 6, 5), 8
     a, w = operands(geometry)
     g = codes(*exact(a, w, geometry).shape, seed=2)

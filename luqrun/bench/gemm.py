@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from luqrun.bench.timing import Contender
+from luqrun.bench.timing import Contender, seconds
 from luqrun.quantizer import Quantizer
 
 FP8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}  # E3M0 is exact in both, INT4's 9 to 15 in e4m3 alone
@@ -99,14 +98,6 @@ def _with_tf32(product: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return call
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """What a call takes once it has been made before, on a device that does not return earlier."""
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def checked(left: Tensor, right: Tensor, has_e3m0: bool) -> tuple[list[Contender], dict[str, bool], dict[str, str]]:
     """The units that work here; by unit, whether its product is exact; and by unit that does not work, why.
 
@@ -119,9 +110,9 @@ def checked(left: Tensor, right: Tensor, has_e3m0: bool) -> tuple[list[Contender
     few = units(left[:FEW_ROWS], right, has_e3m0)
     for name, call in units(left, right, has_e3m0).items():
         try:
-            seconds = _seconds(few[name])
-            if seconds > TOO_SLOW:
-                lacking[name] = f"{FEW_ROWS} of {len(left)} rows took {seconds:.1f} s"
+            taken = seconds(few[name], calls=1, settle=1, device=left.device)
+            if taken > TOO_SLOW:
+                lacking[name] = f"{FEW_ROWS} of {len(left)} rows took {taken:.1f} s"
                 continue
             product = call()
         except torch.OutOfMemoryError:

@@ -43,13 +43,16 @@ def run(
 
     models: of the sections step and memory, all by default. sizes: instead of the usual or the quick ones. A record
     that is in `out` already keeps what this run does not measure again, if it is of the same machine, versions and
-    commit, and nothing was changed since that commit. UserError for a network that is not measured on this device.
+    commit, and nothing was changed since that commit. UserError for a network that is not measured on this device,
+    and where `out` is no folder.
     """
     chosen = choose_device(device)
     elsewhere = [model for model in models if model not in MODELS[chosen.type]]
     if elsewhere:
         allowed = ", ".join(MODELS[chosen.type])
         raise UserError(f"models={','.join(elsewhere)}: not measured on {chosen.type}; allowed there: {allowed}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is not a folder")
     out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # as the trainer does
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # networks share their code

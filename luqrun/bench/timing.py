@@ -97,7 +97,7 @@ def interleave(
             for contender in order:
                 if number % contender.every or contender.name in timings.left_out:
                     continue
-                why = left_out(lambda: timed.append(_time(contender.run, calls, settle, device)))  # noqa: B023
+                why = left_out(lambda: timed.append(seconds(contender.run, calls, settle, device)))  # noqa: B023
                 if why:
                     timings.left_out[contender.name] = why
                     del timings.rounds[contender.name]
@@ -139,7 +139,8 @@ def _repeat(run: Callable[[], object], calls: int, device: torch.device) -> None
     wait(device)
 
 
-def _time(run: Callable[[], object], calls: int, settle: int, device: torch.device) -> float:
+def seconds(run: Callable[[], object], calls: int, settle: int, device: torch.device) -> float:
+    """What a call takes after `settle` untimed ones: the median of `calls`, on a GPU their mean."""
     for _ in range(settle):
         run()
     if device.type != "cuda":

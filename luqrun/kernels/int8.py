@@ -120,9 +120,13 @@ class _Patches(NamedTuple):
     pointwise: bool
     blocks: tuple[tuple[int, int], ...]
 
+    def rows(self) -> int:
+        """Of the whole matrix: the pixels of the output, of all images."""
+        return self.size[0] * math.prod(self.out_size)
+
     def bytes(self) -> int:
         """The size of the whole matrix; 0 for a pointwise convolution, which needs none."""
-        return 0 if self.pointwise else self.size[0] * math.prod(self.out_size) * self.depth
+        return 0 if self.pointwise else self.rows() * self.depth
 
     def of(self, a: Tensor, name: str = "patches") -> Iterator[tuple[int, Tensor]]:
         """(first row, int8 (rows, depth)) of each block, which lies in the scratch memory `name`."""
@@ -169,8 +173,7 @@ def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def prefers_direct(patches: _Patches, channels: int) -> bool:
     """Whether a convolution to so many channels is faster without these patches."""
     if has_amx():
-        pixels = patches.size[0] * math.prod(patches.out_size)
-        return patches.bytes() > 0 and channels > 0 and pixels >= DIRECT_PIXELS * channels
+        return patches.bytes() > 0 and channels > 0 and patches.rows() >= DIRECT_PIXELS * channels
     return patches.bytes() > DIRECT_BYTES
 
 

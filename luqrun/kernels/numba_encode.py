@@ -95,7 +95,8 @@ def _encode_powers(bits, out, words, scale, high, rounding, underflow, finite, s
 
 
 @row_loop()
-def _encode_integers(bits, out, words, scale, low, high, rounding, finite, swift):
+def _encode_integers(bits, out, words, scale, low, high, rounding, swift):
+    # swift: to nearest, of finite elements, and by a scale that `is_swift`.
     x, inverse, least, most = bits.view(np.float32), f32(1) / scale, low * scale, high * scale
     for j in range(x.size):
         # To nearest, clipping before is clipping after: what is beyond has a quotient that rounds to the end.
@@ -108,7 +109,7 @@ def _encode_integers(bits, out, words, scale, low, high, rounding, finite, swift
             floor = np.floor(abs(value))
             code = i32(floor) + i32(i32(words[j] >> u32(1)) < i32((abs(value) - floor) * f32(2147483648)))
             code = -code if bits[j] < i32(0) else code
-        out[j] = code if finite or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
+        out[j] = code if swift or i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
 
 
 @row_loop()
@@ -130,6 +131,6 @@ def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow,
         else:
             _encode_powers(bits, out, words, scale, high, rounding, underflow, False, False)
     elif rounding == NEAREST and finite and is_swift(scale):
-        _encode_integers(bits, out, words, scale, low, high, NEAREST, True, True)
+        _encode_integers(bits, out, words, scale, low, high, NEAREST, True)
     else:
-        _encode_integers(bits, out, words, scale, low, high, rounding, False, False)
+        _encode_integers(bits, out, words, scale, low, high, rounding, False)

@@ -22,7 +22,7 @@ from luqrun.kernels.numba_driver import (
     uint8s,
 )
 from luqrun.kernels.numba_encode import encode
-from luqrun.kernels.numba_philox import LANES, fill_pixels, fill_words, stream_words, transpose
+from luqrun.kernels.numba_philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.kernels.numba_rows import GIVEN, HINDSIGHT, f32, i32, row_loop
 
 
@@ -81,7 +81,7 @@ def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name,
     block = min(pixels, max(4, ROW // channels // 4 * 4))
     buffer = np.empty(block * channels, np.int32)
     drawn, coded = np.empty((block, channels), np.uint32), np.empty(block * channels, np.int32)
-    scratch = (block // 4 * channels if channels % LANES else 0) if aligned else (channels * pixels + 7) // 4
+    scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
     word, largest = counters.view(np.uint32), i32(0)
     for image in range(start, stop):
