@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from luqrun.attention import QuantMultiheadAttention
+from luqrun.draws import tell_apart
 from luqrun.errors import UserError
-from luqrun.modules import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear, QuantMultiheadAttention
+from luqrun.modules import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear
 from luqrun.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 def set_step(model: nn.Module, step: int) -> None:
     """Set the step that names the draws: with it, a resumed run needs nothing else."""
+    tell_apart(model)
     for _, layer in quantized_layers(model):
         layer.set_step(step)
 

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the text alone, without a traceback; from Python it is a ValueError.
     """
+
+
+class TensorError(UserError, RuntimeError):
+    """What a quantized layer cannot compute, from tensors or calls that torch too answers with a RuntimeError."""

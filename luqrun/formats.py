@@ -13,6 +13,9 @@ from torch import Tensor
 
 from luqrun.errors import UserError
 
+# By width of an integer format, (c1, c2) of SAWB's range: clip = c1 sqrt(E[x^2]) - c2 E|x|.
+SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64), 8: (31.76, 35.04)}
+
 
 @dataclass(frozen=True)
 class Format:

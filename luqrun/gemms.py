@@ -6,6 +6,7 @@ codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class LinearOp:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous without elements
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,44 @@
-"""Layers whose three GEMMs run on codes: linear, conv2d, and attention with its projections.
+"""Layers whose three GEMMs run on codes: linear and conv2d (luqrun.attention has the third kind).
 
 Each is its torch twin with the same parameters and state_dict keys; `QuantLayer` adds the recipe and the draws.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from luqrun.errors import UserError
+from luqrun.draws import Kin, first_streams, tell_apart
+from luqrun.errors import TensorError, UserError
 from luqrun.gemms import ConvOp, LinearOp, use_int8
-from luqrun.kernels import fuses
+from luqrun.kernels import fuses, ops
 from luqrun.kernels.layout import dense
-from luqrun.kernels.philox import STREAM_FIELDS, make_stream
-from luqrun.qgemm import MaskedReLUFunction, Plan, QuantizedGemm
+from luqrun.kernels.philox import MICRO_STEP, STEP
+from luqrun.qgemm import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
 from luqrun.quantizer import update_hindsight
 from luqrun.recipes import OPERANDS, Recipe
-
-STEP_FIELD, MICRO_STEP_FIELD, RANK_FIELD = (STREAM_FIELDS.index(name) for name in ("step", "micro_step", "rank"))
-EVALUATION_STEP = 2**32 - 1
+from luqrun.torch_internals import PLAIN, has_dispatch, has_modes, is_transformed, outermost_module, repeats_forward
 
 
 class QuantLayer(nn.Module):
     """What a quantized layer has beyond its twin.
 
-    Draws: `streams`, a row an operand, name the next training forward; each one advances their micro_step, and
-    `set_step` restarts it.
-    Evaluation draws (of recipes with a stochastic forward) are always the same. finetune: in training, only the
-    weight is quantized (FNT); evaluation is the recipe's all the same. health: a dict to be filled by the next
-    training pass, or None. shares_ranges: in training, ranges of activations and gradients are those of all processes.
+    Draws: `streams`, a row an operand, name the next forward whose gradient is wanted, in training or evaluation mode;
+    each one advances their micro_step, and `set_step` restarts it. Other forwards always draw the same (of recipes with
+    a stochastic forward). finetune: gradients are not quantized and, in training mode, activations neither (FNT);
+    evaluation is the recipe's all the same. health: a dict to be filled by the next training pass, or None.
+    shares_ranges: in training, ranges of activations and gradients are those of all processes.
     """
 
     recipe: Recipe
     streams: Tensor
+    kin: Kin
     finetune: bool
     health: dict | None
     shares_ranges: bool
@@ -46,59 +50,76 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
-        streams = [make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))]
-        layer.streams, layer.dry_forwards = torch.stack(streams), 0
+        layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
         layer._settle()
         quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
         layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
         for operand in layer.remembers:
-            maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
+            with torch.inference_mode(False):
+                maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
             layer.register_buffer(f"{operand}_hindsight", maximum)
         return layer
 
+    def _device(self) -> torch.device:
+        """Where the weights are, be they parameters or buffers."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
     def _apply(self, fn, recurse: bool = True):
+        unmade = [key for key, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
         super()._apply(fn, recurse)
         for key, buffer in self._buffers.items():
             if key.endswith("_hindsight"):  # float32 also in a half-precision model: gradients leave fp16's range
                 self._buffers[key] = buffer.float()
+                if key in unmade and not buffer.is_meta:  # to_empty: no parameter initialisation reaches it
+                    self._buffers[key].zero_()
         self._settle()
         return self
 
     def _settle(self) -> None:
         """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
         kernels, and would compile once more for streams that move in the first forward."""
-        device = next(self.parameters()).device
+        device = self._device()
         if device.type != "meta":  # there the names of the draws would be lost
             use_int8(device.type), fuses(device.type)
+            self._move_streams(device)
+
+    def _move_streams(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # what is made within can never be changed outside
             self.streams = self.streams.to(device)
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
-        self.streams[:, STEP_FIELD] = step
-        self.streams[:, MICRO_STEP_FIELD] = 0
+        self.streams[:, STEP] = step
+        self.streams[:, MICRO_STEP] = 0
 
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
         device_type = activation.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        activation, weight = checked(activation, weight, autocast)
         dtype = torch.get_autocast_dtype(device_type) if autocast else activation.dtype
-        output = QuantizedGemm.apply(activation, weight, op, self._plan(activation.device), dtype)
+        gemm = traced_gemm if torch.jit.is_tracing() else QuantizedGemm.apply
+        output = gemm(activation, weight, op, self._plan(activation, weight), dtype)
         if bias is None:
             return output
         return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
 
-    def _plan(self, device: torch.device) -> Plan:
-        # Compiled, a layer has no memory in Python: no health, and no activation checkpointing of its own.
-        compiling = torch.compiler.is_compiling()
-        learning = self.training and torch.is_grad_enabled() and (compiling or not self._is_repetition())
-        if self.training and not torch.is_grad_enabled() and not compiling:
-            self.dry_forwards += 1
+    def _plan(self, activation: Tensor, weight: Tensor) -> Plan:
+        compiling = torch.compiler.is_compiling()  # a compiled layer has no memory in Python
+        wanted = torch.is_grad_enabled() and (activation.requires_grad or weight.requires_grad)
+        wanted = wanted and not torch.jit.is_tracing()  # which repeats what it traces, and expects the same
+        repeated, counts = (False, True) if compiling or not wanted else repeats_forward()
+        if repeated:
+            self._refuse_to_repeat()
+        learning = wanted and counts
         high_precision = self.training and self.finetune
+        if high_precision and learning and "activation" in self.remembers:  # evaluation will need it
+            self._observe("activation", ops.statistics(activation, False)[0].float())
         return Plan(
             weight=self.recipe.weight,
             activation=None if high_precision else self.recipe.activation,
-            gradient=None if high_precision else self.recipe.gradient,
-            streams=self._streams(device, learning),
+            gradient=None if self.finetune else self.recipe.gradient,
+            streams=self._streams(activation.device, wanted, learning),
             hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
             observe=self._observe if learning else None,
             health=self.health if learning and not compiling else None,
@@ -106,15 +127,8 @@ class QuantLayer(nn.Module):
             share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
         )
 
-    def _is_repetition(self) -> bool:
-        """Whether activation checkpointing repeats a training forward whose draws and maxima were counted before.
-
-        A repetition runs inside a backward pass. But reentrant checkpointing does a segment's first pass without
-        gradients, a dry one: there the pass inside the backward is the one that counts.
-        """
-        if torch._C._current_graph_task_id() == -1:
-            self.dry_forwards = 0
-            return False
+    def _refuse_to_repeat(self) -> None:
+        """Raise UserError where activation checkpointing would repeat a forward with other codes."""
         for operand in ("weight", "activation"):
             quantizer = getattr(self.recipe, operand)
             if quantizer is not None and not quantizer.repeats:
@@ -122,27 +136,34 @@ class QuantLayer(nn.Module):
                     f"activation checkpointing cannot repeat {operand}={quantizer}; "
                     "it needs a forward with rounding=nearest and no hindsight range"
                 )
-        if self.dry_forwards == 0:
-            return True
-        self.dry_forwards -= 1
-        return False
 
-    def _streams(self, device: torch.device, learning: bool) -> dict[str, Tensor]:
+    def _streams(self, device: torch.device, wanted: bool, learning: bool) -> dict[str, Tensor]:
+        """By operand, the names of this forward's draws."""
+        if device.type == "meta":  # there they would be lost
+            return dict(zip(OPERANDS, self.streams.to(device).unbind(), strict=True))
         if self.streams.device != device:
-            self.streams = self.streams.to(device)
-        if dist.is_available() and dist.is_initialized():
-            self.streams[:, RANK_FIELD] = dist.get_rank()
-        streams = self.streams.clone()
-        if learning:
-            self.streams[:, MICRO_STEP_FIELD].add_(1)
-            if self.recipe.gradient is not None and self.recipe.gradient.redraw_every > 1:
-                counters = streams[OPERANDS.index("gradient"), STEP_FIELD : MICRO_STEP_FIELD + 1]
-                counters.div_(self.recipe.gradient.redraw_every, rounding_mode="floor")
-        else:
-            streams[:, STEP_FIELD], streams[:, MICRO_STEP_FIELD] = EVALUATION_STEP, 0
-        return dict(zip(OPERANDS, streams.unbind(), strict=True))
+            self._move_streams(device)
+        if self.kin.has_copies and not torch.compiler.is_compiling():
+            self._tell_apart()
+        names = self.streams
+        if wanted or self.recipe.has_stochastic_forward:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            redraw_every = 1 if self.recipe.gradient is None else self.recipe.gradient.redraw_every
+            names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
+        return dict(zip(OPERANDS, names.unbind(), strict=True))
+
+    def _tell_apart(self) -> None:
+        model = outermost_module()
+        if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):
+            tell_apart(model)
+            self.told_apart_in = weakref.ref(model)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "told_apart_in": None}
 
     def _observe(self, operand: str, maximum: Tensor) -> None:
+        if operand != "gradient" and not self.training:  # as batch norm's statistics; but a backward pass is training
+            return
         # One maximum for all ranks: their copies of the buffer stay equal.
         if dist.is_available() and dist.is_initialized():
             maximum = maximum.clone()
@@ -152,6 +173,39 @@ class QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(part for part in (super().extra_repr(), str(self.recipe)) if part)
+
+
+def checked(activation: Tensor, weight: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+    """Both as plain tensors; UserError for what torch refuses too, and for what has no memory or no derivatives here."""
+    if not torch.compiler.is_compiling():
+        if is_transformed():
+            raise TensorError("quantized layers do not work inside torch.func's transforms (grad, vmap, jvp, ...)")
+        for x in (activation, weight):
+            if has_dispatch(x) or x.is_nested:
+                raise TensorError(
+                    f"quantized layers take plain tensors, not a {type(x).__name__}: its memory is elsewhere"
+                )
+        activation, weight = (x if type(x) in PLAIN else x.as_subclass(Tensor) for x in (activation, weight))
+    fit = activation.is_floating_point() and weight.is_floating_point()
+    if autocast:  # which leaves float64 as it is
+        fit = fit and (activation.dtype == torch.float64) == (weight.dtype == torch.float64)
+    else:
+        fit = fit and activation.dtype == weight.dtype
+    if not fit:
+        raise TensorError(
+            f"a quantized layer with {weight.dtype} weights takes floating tensors of the same dtype, "
+            f"not {activation.dtype}".replace("torch.", "")
+        )
+    return activation, weight
+
+
+def as_leaf(layer: nn.Module, *inputs, **keywords):
+    """While torch.fx traces: the call of `layer` as one node of the graph, as of torch's own layers; else None."""
+    for each in (*inputs, *keywords.values()):
+        if isinstance(each, Proxy):
+            tracer = each.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, keywords)
+    return None
 
 
 def over_processes(statistics: Tensor) -> Tensor:
@@ -166,6 +220,11 @@ class QuantLinear(QuantLayer, nn.Linear):
     """nn.Linear on codes: (..., in_features) -> (..., out_features)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if input.dim() == 0:
+            raise TensorError("a quantized Linear takes tensors of one dimension at least, not a single number")
         return self.quantized_gemm(LinearOp(), input, self.weight, self.bias)
 
 
@@ -173,6 +232,13 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """nn.Conv2d on codes: any stride, padding, padding mode, dilation and groups."""
 
     def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if input.dim() not in (3, 4):
+            raise TensorError(
+                f"a quantized Conv2d takes (N, C, H, W) or (C, H, W), batched or unbatched, not {tuple(input.shape)}"
+            )
         batched = input if input.dim() == 4 else input.unsqueeze(0)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -193,87 +259,17 @@ class MaskedReLU(nn.ReLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = input.dtype not in (torch.float32, torch.bfloat16) or not input.requires_grad
-        if plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:
+            return super().forward(input)
+        if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
+            return super().forward(input)
+        if (
+            has_modes() or is_transformed() or torch.jit.is_tracing()
+        ):  # who keeps the clone would find it changed; or it is no plain tensor
             return super().forward(input)
         if self.inplace and (input._is_view() or dense(input) is not input):
             return super().forward(input)
         return MaskedReLUFunction.apply(input, self.inplace)
-
-
-class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
-    """nn.MultiheadAttention whose projections are linear layers on codes.
-
-    The packed input projection is one layer (one scale for the weights of query, key and value); out_proj is a
-    QuantLinear of its own. The attention products stay in high precision: the paper quantizes layers.
-    """
-
-    @classmethod
-    def from_module(cls, module: nn.MultiheadAttention, recipe: Recipe, seed: int, index: int):
-        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-            raise UserError(
-                "MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn cannot be quantized: put it in skip"
-            )
-        return super().from_module(module, recipe, seed, index)
-
-    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        rows = slice(first * self.embed_dim, last * self.embed_dim)
-        whole = first == 0 and last == 3
-        weight = self.in_proj_weight if whole else self.in_proj_weight[rows]
-        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[rows]
-        return self.quantized_gemm(LinearOp(), x, weight, bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention; `is_causal` is a hint there, and needs `attn_mask` too."""
-        if is_causal and attn_mask is None:
-            raise UserError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
-        if query is key and key is value:
-            q, k, v = self._project(query, 0, 3).chunk(3, dim=-1)
-        elif key is value:
-            q, (k, v) = self._project(query, 0, 1), self._project(key, 1, 3).chunk(2, dim=-1)
-        else:
-            q, k, v = (self._project(x, i, i + 1) for i, x in enumerate((query, key, value)))
-        batched = q.dim() == 3
-        if batched and not self.batch_first:
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        # (..., length, heads * head_dim) -> (..., heads, length, head_dim)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2) for x in (q, k, v))
-        mask = self._mask(attn_mask, key_padding_mask, q)
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            attended = F.dropout(weights, dropout) @ v
-            weights = weights.mean(-3) if average_attn_weights else weights
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-            weights = None
-        attended = attended.transpose(-3, -2).flatten(-2)
-        if batched and not self.batch_first:
-            attended = attended.transpose(0, 1)
-        return self.out_proj(attended), weights
-
-    def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one additive mask that broadcasts against (..., heads, length, source)."""
-        total = None
-        for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
-            if mask is None:
-                continue
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
-            if is_padding:
-                mask = mask[..., None, None, :]
-            elif mask.dim() == 3:
-                mask = mask.view(*q.shape[:-2], *mask.shape[-2:])
-            total = mask.to(q.dtype) if total is None else total + mask
-        return total

@@ -9,18 +9,20 @@ What is kept for the backward pass are packed codes: half a byte an element.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from luqrun.errors import TensorError
 from luqrun.formats import Format
 from luqrun.gemms import ConvOp, LinearOp, use_int8
 from luqrun.kernels import ops
 from luqrun.kernels.layout import dense, is_channels_last
 from luqrun.quantizer import QuantizedTensor, Quantizer, health
+from luqrun.torch_internals import is_watched
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
@@ -47,14 +49,17 @@ class Operand(NamedTuple):
 
 
 def rescale(product: Tensor, *operands: Operand) -> Tensor:
-    """Multiply a GEMM's result by the scales of its operands: one pass, in place."""
+    """A GEMM's result times the scales of its operands: one pass, in place where nobody keeps the product."""
     scales = [operand.scale for operand in operands if operand.scale is not None]
-    if scales:
-        scale = scales[0] if len(scales) == 1 else scales[0] * scales[1]
-        # A GPU would round a 0-dim float32 scale to the product's bf16 first; one with a dimension it multiplies as
-        # float32. The CPU does so with both, but is slower with the second.
-        product.mul_(scale if product.is_cpu else scale.view(1))
-    return product
+    if not scales:
+        return product
+    scale = scales[0] if len(scales) == 1 else scales[0] * scales[1]
+    # A GPU would round a 0-dim float32 scale to the product's bf16 first; one with a dimension it multiplies as
+    # float32. The CPU does so with both, but is slower with the second.
+    scale = scale if product.is_cpu else scale.view(1)
+    if is_watched():  # selective activation checkpointing keeps products
+        return (product * scale).to(product.dtype)
+    return product.mul_(scale)
 
 
 def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +80,7 @@ class Kept(NamedTuple):
         """The operand again, its codes as `dtype`, from the tensors that autograd kept."""
         if self.form is None:
             return Operand(tensors[0])
-        fields, scale, signed = tensors
+        fields, scale, signed = tensors[:3]
         layout, dtype = (self.shape, self.channels_last), held_by(self.form, dtype)
         return Operand(ops.unpack(fields, *layout, signed, self.form.name, dtype), scale, signed)
 
@@ -95,7 +100,7 @@ class Plan:
     gradient: Quantizer | None
     streams: dict[str, Tensor]
     hindsight: dict[str, Tensor]
-    observe: object = None
+    observe: Callable[[str, Tensor], None] | None = None
     health: dict | None = None
     keep: bool = True
     share: Callable[[Tensor], Tensor] | None = None
@@ -162,9 +167,10 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _in_given_types(x: Operand) -> torch.autocast:
+def _in_given_types(x: Operand) -> AbstractContextManager:
     """Within, torch multiplies what it is given as it is: autocast would make fp32 bf16."""
-    return torch.autocast(x.values.device.type, enabled=False)
+    device_type = x.values.device.type
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
@@ -185,7 +191,7 @@ def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if g.has_int8() and a.has_int8() and op.int8_pays(w_shape)[2]:
-        return op.int8_wgrad([g.values, *g.others], a.values, w_shape).mul_(g.scale * a.scale)
+        return rescale(op.int8_wgrad([g.values, *g.others], a.values, w_shape), g, a)
     # A sum of samples that bf16 does not hold comes as float32.
     compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
     with _in_given_types(g):
@@ -195,6 +201,13 @@ def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...
 def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
     """What x's codes are best written as: what the GEMM takes."""
     return torch.int8 if int8_pays and use_int8(x.device.type) else float_dtype(dtype)
+
+
+def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
+    codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
+    (a, _), (w, _) = plan.quantize("activation", activation, codes), plan.quantize("weight", weight, codes)
+    return fprop(op, a, w, dtype).to(dtype)
 
 
 class QuantizedGemm(torch.autograd.Function):
@@ -209,20 +222,30 @@ class QuantizedGemm(torch.autograd.Function):
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
         a, kept_a = plan.quantize("activation", activation, codes, packed=need_a)
         w, kept_w = plan.quantize("weight", weight, codes, packed=need_w)
-        ctx.save_for_backward(*(kept_a.tensors if need_a else ()), *(kept_w.tensors if need_w else ()))
+        kept = (*(kept_a.tensors if need_a else ()), *(kept_w.tensors if need_w else ()))
+        if torch.compiler.is_compiling():  # it makes constants of sizes that no tensor holds
+            kept = (*kept, activation.new_empty(()).expand(activation.shape))
+        else:
+            ctx.a_shape = activation.shape
+        ctx.save_for_backward(*kept)
         # Without the tensors: autograd alone may hold them, so that they are freed with the graph.
-        ctx.kept_a, ctx.kept_w = kept_a._replace(tensors=()), kept_w._replace(tensors=())
+        ctx.kept_a, ctx.kept_w = kept_a._replace(tensors=(), shape=()), kept_w._replace(tensors=())
         ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(kept_a.tensors)
-        ctx.like_a, ctx.like_w = (activation.shape, activation.dtype), (weight.shape, weight.dtype)
+        ctx.a_dtype, ctx.like_w = activation.dtype, (weight.shape, weight.dtype)
         return fprop(op, a, w, dtype).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:  # create_graph=True
+            raise TensorError(
+                "a gradient through quantized layers has no derivative (create_graph=True, as for a gradient penalty): "
+                "leave these layers in high precision with skip"
+            )
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype
-        (a_shape, a_dtype), (w_shape, w_dtype) = ctx.like_a, ctx.like_w
+        a_shape, (w_shape, w_dtype) = saved[-1].shape if compiling else ctx.a_shape, ctx.like_w
         _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape)
         codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
@@ -230,10 +253,10 @@ class QuantizedGemm(torch.autograd.Function):
         if need_w:
             codes = code_dtype(grad_output, int8_dgrad, dtype)
             w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
-            grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(a_dtype)
+            grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(ctx.a_dtype)
         if need_a:
             codes = code_dtype(grad_output, int8_wgrad, dtype)
-            a = ctx.kept_a.operand(saved[: ctx.split], codes)
+            a = ctx.kept_a._replace(shape=a_shape).operand(saved[: ctx.split], codes)
             grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None
 
@@ -252,6 +275,10 @@ class MaskedReLUFunction(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        return ops.relu_backward(grad_output, *ctx.saved_tensors, ctx.channels_last), None
+        (mask,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ops.relu_backward(grad_output, mask, ctx.channels_last), None
+        with torch.no_grad():  # for a derivative of the gradient (create_graph=True), in torch's own operations
+            passes = ops.relu_backward(torch.ones_like(grad_output), mask, ctx.channels_last) > 0
+        return torch.where(passes, grad_output, 0), None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luqrun.config import GradientConfig, OperandConfig, check_at_least, check_choice
 from luqrun.errors import UserError
-from luqrun.formats import Format, get_format, pack
+from luqrun.formats import SAWB, Format, get_format, pack
 from luqrun.kernels import fuses, know, ops
 from luqrun.kernels.philox import make_stream
 
@@ -24,8 +24,6 @@ UNDERFLOWS = ("flush", "nearest", "stochastic")
 SAMPLES_SCOPES = ("wgrad", "both")
 MAX_SAMPLES = 64
 
-# SAWB: clip = c1 sqrt(E[x^2]) - c2 E|x|, by width of the integer format.
-SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64), 8: (31.76, 35.04)}
 SMALLEST = 2.0**-149  # the smallest positive float32
 
 
@@ -223,8 +221,7 @@ class Quantizer:
         """
         x = x.detach()
         if fuses(x.device.type) and know(self.form) and share is None:
-            sawb = SAWB[self.form.bits] if self.range == "sawb" else (0.0, 0.0)
-            how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, *sawb, hindsight
+            how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, hindsight
             return Encoded(*ops.quantize(x, *how, stream, dtype, packed))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet

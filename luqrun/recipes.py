@@ -35,6 +35,11 @@ class Recipe:
         """The formats of the operands that are quantized."""
         return [quantizer.form for quantizer in (self.weight, self.activation, self.gradient) if quantizer is not None]
 
+    @property
+    def has_stochastic_forward(self) -> bool:
+        """Whether weights or activations are quantized with draws."""
+        return any(each is not None and each.is_stochastic for each in (self.weight, self.activation))
+
     @classmethod
     def from_config(cls, config: QuantConfig) -> Recipe:
         """From the `quant` part of the config; UserError names the key that is wrong."""

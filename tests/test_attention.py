@@ -8,7 +8,8 @@ from layers import INT4, NOTHING, quantize, train_step, values
 from torch import nn
 
 from luqrun.errors import UserError
-from luqrun.modules import QuantLinear, QuantMultiheadAttention
+from luqrun.attention import QuantMultiheadAttention
+from luqrun.modules import QuantLinear
 from luqrun.recipes import Recipe
 
 

@@ -11,7 +11,8 @@ from torch import nn
 import luqrun
 from luqrun.convert import quantize_model, quantized_layers, set_finetune
 from luqrun.errors import UserError
-from luqrun.modules import QuantConv2d, QuantLinear, QuantMultiheadAttention
+from luqrun.attention import QuantMultiheadAttention
+from luqrun.modules import QuantConv2d, QuantLinear
 from luqrun.quantizer import Quantizer
 from luqrun.recipes import Recipe
 

@@ -126,27 +126,58 @@ def test_layers_quantized_by_a_second_call_draw_apart():
 
 
 @pytest.mark.parametrize("recipe", [ALL_STOCHASTIC, HINDSIGHT], ids=lambda recipe: recipe.name)
-def test_evaluation_leaves_draws_and_hindsight_alone(recipe):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_leaves_draws_and_hindsight_alone(recipe, mode):
     models, x = [mlp(recipe), mlp(recipe)], torch.randn(5, 8)
+    with mode():  # before the first step too: what it makes must be of use afterwards
+        models[0](x)
     assert same(*(train_step(model, x) for model in models))
     evaluated = models[0]
     buffers = {name: buffer.clone() for name, buffer in evaluated.named_buffers()}
-    with torch.no_grad():
+    with mode():
         evaluated(10 * x)  # training mode without gradients: nothing is learnt
-    evaluated.eval()
-    outputs = [evaluated(10 * x) for _ in range(2)]
+        evaluated.eval()
+        outputs = [evaluated(10 * x) for _ in range(2)]
     assert torch.equal(*outputs)
-    train_step(evaluated, 10 * x)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in evaluated.named_buffers())
     evaluated.train()
     assert same(*(train_step(model, x) for model in models))
 
 
+@pytest.mark.parametrize("recipe", [LUQ, ALL_STOCHASTIC], ids=lambda recipe: recipe.name)
+def test_training_in_evaluation_mode_draws_as_training_does(recipe):
+    # With batch norm frozen, or a network from from_pretrained: a gradient is wanted, and .training is False.
+    models, x = [mlp(recipe), mlp(recipe).eval()], torch.randn(5, 8)
+    found = []
+    for step in range(3):
+        for model in models:
+            set_step(model, step)
+        found.append(train_step(models[0], x))
+        assert same(found[-1], train_step(models[1], x))
+        assert same(train_step(models[0], x), train_step(models[1], x))  # the next micro-step
+    assert not any(torch.equal(one[0], other[0]) for one, other in zip(found, found[1:], strict=False))
+
+
+def test_a_forward_range_is_learnt_in_training_mode_and_a_gradients_in_every_backward_pass():
+    model, x = mlp(HINDSIGHT).eval(), torch.randn(5, 8)
+    train_step(model, x)
+    assert {name.partition(".")[2] for name, buffer in model.named_buffers() if buffer > 0} == {"gradient_hindsight"}
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "both"])
+def test_a_forward_without_a_gradient_takes_no_draw(frozen):
+    layer, x = quantize(nn.Linear(8, 8, bias=False)), torch.randn(5, 8, requires_grad=frozen == "weight")
+    layer.weight.requires_grad_(frozen == "input")
+    layer(x)
+    assert layer.streams[:, 4].tolist() == [int(frozen != "both")] * 3
+
+
 def test_a_stochastic_evaluation_is_the_same_at_every_step():
     model, x = mlp(ALL_STOCHASTIC).eval(), torch.randn(5, 8)
-    before = model(x)
-    set_step(model, 100)
-    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        before = model(x)
+        set_step(model, 100)
+        assert torch.equal(model(x), before)
 
 
 def test_hindsight_is_learnt_once_a_forward_and_used_by_the_next():

@@ -49,7 +49,7 @@ def check_dynamic(operator, *arguments):
 
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
-        "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv",
+        "next_draws", "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv",
         "int8_conv_dgrad", "int8_conv_wgrad",
     }  # fmt: skip
 
@@ -65,10 +65,16 @@ def test_encode_and_quantize(name):
     x = INPUTS[name]
     check(OPERATORS.encode, x, SCALE, TRUE, "e3m0", "stochastic", "flush", STREAM, 3, torch.bfloat16, True, True)
     check(OPERATORS.encode, x, SCALE, TRUE, "int4", "nearest", None, STREAM, 0, torch.float16)
-    how = "e3m0", "stochastic", "stochastic", "hindsight", False, 0.0, 0.0, torch.tensor(0.5), STREAM
+    how = "e3m0", "stochastic", "stochastic", "hindsight", False, torch.tensor(0.5), STREAM
     check(OPERATORS.quantize, x, *how, torch.float32, True)
-    how = "int8", "nearest", None, "sawb", True, 31.76, 35.04, None, STREAM
+    how = "int8", "nearest", None, "sawb", True, None, STREAM
     check(OPERATORS.quantize, x, *how, torch.int16, False)
+
+
+@pytest.mark.parametrize("advances", [False, True])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_next_draws(advances, evaluates):
+    check(OPERATORS.next_draws, torch.arange(18).view(3, 6), advances, evaluates, 3, 2)
 
 
 @pytest.mark.parametrize("form", ["int4", "e4m0"])
@@ -136,7 +142,7 @@ def test_tools_that_watch_the_dispatcher_see_operators():
     with Recorder() as recorder:
         trained()
     # Not met, the next lines would be a crash: a tensor without data has no address.
-    assert {"quantize", "unpack", "relu_", "relu_backward"} <= recorder.names
+    assert {"next_draws", "quantize", "unpack"} <= recorder.names
     with FakeTensorMode():
         output = trained()
     assert output.shape == (2, 4, 3, 3)

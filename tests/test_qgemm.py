@@ -158,7 +158,8 @@ def test_samples_of_a_positive_gradient_are_averaged_exactly_in_bf16():
     g = torch.rand(2, 256) * 3 + 8
     g[0, 0] = 15.0  # a scale of 1
     g = g.bfloat16()
-    output = layer(torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(torch.tensor([[1.0], [-1.0]]))
     output.backward(g)
     singles = [drawn(quantizer, g, sample) for sample in range(32)]
     expected = sum(single[0] - single[1] for single in singles) / 32

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from kernel_inputs import LAST, assert_identical, normal
-from layers import LUQ, quantize
+from layers import LUQ, quantize, same
 from test_kernels import RELU_EDGES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -134,11 +134,24 @@ def test_what_nn_relu_refuses_is_refused():
             middle.sum().backward()
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    x = torch.randn(5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(MaskedReLU()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+@pytest.mark.parametrize("last", [False, True])
+def test_a_second_derivative_is_that_of_a_plain_relu(last):
+    x = torch.randn(2, 3, 4, 5)
+    x[0, 0, 0, 0] = torch.inf
+    x = (x.to(memory_format=torch.channels_last) if last else x).requires_grad_()
+    found = []
+    for relu in (nn.ReLU(), MaskedReLU()):
+        (gradient,) = torch.autograd.grad(relu(x.sin()).square().sum(), x, create_graph=True)
+        found.append((gradient, *torch.autograd.grad(gradient.nan_to_num().square().sum(), x)))
+    assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(*found, strict=True))
+
+
+def test_torch_func_takes_a_masked_relu_as_a_plain_one():
+    x, found = torch.randn(3, 4), []
+    for relu in (nn.ReLU(), MaskedReLU()):
+        gradient = torch.func.grad(lambda x, relu=relu: relu(x.sin()).square().sum())
+        found.append((gradient(x), torch.func.vmap(gradient)(x), torch.func.jacrev(gradient)(x)))
+    assert same(*found)
 
 
 def test_one_module_used_twice_and_checkpointed():

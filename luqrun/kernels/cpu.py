@@ -28,9 +28,10 @@ KINDS = {
     torch.float32: numba_driver.FLOAT32,
     torch.bfloat16: numba_driver.BF16,
 }
-# What small results are made like: half the time of naming size and dtype.
-_FLOAT, _BOOL = torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.bool)
-_NO_FIELDS = torch.zeros(0, dtype=torch.uint8)
+# What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
+# torch.device that is set around a call must not count.
+_FLOAT, _BOOL = (torch.zeros((), dtype=kind, device="cpu") for kind in (torch.float32, torch.bool))
+_NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 
@@ -69,8 +70,8 @@ def _how(form: Format, rounding: str, underflow: str | None, range: int, moments
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
     """See reference.statistics."""
     if x.numel() == 0 or (unless is not None and unless.item() > 0):
-        return torch.zeros(4, dtype=torch.float64)
-    x, found = _loadable(x), torch.zeros(6, dtype=torch.float64)
+        return torch.zeros(4, dtype=torch.float64, device="cpu")
+    x, found = _loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
     how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
     address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
     numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
@@ -116,12 +117,13 @@ def encode(
     observe: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.encode."""
-    results = torch.tensor([scale.item(), float(signed.item()), 0, 0, 0, 0], dtype=torch.float64)
+    given = [scale.item(), float(signed.item()), 0, 0, 0, 0]
+    results = torch.tensor(given, dtype=torch.float64, device="cpu")
     addresses = results.data_ptr(), (0, 0, 0)
     how = _how(form, rounding, underflow, GIVEN, observe, False, sample)
     dtype = dtype or form.code_dtype
     codes, fields = _encode(_loadable(x), addresses, form, stream, how, (0.0, 0.0, 0.0), dtype, packed)
-    return codes, fields, results[2].float() if observe else torch.empty(0)
+    return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
 
 
 def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,11 @@ def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Te
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
-    fields = torch.empty(form.field_bytes(count), dtype=torch.uint8) if packed else torch.empty_like(_NO_FIELDS)
+    fields = (
+        torch.empty(form.field_bytes(count), dtype=torch.uint8, device="cpu")
+        if packed
+        else torch.empty_like(_NO_FIELDS)
+    )
     if count or how[3] != GIVEN:
         outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
         address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)
@@ -150,7 +156,7 @@ def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:
 def pack(codes: Tensor, form: Format) -> Tensor:
     """See reference.pack."""
     codes = dense(codes).to(form.code_dtype)
-    fields = torch.empty(form.field_bytes(codes.numel()), dtype=torch.uint8)
+    fields = torch.empty(form.field_bytes(codes.numel()), dtype=torch.uint8, device="cpu")
     _pack(codes, fields, form)
     return fields
 
@@ -169,7 +175,7 @@ def relu_(x: Tensor) -> Tensor:
     """See reference.relu_; float32 and bf16."""
     assert x.dtype in (torch.float32, torch.bfloat16)
     assert dense(x) is x
-    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     loops.rectify(x.numel(), x.data_ptr(), int(x.dtype == torch.bfloat16), mask.data_ptr())
     return mask
 

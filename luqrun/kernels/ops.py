@@ -7,13 +7,18 @@ each computes. They are opaque to the compiler and without gradients: luqrun.qge
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from luqrun.formats import Format, get_format
+from luqrun.formats import SAWB, Format, get_format
 from luqrun.kernels import backend_for, int8, know, reference
 from luqrun.kernels.layout import dense, empty
+from luqrun.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
+from luqrun.torch_internals import PLAIN, is_watched
 
 _library = torch.library.Library("luqrun", "DEF")
 
@@ -30,15 +35,21 @@ def _operator(schema: str):
 
         @functools.wraps(cls.run)
         def call(*arguments):
-            # Only who watches needs the operator, a compiler, a mode or a profiler: without it a call takes 10 us less.
-            watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-            if watched or torch.autograd.profiler._is_profiler_enabled:
+            # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
+            if is_watched() or not all(map(_is_plain, arguments)):
                 return operator(*arguments)
             return cls.run(*arguments)
 
         return call
 
     return register
+
+
+def _is_plain(argument: object) -> bool:
+    """Whether the argument, or each of a list, is a tensor with memory of its own, or none at all."""
+    if isinstance(argument, Tensor):
+        return type(argument) in PLAIN and not argument.is_meta
+    return all(map(_is_plain, argument)) if isinstance(argument, (list, tuple)) else True
 
 
 def _backend(x: Tensor, form: Format):
@@ -49,6 +60,33 @@ def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Te
     """Codes and fields of x without data."""
     size = get_format(format).field_bytes(x.numel()) if packed else 0
     return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
+
+
+@_operator("next_draws(Tensor(a!) streams, bool advances, bool evaluates, int rank, int redraw_every) -> Tensor")
+class next_draws:
+    """The names of a forward's draws: int64 (3, 6), see luqrun.draws. An operator, for a compiler may neither read the
+    names of a draw after they advanced nor run this twice.
+
+    advances: the next forward gets other names. evaluates: the names are those of every evaluation. rank: of this
+    process, in the names of what is its own: activations and gradients, not weights. redraw_every: see Quantizer.
+    """
+
+    def run(streams, advances, evaluates, rank, redraw_every):
+        names = streams.clone()
+        if evaluates:
+            names[:, STEP].fill_(EVALUATION_STEP)
+            names[:, MICRO_STEP].zero_()
+            return names
+        if rank:
+            names[1:, RANK].fill_(rank)
+        if redraw_every > 1:
+            names[2, STEP : MICRO_STEP + 1].div_(redraw_every, rounding_mode="floor")
+        if advances:
+            streams[:, MICRO_STEP].add_(1)
+        return names
+
+    def fake(streams, advances, evaluates, rank, redraw_every):
+        return torch.empty_like(streams)
 
 
 @_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
@@ -75,24 +113,26 @@ class encode:
 
 
 @_operator(
-    "quantize(Tensor x, str format, str rounding, str? underflow, str range, bool pow2_scale, float c1, float c2, "
+    "quantize(Tensor x, str format, str rounding, str? underflow, str range, bool pow2_scale, "
     "Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class quantize:
     """Measure, scale and encode in one call; kernels that lack it (the reference's) leave it to Quantizer.run."""
 
-    def run(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
-        how = get_format(format), rounding, underflow, range, pow2_scale, (c1, c2), hindsight
+    def run(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
+        form = get_format(format)
+        sawb = SAWB[form.bits] if range == "sawb" else (0.0, 0.0)
+        how = form, rounding, underflow, range, pow2_scale, sawb, hindsight
         return backend_for(x.device.type).quantize(x, *how, stream, dtype, packed)
 
-    def fake(x, format, rounding, underflow, range, pow2_scale, c1, c2, hindsight, stream, dtype, packed):
+    def fake(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
         codes, fields = _coded(x, format, dtype, packed)
         scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
         return codes, scale, signed, fields, maximum
 
 
 @_operator(
-    "unpack(Tensor fields, int[] shape, bool channels_last, Tensor signed, str format, ScalarType dtype) -> Tensor"
+    "unpack(Tensor fields, SymInt[] shape, bool channels_last, Tensor signed, str format, ScalarType dtype) -> Tensor"
 )
 class unpack:
     def run(fields, shape, channels_last, signed, format, dtype):
@@ -136,7 +176,7 @@ class int8_conv:
 
 
 @_operator(
-    "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, int[] shape, int[] kernel, int[] stride, int[] padding, "
+    "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, SymInt[] shape, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, ScalarType dtype, bool channels_last) -> Tensor"
 )
 class int8_conv_dgrad:
@@ -157,3 +197,25 @@ class int8_conv_wgrad:
     def fake(grads, a, kernel, stride, padding, dilation):
         shape = (grads[0].shape[1], a.shape[1], *kernel)
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Pixels of all images of a (N, C, H, W)."""
+    return math.prod(shape) // shape[1]
+
+
+# What torch.utils.flop_counter counts: two operations a multiplication and addition, as of torch's own GEMMs.
+@register_flop_formula(torch.ops.luqrun.int8_conv)
+def _conv_flops(a_shape, matrix_shape, *_, out_shape, **__) -> int:
+    # The smaller: a dgrad without stride is a convolution that pads what it is given.
+    return 2 * min(_rows(a_shape), _rows(out_shape)) * math.prod(matrix_shape)
+
+
+@register_flop_formula(torch.ops.luqrun.int8_conv_dgrad)
+def _dgrad_flops(g_shape, matrix_shape, *_, **__) -> int:
+    return 2 * _rows(g_shape) * math.prod(matrix_shape)
+
+
+@register_flop_formula(torch.ops.luqrun.int8_conv_wgrad)
+def _wgrad_flops(grads_shapes, a_shape, *_, out_shape, **__) -> int:
+    return 2 * sum(map(_rows, grads_shapes)) * math.prod(out_shape)

@@ -18,6 +18,8 @@ ROUNDS = 10
 MASK32 = 0xFFFFFFFF
 
 STREAM_FIELDS = ("seed", "layer", "operand", "step", "micro_step", "rank")
+LAYER, STEP, MICRO_STEP, RANK = (STREAM_FIELDS.index(name) for name in ("layer", "step", "micro_step", "rank"))
+EVALUATION_STEP = 2**32 - 1
 SAMPLE_SLOTS = 2**16
 
 

@@ -1,0 +1,89 @@
+"""What luqrun asks of torch through interfaces that torch does not promise; tests/test_torch_internals.py probes each.
+
+Nothing of the rest of luqrun is needed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+# Their memory is what it seems. A subclass may have none of its own (jagged, DTensor, FakeTensor).
+PLAIN = (Tensor, nn.Parameter)
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.backward.__code__
+_CALL = nn.Module._call_impl.__code__
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def has_modes() -> bool:
+    """Whether a dispatch mode sees, and may keep, what operators return."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_watched() -> bool:
+    """Whether somebody must see each operator: a compiler, torch.jit.trace, a dispatch mode or the profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or has_modes()
+        or torch.jit.is_tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is at work, whose tensors look plain and are not."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def has_dispatch(x: Tensor) -> bool:
+    """Whether x is of a class with __torch_dispatch__, which may wrap other tensors and have no memory itself.
+
+    Not of torch's own without data (FakeTensor), for which operators have an answer.
+    """
+    if type(x) in PLAIN or type(x).__module__.startswith("torch._subclasses"):
+        return False
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def repeats_forward() -> tuple[bool, bool]:
+    """(is repeated, counts) of a forward inside a backward pass: whether torch.utils.checkpoint runs it once more, and
+    whether it is the pass with gradients of the reentrant kind, whose first pass had none.
+
+    Other forwards there (an adjoint's, an implicit layer's) are not repeated.
+    """
+    if not in_backward():
+        return False, True
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_name == "recompute_fn" and code.co_filename == _CHECKPOINT_FILE:
+            return True, False
+        if code is _REENTRANT:
+            return True, True
+    return False, True
+
+
+def outermost_module() -> nn.Module | None:
+    """The module whose call contains all the others that are being called now in this thread."""
+    found = None
+    for frame in _frames():
+        if frame.f_code is _CALL:
+            found = frame
+    return None if found is None else found.f_locals["self"]
+
+
+def _frames() -> Iterator[FrameType]:
+    """The callers, from the inside out."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
