@@ -92,8 +92,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         if not fit or (query.dim() == 3 and query.shape[batch] != key.shape[batch]):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             raise TensorError(
-                f"attention takes query, key and value of {self.embed_dim} features, batched or unbatched, of one batch; "
-                f"key and value of one length; not {shapes}"
+                f"attention takes query, key and value of one batch (or none) and {self.embed_dim} features, the "
+                f"last two of one length, not {shapes}"
             )
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -176,7 +176,7 @@ class QuantLayer(nn.Module):
 
 
 def checked(activation: Tensor, weight: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
-    """Both as plain tensors; UserError for what torch refuses too, and for what has no memory or no derivatives here."""
+    """Both as plain tensors. TensorError for what torch refuses too, and for tensors without memory of their own."""
     if not torch.compiler.is_compiling():
         if is_transformed():
             raise TensorError("quantized layers do not work inside torch.func's transforms (grad, vmap, jvp, ...)")

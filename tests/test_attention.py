@@ -7,8 +7,8 @@ import torch
 from layers import INT4, NOTHING, quantize, train_step, values
 from torch import nn
 
-from luqrun.errors import UserError
 from luqrun.attention import QuantMultiheadAttention
+from luqrun.errors import UserError
 from luqrun.modules import QuantLinear
 from luqrun.recipes import Recipe
 
@@ -89,6 +89,66 @@ def test_dropout_of_attention_is_off_in_evaluation():
     query, memory = attention_inputs(False)
     assert not torch.allclose(layer(query, memory, memory)[0], layer(query, memory, memory)[0])
     torch.testing.assert_close(layer.eval()(query, memory, memory)[0], plain.eval()(query, memory, memory)[0])
+
+
+def test_weights_returned_in_training_are_those_that_were_used():
+    plain = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
+    query, memory = attention_inputs(True)
+    found = []
+    for attention in (plain, layer):
+        torch.manual_seed(0)
+        found.append(attention(query, memory, memory, average_attn_weights=False))
+    torch.testing.assert_close(found[1], found[0])
+    assert 0 < (found[1][1] == 0).float().mean() < 1
+
+
+BAD_MASKS = {
+    "long padding": {"key_padding_mask": torch.zeros(3, 5, dtype=torch.long)},
+    "uint8 padding": {"key_padding_mask": torch.zeros(3, 5, dtype=torch.uint8)},
+    "padding of another batch": {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
+    "padding of another length": {"key_padding_mask": torch.zeros(3, 4, dtype=torch.bool)},
+    "padding of one sequence": {"key_padding_mask": torch.zeros(5, dtype=torch.bool)},
+    "long": {"attn_mask": torch.zeros(5, 5, dtype=torch.long)},
+    "complex": {"attn_mask": torch.zeros(5, 5, dtype=torch.complex64)},
+    "one row": {"attn_mask": torch.zeros(1, 5)},
+    "one column": {"attn_mask": torch.zeros(5, 1)},
+    "one number": {"attn_mask": torch.zeros(())},
+    "a batch, not heads": {"attn_mask": torch.zeros(3, 5, 5)},
+    "four dimensions": {"attn_mask": torch.zeros(3, 2, 5, 5)},
+}
+
+
+@pytest.mark.parametrize("masks", BAD_MASKS.values(), ids=BAD_MASKS)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masks_that_torch_refuses_are_refused(masks, need_weights):
+    plain = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.rand(3, 5, 8)
+    with pytest.raises((RuntimeError, AssertionError)):
+        plain(x, x, x, need_weights=need_weights, **masks)
+    with pytest.raises(UserError, match="allowed"):
+        quantize(plain)(x, x, x, need_weights=need_weights, **masks)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(3, 5, 8), (2, 5, 8), (2, 5, 8)],
+        [(3, 5, 8), (3, 5, 8), (3, 4, 8)],
+        [(3, 5, 8), (5, 8), (5, 8)],
+        [(3, 5, 6), (3, 5, 6), (3, 5, 6)],
+        [(2, 3, 5, 8)] * 3,
+        [(8,)] * 3,
+    ],
+    ids=str,
+)
+def test_inputs_that_do_not_fit_are_refused(shapes):
+    plain = nn.MultiheadAttention(8, 2, batch_first=True)
+    inputs = [torch.rand(shape) for shape in shapes]
+    with pytest.raises((RuntimeError, AssertionError)):
+        plain(*inputs)
+    with pytest.raises(UserError, match="query, key and value"):
+        quantize(plain)(*inputs)
 
 
 def with_quantized_weights(module, names):

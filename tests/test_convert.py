@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import luqrun
+from luqrun.attention import QuantMultiheadAttention
 from luqrun.convert import quantize_model, quantized_layers, set_finetune
 from luqrun.errors import UserError
-from luqrun.attention import QuantMultiheadAttention
 from luqrun.modules import QuantConv2d, QuantLinear
 from luqrun.quantizer import Quantizer
 from luqrun.recipes import Recipe

@@ -1,6 +1,7 @@
 """Quantized layers as modules: draws, evaluation, hindsight, checkpointing, copies, padding."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -155,13 +156,27 @@ def test_training_in_evaluation_mode_draws_as_training_does(recipe):
         found.append(train_step(models[0], x))
         assert same(found[-1], train_step(models[1], x))
         assert same(train_step(models[0], x), train_step(models[1], x))  # the next micro-step
-    assert not any(torch.equal(one[0], other[0]) for one, other in zip(found, found[1:], strict=False))
+    assert not any(torch.equal(one[0], other[0]) for one, other in itertools.pairwise(found))
 
 
 def test_a_forward_range_is_learnt_in_training_mode_and_a_gradients_in_every_backward_pass():
     model, x = mlp(HINDSIGHT).eval(), torch.randn(5, 8)
     train_step(model, x)
     assert {name.partition(".")[2] for name, buffer in model.named_buffers() if buffer > 0} == {"gradient_hindsight"}
+
+
+def test_fine_tuning_learns_the_range_that_evaluation_will_use():
+    model, x = mlp(HINDSIGHT), torch.randn(5, 8)
+    train_step(model, x)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    luqrun.set_finetune(model, True)
+    train_step(model, 10 * x)
+    changed = {
+        name.partition(".")[2] for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])
+    }
+    assert changed == {"activation_hindsight"}  # the weights are what they were, gradients are not quantized
+    expected = 0.9 * 10 * x.abs().max() + 0.1 * x.abs().max()
+    torch.testing.assert_close(model[0].activation_hindsight, expected)
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "both"])
