@@ -6,12 +6,13 @@ Nothing of the rest of luqrun is needed here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # Their memory is what it seems. A subclass may have none of its own (jagged, DTensor, FakeTensor).
 PLAIN = (Tensor, nn.Parameter)
@@ -53,6 +54,20 @@ def has_dispatch(x: Tensor) -> bool:
     if type(x) in PLAIN or type(x).__module__.startswith("torch._subclasses"):
         return False
     return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def flop_counters() -> list[tuple[dict, Callable]]:
+    """(formulas by operator, function that adds one) of torch.utils.flop_counter and of each counter at work, which
+    has a copy; none where the module is not loaded."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return []
+    found = [(module.flop_registry, lambda operator, formula: module.register_flop_formula(operator)(formula))]
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):
+            own = mode.counter.flop_registry
+            found.append((own, lambda operator, _, own=own: own.update({operator: module.flop_registry[operator]})))
+    return found
 
 
 def repeats_forward() -> tuple[bool, bool]:

@@ -7,18 +7,15 @@ each computes. They are opaque to the compiler and without gradients: luqrun.qge
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from luqrun.formats import SAWB, Format, get_format
-from luqrun.kernels import backend_for, int8, know, reference
+from luqrun.kernels import backend_for, flops, int8, know, reference
 from luqrun.kernels.layout import dense, empty
 from luqrun.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
-from luqrun.torch_internals import PLAIN, is_watched
+from luqrun.torch_internals import PLAIN, has_modes, is_watched
 
 _library = torch.library.Library("luqrun", "DEF")
 
@@ -37,6 +34,8 @@ def _operator(schema: str):
         def call(*arguments):
             # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
             if is_watched() or not all(map(_is_plain, arguments)):
+                if not torch.compiler.is_compiling() and has_modes():
+                    flops.tell_counters()
                 return operator(*arguments)
             return cls.run(*arguments)
 
@@ -197,25 +196,3 @@ class int8_conv_wgrad:
     def fake(grads, a, kernel, stride, padding, dilation):
         shape = (grads[0].shape[1], a.shape[1], *kernel)
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
-
-
-def _rows(shape: Sequence[int]) -> int:
-    """Pixels of all images of a (N, C, H, W)."""
-    return math.prod(shape) // shape[1]
-
-
-# What torch.utils.flop_counter counts: two operations a multiplication and addition, as of torch's own GEMMs.
-@register_flop_formula(torch.ops.luqrun.int8_conv)
-def _conv_flops(a_shape, matrix_shape, *_, out_shape, **__) -> int:
-    # The smaller: a dgrad without stride is a convolution that pads what it is given.
-    return 2 * min(_rows(a_shape), _rows(out_shape)) * math.prod(matrix_shape)
-
-
-@register_flop_formula(torch.ops.luqrun.int8_conv_dgrad)
-def _dgrad_flops(g_shape, matrix_shape, *_, **__) -> int:
-    return 2 * _rows(g_shape) * math.prod(matrix_shape)
-
-
-@register_flop_formula(torch.ops.luqrun.int8_conv_wgrad)
-def _wgrad_flops(grads_shapes, a_shape, *_, out_shape, **__) -> int:
-    return 2 * sum(map(_rows, grads_shapes)) * math.prod(out_shape)
