@@ -48,8 +48,9 @@ class Data:
     def told(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""
         of = f" of {self.found.train:,}" if self.found.train != len(self.train) else ""
-        text = f"{len(self.train):,}{of} training and {len(self.val):,} validation images of {len(self.classes)} classes"
-        return text + (f"; left out: {self.found.left_out}" if self.found.left_out else "")
+        left_out = f"; left out: {self.found.left_out}" if self.found.left_out else ""
+        images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
+        return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
 
 
 def validate_dataset(config: DatasetConfig) -> None:

@@ -51,8 +51,8 @@ def split_digest(*splits: Split) -> str:
 def scan(folder: Path) -> Split:
     """The class folders in `folder` and all images below them. What begins with a dot is neither.
 
-    Links are followed, and a folder that is reached again within its class is looked at once. Raises UserError where one
-    is reached from two classes, and where a folder cannot be read.
+    Links are followed, and a folder that is reached again within its class is looked at once. Raises UserError where
+    one is reached from two classes, and where a folder cannot be read.
     """
     try:
         entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder))
