@@ -53,10 +53,11 @@ def _settings(folder: RunFolder) -> dict | None:
 
 
 def _first_difference(theirs: dict, ours: dict) -> str | None:
-    """In the schema's order, in which a part's name comes first."""
+    """In the schema's order, in which a part's name comes first; before all others what kind of run it is."""
     missing = object()
     keys = [key for key in [*ours, *theirs] if ours.get(key, missing) != theirs.get(key, missing)]
-    return min(keys, key=lambda key: key == "dataset.root", default=None)
+    rank = {"task": 0, "dataset.root": 2}
+    return min(keys, key=lambda key: rank.get(key, 1), default=None)
 
 
 def refuse_another(config: Config, folder: RunFolder) -> str:

@@ -121,8 +121,8 @@ class StepProfiler:
             return
         self.done += 1
         if self.done == self.warm_up:
+            self.profile = torch.profiler.profile(activities=self.activities)
             with _without_warnings_of_gpus(self.activities):
-                self.profile = torch.profiler.profile(activities=self.activities)
                 self.profile.start()
         elif self.done == self.warm_up + self.steps:
             self._write()
@@ -137,8 +137,7 @@ class StepProfiler:
             log.warning("tracking.profile_steps=%d: nothing was profiled, as %s", self.wanted, why)
 
     def _write(self) -> None:
-        with _without_warnings_of_gpus(self.activities):
-            self.profile.stop()
+        self.profile.stop()
         profile, self.profile = self.profile, None
         if self.steps == 0:
             return self.close()
@@ -152,8 +151,8 @@ class StepProfiler:
 
 @contextmanager
 def _without_warnings_of_gpus(activities: Sequence[torch.profiler.ProfilerActivity]) -> Iterator[None]:
-    """Kineto tells on the console that it finds no GPU, also where none is asked for. It looks at its level whenever a
-    profile starts or stops."""
+    """Kineto, below torch.profiler, tells on the console that it finds no GPU, also where none is asked for. It reads
+    the level of its messages when the first profile of a process starts."""
     if torch.profiler.ProfilerActivity.CUDA in activities or LEVEL in os.environ:
         yield
         return

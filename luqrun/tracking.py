@@ -36,9 +36,12 @@ class Tracker:
         first_start = not any(folder.path.glob(EVENTS))
         self.events = EventFile(folder.path, after, purge=done + 1 if done else 0)
         if first_start:
-            # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours.
-            for summary in hparams(hyper_parameters(config), dict.fromkeys(FINAL_METRICS, 0.0)):
-                self.events.add(summary)
+            self._write_hyper_parameters(config)
+
+    def _write_hyper_parameters(self, config: Config) -> None:
+        # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours.
+        for summary in hparams(hyper_parameters(config), dict.fromkeys(FINAL_METRICS, 0.0)):
+            self.events.add(summary)
 
     def row(self, kind: str, epoch: int, step: int, phase: str, metrics: dict[str, float]) -> None:
         """A line in metrics.jsonl and a point in each curve. kind: step or epoch."""

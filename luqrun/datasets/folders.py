@@ -120,6 +120,6 @@ def _is_image(name: str) -> bool:
 
 def told(left_out: Counter) -> str:
     """Such as "12 .gif, 2 hidden"; "" where nothing is left out."""
-    kinds = left_out.most_common()
+    kinds = (+left_out).most_common()  # without the zeros
     shown = [f"{count:,} {kind}" for kind, count in kinds[:SHOWN]]
     return ", ".join(shown + ([f"{sum(count for _, count in kinds[SHOWN:]):,} more"] if kinds[SHOWN:] else []))
