@@ -126,7 +126,7 @@ def test_a_summary_that_says_something_else_than_the_folder_counts_neither(tmp_p
 def test_of_a_run_of_two_results_the_later_counts(tmp_path):
     path = publish_one(tmp_path, top1=79.0)
     outputs = tmp_path / "again"
-    run = write_run(outputs, top1=80.0, study="glyphs/fig2")
+    run = write_run(outputs, top1=80.0, name="one")
     change_run = {**json.loads((run / "run.json").read_text()), "results": 2}
     (run / "run.json").write_text(json.dumps(change_run))
     (record,), (left_out,) = read_inputs([path.parent, outputs])
