@@ -7,6 +7,8 @@
 import importlib
 
 __version__ = "0.1.0"
+# Raised whenever the numbers of a run change with the code: a result of another one is never taken for this one's.
+RESULTS = 2
 
 # Imported on first use: `import luqrun` stays free of torch and everything heavier.
 _HOMES = {

@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from luqrun import RESULTS
 from luqrun.config import Config
 from luqrun.datasets import Data
 from luqrun.errors import UserError
+from luqrun.identity import other_results
 from luqrun.run_folder import what_decides_the_result, write_atomically
 
-VERSION = 2
-KEYS = {"version", "config", "num_classes", "num_images", "model", "optimizer", "progress"}
+VERSION = 3
+KEYS = {"version", "results", "config", "num_classes", "num_images", "data", "model", "optimizer", "progress"}
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
@@ -37,9 +39,11 @@ def save(
     """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt."""
     content = {
         "version": VERSION,
+        "results": RESULTS,
         "config": what_decides_the_result(config),
         "num_classes": len(data.classes),
         "num_images": [len(data.train), len(data.val)],
+        "data": data.found.digest,
         "model": model,
         "optimizer": optimizer,
         "progress": progress,
@@ -85,6 +89,8 @@ def read(path: Path) -> dict:
         content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler says
         raise Damaged(f"checkpoint {path} is not a checkpoint ({_line(error)}); {ADVICE}") from None
+    if isinstance(content, dict) and content.get("version") == 2:  # it knows no RESULTS
+        raise UserError(f"checkpoint {path} is {other_results(1)}; {ADVICE}")
     if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
         raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {ADVICE}")
     return content
@@ -93,11 +99,13 @@ def read(path: Path) -> dict:
 def load(path: Path, config: Config, data: Data) -> dict:
     """The content of a checkpoint that belongs to a run with this config and data.
 
-    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one. Raises Damaged, or
-    UserError for a foreign one, naming the file.
+    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one; and the number of
+    processes. Raises Damaged, or UserError for a foreign one, naming the file.
     """
     num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     content = read(path)
+    if why := other_results(content["results"]):
+        raise UserError(f"checkpoint {path} is {why}; {ADVICE}")
     if content["num_classes"] != num_classes:
         raise UserError(
             f"checkpoint {path} has {content['num_classes']} classes, dataset={config.dataset.name} has {num_classes}; "
@@ -108,6 +116,9 @@ def load(path: Path, config: Config, data: Data) -> dict:
         raise UserError(
             f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {ADVICE}"
         )
+    if content["data"] != data.found.digest:
+        other = f"dataset.root={config.dataset.root} holds others, or of other names"
+        raise UserError(f"checkpoint {path} was trained on other images: {other}; {ADVICE}")
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():

@@ -26,11 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun import __version__, ranks, sweeps
+from luqrun import RESULTS, __version__, ranks, sweeps
 from luqrun.closing import closing_table, jobs_table
 from luqrun.cluster import join_ranks
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
+from luqrun.identity import refuse_another, refuse_other_settings
 from luqrun.refusals import is_hydras, one_line, out_of_memory, stumbled
 from luqrun.reuse import adopt, diverged_base, find_twin
 from luqrun.run_folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
@@ -122,7 +123,7 @@ class Checks(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            validate(to_config(config))
+            validate(to_config(config), Path(config.hydra.run.dir))
             if ranks.is_first():
                 _make_folder(Path(config.hydra.run.dir))
         except (UserError, OSError, OmegaConfBaseException) as error:
@@ -166,7 +167,7 @@ def job(composed: DictConfig) -> float | None:
     try:
         with handled() as requests, ExitStack() as held:
             config = to_config(composed)
-            validate(config)
+            validate(config, folder.path)
             if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
                 log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
             ranks.join()
@@ -263,18 +264,16 @@ def _marking_failure(folder: RunFolder) -> Iterator[None]:
 def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
     """Lock the folder until `held` ends; the result, where there is one already, or None for a run to be done."""
     held.enter_context(folder.locked())
+    refuse_other_settings(config, folder)  # before anything in another run's folder is changed
     with _marking_failure(folder):
         summary, run = folder.summary(), folder.run()
-        if summary is not None:
-            log.info("this run is finished%s; study=NAME runs it again elsewhere", _other_root(config, folder))
-            return summary
-        if run.get("status") == "diverged":
-            log.info("this run diverged before, and would again; study=NAME runs it again elsewhere")
-            return {"diverged": run.get("diverged_at_step")}
+        if summary is not None or run.get("status") == "diverged":
+            return _ended(config, folder, summary, run)
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
-        folder.update_run(status="running", overrides=overrides, **started, **provenance())
+        whose = {"results": RESULTS, "world_sizes": [ranks.world_size()]}
+        folder.update_run(status="running", overrides=overrides, **whose, **started, **provenance())
         begun = folder.checkpoints.exists()
         twin = find_twin(config, folder) if config.reuse and not begun else None
         base = diverged_base(config, folder) if twin is None and not begun else None
@@ -285,6 +284,17 @@ def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
             log.info("diverged as the run without fine-tuning, %s, did", base)
             return adopt(base, folder)
         return None
+
+
+def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -> dict:
+    """The result that is there, if it is this run's."""
+    note = refuse_another(config, folder)
+    what = "diverged before, and would again" if summary is None else "is finished"
+    log.info("this run %s%s; study=NAME runs it again elsewhere", what, note)
+    if config.tracking.profile_steps:
+        asked = f"tracking.profile_steps={config.tracking.profile_steps}"
+        log.warning("%s: nothing is profiled, as nothing is trained; study=NAME reuse=false trains it", asked)
+    return {"diverged": run.get("diverged_at_step")} if summary is None else summary
 
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
@@ -310,15 +320,6 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         traceback.clear_frames(error.__traceback__)
         sizes = f"dataset.batch_size={config.dataset.batch_size}, dataset.image_size={config.dataset.image_size}"
         raise UserError(f"there is not enough memory for model.name={config.model.name}, {sizes}") from None
-
-
-def _other_root(config: Config, folder: RunFolder) -> str:
-    """A hint where the finished run read its images from another place: the run id does not tell."""
-    try:
-        root = yaml.safe_load((folder.path / "config.yaml").read_text())["dataset"]["root"]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, KeyError):
-        return ""  # damaged: but the result is there
-    return f" (with dataset.root={root})" if root != config.dataset.root else ""
 
 
 def _mark_failed(folder: RunFolder, reason: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ import torch
 log = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps that are not looked at: they compile, and fill caches
+LEVEL = "KINETO_LOG_LEVEL"  # of torch.profiler's messages
 DATA = "luqrun: data"  # the record_function around what makes the batches
 OTHER = "other"
 
@@ -100,38 +103,61 @@ def kinds_table(contenders: Mapping[str, Mapping[str, float]], steps: int = 1) -
 
 class StepProfiler:
     """Profiles `steps` training steps of a run, after WARM_UP ones: profile/trace.json (for chrome://tracing or
-    Perfetto) and profile/kinds.md in the run folder. Call `step` after each training step; steps 0 does nothing."""
+    Perfetto) and profile/kinds.md in the run folder. Call `step` after each training step; steps 0 does nothing.
 
-    def __init__(self, folder: Path, steps: int, device: torch.device):
+    left: the steps that the run has to go; where they are few, there is less of a warm-up, and one at least.
+    """
+
+    def __init__(self, folder: Path, steps: int, left: int, device: torch.device):
         self.folder, self.steps, self.done, self.profile = folder / "profile", steps, 0, None
+        self.warm_up, self.wanted = max(1, min(WARM_UP, left - steps)), steps
         self.activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             self.activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def step(self) -> None:
         """Count a step; start after the warm-up, and write when there were enough."""
-        if self.done > WARM_UP + self.steps or not self.steps:
+        if self.done >= self.warm_up + self.steps or not self.steps:
             return
         self.done += 1
-        if self.done == WARM_UP:
+        if self.done == self.warm_up:
             self.profile = torch.profiler.profile(activities=self.activities)
-            self.profile.start()
-        elif self.done == WARM_UP + self.steps:
+            with _without_warnings_of_gpus(self.activities):
+                self.profile.start()
+        elif self.done == self.warm_up + self.steps:
             self._write()
 
     def close(self) -> None:
-        """Write what there is of a profile that the run's end cut short."""
+        """Write what there is of a profile that the run's end cut short; say so where there is none."""
         if self.profile is not None:
-            self.steps = self.done - WARM_UP
+            self.steps = self.done - self.warm_up
             self._write()
+        elif self.wanted and self.done <= self.warm_up:
+            why = f"the run ended after {self.done} steps, and {self.warm_up} are a warm-up"
+            log.warning("tracking.profile_steps=%d: nothing was profiled, as %s", self.wanted, why)
 
     def _write(self) -> None:
         self.profile.stop()
         profile, self.profile = self.profile, None
         if self.steps == 0:
-            return
+            return self.close()
         self.folder.mkdir(exist_ok=True)
         table = kinds_table({f"{self.steps} steps": by_kind(profile)}, self.steps)
         (self.folder / "kinds.md").write_text(table)
         profile.export_chrome_trace(str(self.folder / "trace.json"))
-        log.info("profile of %d steps: %s", self.steps, self.folder)
+        asked = f" (of {self.wanted} asked for: the run had no more)" if self.steps < self.wanted else ""
+        log.info("profile of %d steps%s: %s", self.steps, asked, self.folder)
+
+
+@contextmanager
+def _without_warnings_of_gpus(activities: Sequence[torch.profiler.ProfilerActivity]) -> Iterator[None]:
+    """Kineto, below torch.profiler, tells on the console that it finds no GPU, also where none is asked for. It reads
+    the level of its messages when the first profile of a process starts."""
+    if torch.profiler.ProfilerActivity.CUDA in activities or LEVEL in os.environ:
+        yield
+        return
+    os.environ[LEVEL] = "6"  # beyond its errors (4) and its traces of start and stop (5)
+    try:
+        yield
+    finally:
+        del os.environ[LEVEL]

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 
 from luqrun import __version__
 from luqrun.config import Config, FinetuneConfig
 from luqrun.errors import UserError
+from luqrun.identity import differs_from
 from luqrun.run_folder import METRICS, RUN, SUMMARY, RunFolder, run_id, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 def find_twin(config: Config, folder: RunFolder) -> Path | None:
-    """A finished (or diverged) run of another study beside this one with the same run id, made by this version.
+    """A finished (or diverged) run of another study beside this one with the same run id, made by this version, of the
+    same RESULTS and data and by as many processes. One that is not is named in the log.
 
     Looked for in studies of one or two names, such as table3 and glyphs/table3.
     """
     name, depth = run_id(config), len(Path(config.study).parts)
     if folder.path.name != name or folder.path.parts[-depth - 1 : -1] != Path(config.study).parts:
         return None  # hydra.run.dir was set by hand: who knows what lies around it
-    outputs = folder.path.parents[depth]
+    outputs, differs = folder.path.parents[depth], differs_from(config)
     for path in sorted([*outputs.glob(f"*/{name}"), *outputs.glob(f"*/*/{name}")]):
         run = _read(path / RUN)
         done = run.get("status") == "diverged" or (run.get("status") == "finished" and _read(path / SUMMARY))
         versions = run.get("versions")
         ours = isinstance(versions, dict) and versions.get("luqrun") == __version__
         if done and ours and not run.get("reused") and path != folder.path:
-            return path
+            if not (why := differs(run)):
+                return path
+            log.info("not taken over from %s: that is a result %s", path, why)
     return None
 
 
@@ -50,7 +57,11 @@ def diverged_base(config: Config, folder: RunFolder) -> Path | None:
     if config.resume != "base" or config.finetune.epochs == 0:
         return None
     base, run = _base(config, folder)
-    return base if run.get("status") == "diverged" else None
+    if run.get("status") != "diverged":
+        return None
+    if why := differs_from(config)(run):
+        raise UserError(f"resume=base: {base} is a result {why}: study=NAME trains it anew")
+    return base
 
 
 def base_checkpoint(config: Config, folder: RunFolder) -> Path:

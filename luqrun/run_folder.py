@@ -209,6 +209,16 @@ class RunFolder:
         path = self.path / METRICS
         return path.stat().st_size if path.exists() else 0
 
+    def begun(self) -> bool:
+        """Whether there is something of a run that has not ended: a checkpoint, or lines of metrics."""
+        return self.checkpoints.exists() or self.metrics_size() > 0
+
+    def goes_on_by_itself(self) -> bool:
+        """Whether there is a checkpoint or a result here, so that no other run's checkpoint is needed."""
+        if any((self.checkpoints / name).exists() for name in ("last.pt", "previous.pt")):
+            return True
+        return (self.path / SUMMARY).exists() or self.run().get("status") == "diverged"
+
     def truncate_metrics(self, size: int) -> None:
         """Forget the lines written after the checkpoint that a run resumes from."""
         path = self.path / METRICS

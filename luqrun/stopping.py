@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from luqrun import ranks
 # Where processes of one run got different ones, the last of these counts: SIGTERM alone queues no job again.
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BURST = 2.0  # seconds in which signals under torchrun count as one: it passes on what the terminal sent already
+READING = 3.0  # seconds that a read may still take after a signal
+READING_WITH_OTHERS = 15.0  # the same with several processes: the others' step ends with this one
 PATIENCE = 5.0  # seconds that a process under torchrun may be deaf where another died
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -34,11 +36,15 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
+class _Blocked(BaseException):
+    """A read that did not end after a signal."""
+
+
 class Requests:
     """The signals that came: raised at once, except inside `deferred`, where they wait for `check`."""
 
     def __init__(self, burst: float = 0.0):
-        self.deferring, self.received = False, None
+        self.deferring, self.received, self.waiting = False, None, False
         self.burst, self.since = burst, 0.0
 
     def handle(self, number: int, frame: object) -> None:
@@ -57,6 +63,8 @@ class Requests:
             self.received = number
         if insisting or not self.deferring:
             raise Stopped(number)
+        if self.waiting:
+            self._wake_later()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -66,6 +74,34 @@ class Requests:
             yield
         finally:
             self.deferring = False
+
+    @contextmanager
+    def reading(self, before_stopping: Callable[[], None]) -> Iterator[None]:
+        """Around a wait for data, inside `deferred`. Where a signal came and the data do not in READING seconds, from a
+        disk that is gone or a pipe without a writer, `before_stopping` is called and Stopped raised."""
+        self.waiting = True
+        try:
+            yield
+        except _Blocked:
+            self.waiting = False
+            before_stopping()
+            raise Stopped(self.received) from None
+        finally:
+            self.waiting = False
+
+    def _wake_later(self) -> None:
+        """Interrupt the main thread if it then still waits. A system call goes on by itself after a signal."""
+        main = threading.main_thread().ident
+        seconds = READING if ranks.world_size() == 1 else READING_WITH_OTHERS
+        timer = threading.Timer(seconds, lambda: self.waiting and signal.pthread_kill(main, signal.SIGALRM))
+        timer.daemon = True
+        timer.start()
+
+    def wake(self, number: int, frame: object) -> None:
+        """Handler of SIGALRM."""
+        if self.waiting and self.received is not None:
+            self.waiting = False
+            raise _Blocked
 
     def insist(self) -> None:
         """Raise Stopped if a signal was deferred and nobody acted on it."""
@@ -85,6 +121,7 @@ def handled() -> Iterator[Requests]:
         yield requests
         return
     before = {number: signal.signal(number, requests.handle) for number in ASKING}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.wake)
     try:
         if ranks.under_torchrun():
             with _not_deaf(requests):

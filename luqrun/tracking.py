@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import threading
-import time
+import types
+import typing
 
 import numpy as np
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import histogram_raw, hparams, scalar
 
 from luqrun.config import Config, flatten
 from luqrun.convert import quantized_layers
+from luqrun.events import EventFile
 from luqrun.recipes import OPERANDS
-from luqrun.run_folder import EVENTS, RunFolder, what_decides_the_result
+from luqrun.run_folder import EVENTS, NOT_IN_RESULT, RunFolder
 
 log = logging.getLogger(__name__)
 
 # The same in every run, so that the hyper-parameter tab can compare them.
 FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
 HEALTH = ("clipped_share", "underflow_share", "relative_error")
-
-_default_excepthook = threading.excepthook
-
-
-def _without_writer_threads(args) -> None:
-    """TensorBoard raises a writing thread's error again at the next call: its traceback on the console is noise."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        _default_excepthook(args)
+ABSENT = "none"
 
 
 class Tracker:
-    """Writes to one run folder. done: steps of the checkpoint that the run goes on from.
+    """Writes to one run folder. done: steps of the checkpoint that the run goes on from; after: its `latest`.
 
     Later points are no longer in the files; a TensorBoard that has read them already is told to forget them.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, done: int):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: RunFolder, done: int, after: float = 0.0):
+        self.folder = folder
         first_start = not any(folder.path.glob(EVENTS))
-        threading.excepthook = _without_writer_threads
-        _wait_for_a_later_name(folder)
-        self.writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else 0)
+        self.events = EventFile(folder.path, after, purge=done + 1 if done else 0)
         if first_start:
-            self._write_hyper_parameters()
+            self._write_hyper_parameters(config)
 
-    def _write_hyper_parameters(self) -> None:
-        # add_hparams would start a second run; these are its three summaries, in ours.
-        # The tab takes no lists and no None.
-        settings = flatten(what_decides_the_result(self.config))
-        values = {k: v if isinstance(v, (str, int, float, bool)) else str(v) for k, v in settings.items()}
-        for summary in hparams(values, dict.fromkeys(FINAL_METRICS, 0.0)):
-            self.writer.file_writer.add_summary(summary)
+    def _write_hyper_parameters(self, config: Config) -> None:
+        # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours.
+        for summary in hparams(hyper_parameters(config), dict.fromkeys(FINAL_METRICS, 0.0)):
+            self.events.add(summary)
 
     def row(self, kind: str, epoch: int, step: int, phase: str, metrics: dict[str, float]) -> None:
         """A line in metrics.jsonl and a point in each curve. kind: step or epoch."""
         self.folder.append_metrics({"kind": kind, "phase": phase, "epoch": epoch, "step": step, **metrics})
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            self.events.add(scalar(name, value), step)
+        self.events.flush()  # so that a TensorBoard beside it shows them
 
     def health(self, step: int, model: nn.Module, histograms: bool) -> None:
         """The layers' health of the last pass as curves, with `histograms` the gradients' exponents too."""
         for name, values in read_health(model).items():
             for metric, value in values.items():
-                self.writer.add_scalar(f"quantization/{metric}/{name}", value, step)  # one group, or it hides the rest
+                tag = f"quantization/{metric}/{name}"  # one group, or it hides the rest
+                self.events.add(scalar(tag, value), step)
         if histograms:
             for name, layer in quantized_layers(model):
                 if layer.health and "gradient_exponents" in layer.health:
@@ -78,7 +69,7 @@ class Tracker:
             return
         first, last = used[0], used[-1] + 1
         counts, exponents = counts[first:last], exponents[first:last]
-        self.writer.add_histogram_raw(
+        summary = histogram_raw(
             f"log2_gradient/{name}",
             min=exponents[0],
             max=exponents[-1] + 1,
@@ -87,19 +78,26 @@ class Tracker:
             sum_squares=(counts * exponents**2).sum(),
             bucket_limits=(exponents + 1).tolist(),
             bucket_counts=counts.tolist(),
-            global_step=step,
         )
+        self.events.add(summary, step)
 
     def flush(self) -> None:
         """Bring the curves to disk: before a checkpoint, which must not be ahead of them."""
-        self.writer.flush()
+        self.events.flush()
+
+    @property
+    def latest(self) -> float:
+        """The time of the last point, in seconds since 1970: a checkpoint remembers it."""
+        return self.events.latest
 
     def close(self) -> None:
-        self.writer.close()
+        self.events.close()
 
 
 class NoTracker:
     """What has a tracker's place in the processes that write nothing."""
+
+    latest = 0.0
 
     def row(self, *what) -> None:
         pass
@@ -114,11 +112,33 @@ class NoTracker:
         pass
 
 
-def _wait_for_a_later_name(folder: RunFolder) -> None:
-    """TensorBoard reads a run's files in the order of their names: the second they were made, then host and process."""
-    newest = max((int(path.name.split(".")[3]) for path in folder.path.glob(EVENTS)), default=0)
-    if newest == int(time.time()):
-        time.sleep(1 - time.time() % 1)
+def hyper_parameters(config: Config) -> dict[str, str | float | bool]:
+    """What decides the result, with dotted keys, for TensorBoard's tab: in every run the same keys, of the same kinds.
+
+    Its columns are those of the run it finds first. It takes no list and no None: what can be absent is text.
+    """
+    values = flatten(dataclasses.asdict(config))
+    shown = {}
+    for key, kind in _keys(Config).items():
+        value = values.get(key)
+        shown[key] = ABSENT if value is None else value if kind in (bool, int, float) else str(value)
+    return shown
+
+
+def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, type]:
+    """The dotted keys that decide the result and their types: str where one, or a part above it, can be absent."""
+    found = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        if name in NOT_IN_RESULT.get(prefix.rstrip("."), ()):
+            continue
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        absent = optional or type(None) in parts
+        nested = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+        if nested is not None:
+            found |= _keys(nested, f"{prefix}{name}.", absent)
+        else:
+            found[prefix + name] = str if absent else parts[0]
+    return found
 
 
 def read_health(model: nn.Module) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from contextlib import closing
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from luqrun import assembly, checkpoint, gemms, ranks
+from luqrun import assembly, checkpoint, gemms, ranks, speed
 from luqrun.config import Config
 from luqrun.convert import quantized_layers, set_finetune, set_step
 from luqrun.datasets import build_dataset
-from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
+from luqrun.datasets.loader import batches_per_epoch, told_of_workers, train_loader, val_loader
 from luqrun.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.errors import UserError
 from luqrun.keys import DROPOUT, mix
@@ -50,16 +51,18 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     device = choose_device(config.device)
     reset_peak_memory(device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for matmul by default
-    folder.update_run(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        world_size=ranks.world_size(),
-    )
+    name, threads = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch.get_num_threads()
+    folder.update_run(device=name, threads=threads, world_size=ranks.world_size())
     trainer = Trainer(config, folder, device, requests)
-    folder.update_run(kernel_backend=trainer.kernels)
+    sizes = trainer.progress["world_sizes"]
+    folder.update_run(kernel_backend=trainer.kernels, data=asdict(trainer.data.found), world_sizes=sizes)
     try:
         with trainer.requests.deferred():
             trainer.fit()
+    except RuntimeError as error:
+        if told := told_of_workers(error, config.dataset):
+            raise UserError(told) from None
+        raise
     except Diverged as diverged:
         folder.update_run(status="diverged", end=now(), diverged_at_step=trainer.progress["step"])
         log.warning("%s", diverged)
@@ -91,14 +94,20 @@ class Trainer:
         # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
-            "seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0, "evaluations": [],
+            **speed.START, "evaluations": [], "world_sizes": [],
         }  # fmt: skip
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
-        self.warm, self.interval_seconds, self.interval_images = False, 0.0, 0
-        self._resume()
+        own = self._resume()
+        self.speed, sizes = speed.Speed(self.progress), self.progress["world_sizes"]
+        if sizes[-1:] != [ranks.world_size()]:
+            sizes.append(ranks.world_size())
         self.network = assembly.wrap(self.model, config, device)
-        self.profiler = StepProfiler(folder.path, config.tracking.profile_steps if folder.writes else 0, device)
-        self.tracker = Tracker(config, folder, done=self.progress["step"]) if folder.writes else NoTracker()
+        left = self.total_epochs * self.steps_per_epoch - self.progress["step"]
+        profiled = config.tracking.profile_steps if folder.writes else 0
+        self.profiler = StepProfiler(folder.path, profiled, left, device)
+        after = self.progress.get("latest", 0.0) if own else 0.0
+        self.tracker = Tracker(config, folder, self.progress["step"], after) if folder.writes else NoTracker()
+        log.info("%s", self.data.told())
         quantized = [name for name, _ in quantized_layers(self.model)]
         log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
         if quantized:
@@ -106,17 +115,18 @@ class Trainer:
             log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
 
-    def _resume(self) -> None:
-        """Continue where `resume` and the folder say."""
+    def _resume(self) -> bool:
+        """Continue where `resume` and the folder say; whether from a checkpoint of this run's own."""
         start = ranks.from_first(lambda: find_start(self.config, self.folder, self.data))
         if start is None:
             self.folder.rewind({})
-            return
+            return False
         self.model.load_state_dict(start.content["model"])
         self.optimizer.load_state_dict(start.content["optimizer"])
         self.progress = start.content["progress"]
         self.folder.rewind(self.progress if start.own else {})
         log.info("continuing from %s: epoch %d, step %d", start.path, self.progress["epoch"] + 1, self.progress["step"])
+        return start.own
 
     @property
     def total_epochs(self) -> int:
@@ -171,22 +181,21 @@ class Trainer:
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
                 started = time.perf_counter()
-                with record_function(DATA):
+                with record_function(DATA), self.requests.reading(self.save_checkpoint):
                     micro_batches = [next(batches) for _ in range(accumulate)]
                 loss, images = self.train_step(micro_batches)
                 self.profiler.step()
-                self._count_time(time.perf_counter() - started, images)
+                self.speed.count(time.perf_counter() - started, images)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 bar.update(accumulate)
                 step = progress["step"]
                 top1 = self._train_metrics()["train/top1"]
-                shown = f"loss {loss:.3f}, top-1 {top1:.1f}, {self._speed():.0f} img/s"
+                shown = f"loss {loss:.3f}, top-1 {top1:.1f}, {self.speed.mean():.0f} img/s"
                 bar.set_postfix_str(shown, refresh=False)
                 if tracking.log_every and step % tracking.log_every == 0:
-                    lately = self.interval_images / self.interval_seconds
-                    row = {"loss": loss, "lr": self.learning_rate(step - 1), "images_per_second": lately}
-                    self.interval_seconds, self.interval_images = 0.0, 0
+                    rate, lately = self.learning_rate(step - 1), self.speed.lately()
+                    row = {"loss": loss, "lr": rate, "images_per_second": lately}
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
                 self._stop_if_asked()
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
@@ -260,16 +269,19 @@ class Trainer:
         sums, count = torch.zeros(3, dtype=torch.float64), 0
         loader = val_loader(self.data, self.config.dataset, ranks.rank(), ranks.world_size())
         everywhere = len(self.data.val) // self.config.dataset.batch_size  # the batches that every process has
-        for number, (images, labels) in enumerate(tqdm(loader, "evaluation", disable=self.no_bar, leave=False)):
-            if number < everywhere:
-                self._stop_if_asked()  # it is done again from the start
-            images, labels = self._to_device(images, labels)
-            with self._autocast():
-                logits = self.network(images).float()
-            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()]).cpu()
-            count += len(labels)
+        with closing(iter(loader)) as batches:
+            for number in tqdm(range(len(loader)), "evaluation", disable=self.no_bar, leave=False):
+                with self.requests.reading(self.save_checkpoint):
+                    images, labels = next(batches)
+                if number < everywhere:
+                    self._stop_if_asked()  # it is done again from the start
+                images, labels = self._to_device(images, labels)
+                with self._autocast():
+                    logits = self.network(images).float()
+                best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()]).cpu()
+                count += len(labels)
         *sums, count = ranks.add_up([*sums.tolist(), count])
         loss, top1, top5 = (total / count for total in sums)
         return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
@@ -286,7 +298,7 @@ class Trainer:
         if not self.folder.writes:
             return
         self.tracker.flush()
-        self.progress.update(self.folder.written())
+        self.progress.update(self.folder.written(), latest=self.tracker.latest)
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
         checkpoint.save(path, self.config, self.data, model, optimizer, self.progress)
@@ -301,32 +313,16 @@ class Trainer:
             "finetune": [{name: row[name] for name in ("epoch", *shown)} for row in evaluations[epochs:]],
             "best_top1": self.progress["best"],
             "train_seconds": self.progress["seconds"],
-            "images_per_second": self._speed(),
+            "images_per_second": self.speed.mean(),
             "peak_memory_bytes": peak_memory(self.device),
         }
-
-    def _count_time(self, seconds: float, images: int) -> None:
-        # The first step of a process compiles and warms up: it is not part of the speed.
-        self.progress["seconds"] += seconds
-        self.progress["images"] += images
-        self.interval_seconds += seconds
-        self.interval_images += images
-        if self.warm:
-            self.progress["timed_seconds"] += seconds
-            self.progress["timed_images"] += images
-        self.warm = True
-
-    def _speed(self) -> float:
-        """Images per second of training; 0 while only first steps were done."""
-        seconds = self.progress["timed_seconds"]
-        return self.progress["timed_images"] / seconds if seconds else 0.0
 
     def _train_metrics(self) -> dict[str, float]:
         loss, correct, images = self.progress["sums"]
         return {
             "train/loss": loss / images,
             "train/top1": 100 * correct / images,
-            "images_per_second": self._speed(),
+            "mean_images_per_second": self.speed.mean(),
         }
 
     def _report_divergence(self, what: str, value: float) -> None:

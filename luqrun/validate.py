@@ -7,6 +7,7 @@ import math
 import os
 import re
 import unicodedata
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ from luqrun.config import (
 )
 from luqrun.errors import UserError
 from luqrun.refusals import one_line
+from luqrun.run_folder import RunFolder
 
 RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
 
@@ -47,8 +49,11 @@ def to_config(composed: DictConfig) -> Config:
         raise UserError(one_line(error)) from None
 
 
-def validate(config: Config) -> None:
-    """Raise UserError naming the first key whose value is not allowed."""
+def validate(config: Config, folder: Path | None = None) -> None:
+    """Raise UserError naming the first key whose value is not allowed.
+
+    folder: of the run; where it holds a checkpoint or a result, the one that `resume` names is not needed any more.
+    """
     _check_values(config)
     check_choice("task", config.task, TASKS)
     check_choice("device", config.device, DEVICES)
@@ -59,7 +64,11 @@ def validate(config: Config) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError(f"resume= is empty; {RESUMES}")
-    if config.resume not in ("auto", "never", "base") and not os.path.isfile(os.path.expanduser(config.resume)):
+    if (
+        config.resume not in ("auto", "never", "base")
+        and not os.path.isfile(os.path.expanduser(config.resume))
+        and not (folder is not None and RunFolder(folder).goes_on_by_itself())
+    ):
         raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)

@@ -43,7 +43,7 @@ VARIANTS = {
         "dataset.workers=1",
     ),
 }
-CLOCK = {"images_per_second", "train_seconds", "seconds", "timed_seconds"}
+CLOCK = {"images_per_second", "mean_images_per_second", "latest", "train_seconds", "seconds", "timed_seconds"}
 # Of a process, not of the run: where it started, how long its files are, what memory it took.
 OF_A_PROCESS = {"timed_images", "metrics_bytes", "event_bytes", "peak_memory_bytes"}
 PATIENCE = 30  # seconds; a worker looks for its process every 5

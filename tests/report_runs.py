@@ -82,7 +82,7 @@ def metrics_lines(curve) -> list[str]:
         where = {"phase": "train", "epoch": epoch}
         within = {"loss": 3.8, "lr": 0.01, "images_per_second": 2100.0}
         rows.append({"kind": "step", **where, "step": STEPS * (epoch - 1) + 20, **within})
-        after = {"train/loss": 3.8, "train/top1": 2.3, "images_per_second": 2300.0}
+        after = {"train/loss": 3.8, "train/top1": 2.3, "mean_images_per_second": 2300.0}
         after |= {"val/loss": 0.876, "val/top1": top1, "val/top5": 97.4}
         rows.append({"kind": "epoch", **where, "step": STEPS * epoch, **after})
     return [json.dumps(row) for row in rows]

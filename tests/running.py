@@ -74,7 +74,7 @@ def metrics(folder: RunFolder, kind=None) -> list[dict]:
     """The lines of metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key != "images_per_second"}
+        {key: value for key, value in line.items() if not key.endswith("images_per_second")}
         for line in lines
         if kind in (None, line["kind"])
     ]

@@ -1,5 +1,6 @@
 """Checkpoints: a round trip, and a refusal that names the file for everything that does not fit."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -10,7 +11,7 @@ import torch
 from running import assert_same_tensors, tiny
 from torch import nn
 
-from luqrun import checkpoint
+from luqrun import RESULTS, checkpoint
 from luqrun.datasets import Data
 from luqrun.errors import UserError
 
@@ -154,6 +155,26 @@ def test_another_number_of_images_is_refused(path, images):
     assert str(path) in str(refusal.value)
     assert "256 training and 94 validation images" in str(refusal.value)
     assert str(*images.values()) in str(refusal.value)
+
+
+def test_other_images_are_refused_though_they_are_as_many(path):
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
+    other = dataclasses.replace(data(), found=dataclasses.replace(data().found, digest="0123"))
+    with pytest.raises(UserError, match=r"last\.pt was trained on other images"):
+        checkpoint.load(path, tiny(), other)
+
+
+@pytest.mark.parametrize("theirs", [RESULTS - 1, RESULTS + 1, None])
+def test_a_checkpoint_of_other_numbers_is_refused(path, theirs):
+    """None: of the format that knew no RESULTS."""
+    checkpoint.save(path, tiny(), data(), *content(tiny()))
+    stored = torch.load(path, weights_only=True) | {"results": theirs}
+    if theirs is None:
+        stored = {name: value for name, value in stored.items() if name not in ("results", "data")} | {"version": 2}
+    torch.save(stored, path)
+    seal(path)
+    with pytest.raises(UserError, match=rf"last\.pt is of RESULTS {theirs or 1} .*here it is {RESULTS}"):
+        checkpoint.load(path, tiny(), data())
 
 
 @pytest.mark.parametrize(

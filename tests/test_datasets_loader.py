@@ -1,5 +1,11 @@
 """Order and augmentation: pure functions of (seed, epoch, index), whoever serves them."""
 
+import multiprocessing
+import os
+import shutil
+import signal
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from luqrun.config import DatasetConfig
 from luqrun.datasets import Data, build_dataset
-from luqrun.datasets.loader import batches_per_epoch, train_loader, val_loader
+from luqrun.datasets.loader import batches_per_epoch, told_of_workers, train_loader, val_loader
 from luqrun.datasets.pixels import MemoryImages
 from luqrun.errors import UserError
 from luqrun.keys import mix
@@ -129,6 +135,57 @@ def test_evaluation_serves_each_image_once(world_size, root):
     if world_size == 1:
         assert labels == list(range(COUNT))
         assert same(parts[0], served(val_loader(data, settings(workers=2))))
+
+
+def test_a_worker_that_is_killed_is_one_line_with_advice(root):
+    config = settings(workers=2, batch_size=1)
+    with closing(iter(train_loader(build("large", root), config, 0, 0))) as batches:
+        next(batches)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(RuntimeError) as caught:
+            list(batches)
+    told = told_of_workers(caught.value, config)
+    assert all(word in told for word in ("worker", "memory", "dataset.workers=2", "batch_size=1", "checkpoint"))
+    assert "\n" not in told
+    assert told_of_workers(caught.value, settings()) == ""
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ... shared memory.",
+            "/dev/shm",
+        ),
+        ("unable to write to file </torch_7_8_9>: No space left on device (28)", "/dev/shm"),
+        ("unable to mmap 1024 bytes from file </torch_7_8_9>: Cannot allocate memory (12)", "/dev/shm"),
+        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
+        ("received 0 items of ancdata", "ulimit -n"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "was killed by signal: Killed, as"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "worker exited unexpectedly"),
+        ("mat1 and mat2 shapes cannot be multiplied", ""),
+        ("out of resource: shared memory", ""),
+    ],
+)
+def test_what_workers_lack_is_told(text, word):
+    told = told_of_workers(RuntimeError(text), settings(workers=3))
+    assert word in told
+    assert bool(told) == bool(word)
+    assert "dataset.workers=3" in told or not word
+
+
+def test_a_worker_that_is_blocked_in_a_read_ends_with_its_loader(root, tmp_path):
+    shutil.copytree(root, tmp_path / "images")
+    (tmp_path / "images/train/class0/0.png").unlink()
+    os.mkfifo(tmp_path / "images/train/class0/0.png")
+    config = settings(root=str(tmp_path / "images"), image_size=72, workers=2, batch_size=1)
+    with closing(iter(train_loader(build_dataset(config), config, 0, 0))) as batches:
+        next(batches)
+        workers = multiprocessing.active_children()
+        os.kill(workers[0].pid, signal.SIGTERM)  # from a terminal or a cluster: not heeded
+        next(batches)
+    assert [worker.is_alive() for worker in workers] == [False, False]
 
 
 def test_small_augmentation_is_pad_crop_and_mirror():

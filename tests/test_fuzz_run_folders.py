@@ -127,8 +127,9 @@ def test_a_file_that_luqrun_did_not_write_is_named(work, tmp_path, name, content
     (run,) = (path.parent for path in folder.rglob("run.json"))
     (run / name).write_text(content)
     answer = command(folder, work / "cache", *TINY)
-    if name == "run.json" and content.startswith('{"'):  # it lacks everything, and nothing is needed
-        assert answer.code == 0
+    if name == "run.json" and content.startswith('{"'):  # it lacks everything: nobody knows whose the result is
+        assert answer.code == 1
+        assert "RESULTS 1" in answer.lines[-1]
     else:
         assert answer.code == 1
         assert answer.lines[-1].startswith("luqrun: ")

@@ -1,5 +1,7 @@
 """Time by kind: names of operators and kernels, what is around them, and the table."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from luqrun import profiling
 from luqrun.convert import quantize_model
-from luqrun.profiling import DATA, KINDS, OTHER, by_kind, kind_of, kinds_table
+from luqrun.profiling import DATA, KINDS, OTHER, StepProfiler, by_kind, kind_of, kinds_table
 from luqrun.recipes import recipe
 
 NAMES = {
@@ -96,6 +98,57 @@ def test_a_profiled_layer_has_its_kinds():
     assert found["normalisation"] == found["ReLU"] == found["data"] == 0
     (whole,) = (each for each in recorded.events() if each.name == "step")
     assert sum(found.values()) == pytest.approx(whole.cpu_time_total / 1e6, rel=0.05)
+
+
+def steps_of(profiler, count):
+    for _ in range(count):
+        torch.ones(3).add_(1)
+        profiler.step()
+    profiler.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left", "done", "said"),
+    [
+        (4, 100, 50, "profile of 4 steps: "),
+        (4, 6, 6, "profile of 4 steps: "),  # with two to warm up
+        (20, 8, 8, "profile of 7 steps (of 20 asked for: the run had no more): "),
+        (4, 100, 5, "profile of 2 steps (of 4 asked for"),  # stopped
+        (20, 1, 1, "tracking.profile_steps=20: nothing was profiled, as the run ended after 1 steps, and 1 are"),
+        (4, 100, 3, "tracking.profile_steps=4: nothing was profiled"),
+        (4, 0, 0, "tracking.profile_steps=4: nothing was profiled, as the run ended after 0 steps"),
+    ],
+)
+def test_what_was_profiled_is_said(tmp_path, caplog, wanted, left, done, said):
+    with caplog.at_level("INFO"):
+        steps_of(StepProfiler(tmp_path, wanted, left, torch.device("cpu")), done)
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    assert (tmp_path / "profile" / "kinds.md").exists() == said.startswith("profile")
+    assert (tmp_path / "profile" / "trace.json").exists() == said.startswith("profile")
+
+
+QUIET = """
+import torch
+from pathlib import Path
+from luqrun.profiling import StepProfiler
+profiler = StepProfiler(Path("."), 1, 9, torch.device("cpu"))
+for _ in range(9):
+    torch.ones(3).add_(1)
+    profiler.step()
+profiler.close()
+"""
+
+
+def test_a_profile_of_a_cpu_says_nothing_of_gpus(tmp_path):
+    command = [sys.executable, "-c", QUIET]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("", "")
+    assert (tmp_path / "profile" / "trace.json").exists()
+
+
+def test_nothing_is_said_where_nothing_is_asked_for(tmp_path, caplog):
+    steps_of(StepProfiler(tmp_path, 0, 100, torch.device("cpu")), 10)
+    assert (caplog.records, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_the_table_has_a_row_for_each_kind_that_took_time():

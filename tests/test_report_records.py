@@ -69,6 +69,21 @@ def test_a_run_that_did_not_end_is_left_out(tmp_path, status, reason):
     assert only_reason(tmp_path) == reason
 
 
+@pytest.mark.parametrize(("results", "number"), [(..., 1), (1, 1), (2, 2)])
+def test_a_record_knows_which_numbers_it_is_of(tmp_path, results, number):
+    path = write_run(tmp_path)
+    if results is not ...:
+        change(path, "run.json", results=results)
+    (record,), _ = read_inputs([tmp_path])
+    assert record.results == number
+
+
+@pytest.mark.parametrize("results", ["2", None, 2.0, [2], True])
+def test_damaged_results_are_left_out(tmp_path, results):
+    change(write_run(tmp_path), "run.json", results=results)
+    assert only_reason(tmp_path) == "run.json is damaged"
+
+
 @pytest.mark.parametrize("versions", [{"luqrun": "0.0.9"}, {}, None, "0.1.0"])
 @pytest.mark.parametrize("top1", [80.0, DIVERGED])
 def test_a_run_of_another_version_is_left_out(tmp_path, versions, top1):

@@ -113,6 +113,14 @@ def test_the_minority_is_left_out_with_what_differs():
     assert left_out.reason.endswith("most runs of its table: schedule.epochs=1 instead of 6")
 
 
+def test_runs_of_other_numbers_are_not_averaged_with_most():
+    old, new = trained(0), [trained(seed) for seed in (1, 2)]
+    new = [replace(record, run={**record.run, "results": 2}) for record in new]
+    kept, (left_out,) = of_one_kind([old, *new])
+    assert kept == new
+    assert left_out.reason.endswith("RESULTS=1 instead of 2")
+
+
 def test_without_a_majority_none_is_kept():
     kept, left_out = of_one_kind([trained(0), trained(1, epochs=1)])
     assert kept == []

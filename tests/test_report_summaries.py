@@ -123,6 +123,19 @@ def test_a_summary_that_says_something_else_than_the_folder_counts_neither(tmp_p
     assert {each.reason for each in left_out} == {f"this run is there 2 times, with different results: {shown}"}
 
 
+def test_of_a_run_of_two_results_the_later_counts(tmp_path):
+    path = publish_one(tmp_path, top1=79.0)
+    outputs = tmp_path / "again"
+    run = write_run(outputs, top1=80.0, name="one")
+    change_run = {**json.loads((run / "run.json").read_text()), "results": 2}
+    (run / "run.json").write_text(json.dumps(change_run))
+    (record,), (left_out,) = read_inputs([path.parent, outputs])
+    assert (record.top1, record.results) == (80.0, 2)
+    assert left_out.reason == "of RESULTS 1: this run is there of RESULTS 2 too"
+    summary = summaries.summary(record)
+    assert summary["results"] == 2
+
+
 def test_another_run_of_the_cell_as_a_summary_is_a_duplicate(tmp_path):
     publish_one(tmp_path)
     shutil.rmtree(tmp_path / "outputs")

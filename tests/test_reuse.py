@@ -8,7 +8,7 @@ import pytest
 import yaml
 from running import assert_same_tensors, last, metrics, tiny, train
 
-from luqrun import __version__
+from luqrun import RESULTS, __version__
 from luqrun.config import CellConfig, Config, TrackingConfig
 from luqrun.errors import UserError
 from luqrun.reuse import adopt, base_checkpoint, diverged_base, find_twin
@@ -19,6 +19,8 @@ SWEEP = ("-m", "+experiment=table3/glyphs", "seed=0", "quant=luq_smp2", *SIZES, 
 FINISHED = {
     "status": "finished",
     "versions": {"luqrun": __version__},
+    "results": RESULTS,
+    "world_sizes": [1],
     "start": "then",
     "end": "later",
     "command": ["x"],
@@ -194,6 +196,8 @@ def test_a_twin_is_found_in_any_study_beside(tmp_path, study, twins_study):
         ({**FINISHED, "status": "running"}, {"val/top1": 1.0}, False),
         ({**FINISHED, "versions": {"luqrun": "0.0.1"}}, {"val/top1": 1.0}, False),
         ({**FINISHED, "versions": None}, {"val/top1": 1.0}, False),
+        ({**FINISHED, "results": RESULTS - 1}, {"val/top1": 1.0}, False),
+        ({**FINISHED, "world_sizes": [2]}, {"val/top1": 1.0}, False),
         ({**FINISHED, "reused": "../../c/run"}, {"val/top1": 1.0}, False),  # the original is
         ({**FINISHED, "reused": None}, {"val/top1": 1.0}, True),
         (None, {"val/top1": 1.0}, False),
@@ -320,6 +324,9 @@ def test_only_a_fine_tune_with_resume_base_diverges_with_its_base(tmp_path):
     assert diverged_base(tuned, place(tmp_path, tuned)) == base.path
     for other in (config(tuned=True, resume="auto"), config(resume="base")):
         assert diverged_base(other, place(tmp_path, other)) is None
+    base.write_json("run.json", {**DIVERGED, "results": 1})
+    with pytest.raises(UserError, match=r"resume=base: .* of RESULTS 1"):
+        diverged_base(tuned, place(tmp_path, tuned))
     base.write_json("run.json", FINISHED)
     assert diverged_base(tuned, place(tmp_path, tuned)) is None
 

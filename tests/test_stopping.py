@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from running import last, metrics, quiet_machine, tiny, train
 
-from luqrun import trainer
+from luqrun import stopping, trainer
+from luqrun.datasets.pixels import MemoryImages
 from luqrun.run_folder import RunFolder
 from luqrun.stopping import ASKING, Requests, Stopped, hand_on, handled
 from luqrun.trainer import Trainer
@@ -110,6 +112,60 @@ def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, n
     assert folder.summary() is None
     assert len(calls) == call  # nothing after it
     monkeypatch.undo()
+    _, resumed = train(tmp_path / "run", *overrides)
+    _, whole = train(tmp_path / "whole", *overrides)
+    assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_read_that_does_not_end_does_after_a_signal(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(stopping, "READING", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    saved = []
+
+    def read():
+        with handled() as requests, requests.deferred():
+            threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+            with requests.reading(lambda: saved.append(requests.check())):
+                (tmp_path / "pipe").read_bytes()
+
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Stopped) as stopped:
+        read()
+    assert (stopped.value.number, saved) == (number, [number])
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_read_that_ends_in_time_lets_the_step_end(monkeypatch):
+    monkeypatch.setattr(stopping, "READING", 0.2)
+    with handled() as requests, requests.deferred():
+        with requests.reading(pytest.fail):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)  # the step
+        assert requests.check() == signal.SIGTERM
+
+
+def test_a_run_that_is_blocked_in_a_read_writes_where_it_is(tmp_path, monkeypatch):
+    """It is asked to stop while the fifth batch does not come, and goes on as if nothing had been."""
+    monkeypatch.setattr(stopping, "READING", 0.1)
+    served, original = [], MemoryImages.batch
+    os.mkfifo(tmp_path / "pipe")
+
+    def blocked(self, indices, keys):
+        served.append(1)
+        if len(served) == 5:
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            (tmp_path / "pipe").read_bytes()
+        return original(self, indices, keys)
+
+    overrides = ("quant=fp32", "tracking.checkpoint_every=0")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryImages, "batch", blocked)
+        with pytest.raises(Stopped), quiet_machine(tmp_path / "cache"), handled() as requests:
+            trainer.run(tiny(*overrides), folder, requests)
+    assert last(folder)["progress"]["step"] == 4
     _, resumed = train(tmp_path / "run", *overrides)
     _, whole = train(tmp_path / "whole", *overrides)
     assert metrics(resumed) == metrics(whole)

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections import defaultdict
 from unittest import mock
 
@@ -10,9 +11,11 @@ import torch
 from running import build_trainer, metrics, quiet_machine, tiny, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard.summary import scalar
 
 from luqrun import checkpoint
 from luqrun.convert import quantized_layers
+from luqrun.events import EventFile
 from luqrun.run_folder import RunFolder
 from luqrun.stopping import Requests, Stopped
 from luqrun.tracking import FINAL_METRICS, Tracker
@@ -50,7 +53,9 @@ def test_the_curves_are_the_lines_of_metrics_jsonl(luq_run):
     assert expected.keys() == {"loss", "lr", "train/loss", "train/top1", *FINAL_METRICS}
     for name, values in expected.items():
         assert points(luq_run, name) == values
-    assert len(points(luq_run, "images_per_second")) == 8 + 2
+    lately, mean = points(luq_run, "images_per_second"), points(luq_run, "mean_images_per_second")
+    assert [step for step, _ in lately] == list(range(2, 17, 2))
+    assert [step for step, _ in mean] == [8, 16]
 
 
 def test_one_line_every_few_steps_and_one_an_epoch(luq_run):
@@ -130,13 +135,17 @@ def session(folder) -> tuple[dict, list[str], list[str]]:
 
 def test_hyper_parameters_compare_across_recipes(luq_run, fp32_run):
     values, names, declared = session(luq_run)
-    other_values, other_names, _ = session(fp32_run)
+    other_values, other_names, other_declared = session(fp32_run)
+    assert declared == other_declared  # TensorBoard shows those of the run that it finds first
+    assert {key: type(value) for key, value in values.items()} == {k: type(v) for k, v in other_values.items()}
     assert names == other_names == list(FINAL_METRICS)
     assert set(names) <= set(events(luq_run).Tags()["scalars"])
     assert set(names) <= set(events(fp32_run).Tags()["scalars"])
     assert (values["quant.name"], other_values["quant.name"]) == ("luq", "fp32")
     assert values["quant.gradient.format"] == "e3m0"
-    assert other_values["quant.gradient"] == "None"
+    assert other_values["quant.gradient.format"] == other_values["dataset.limit"] == "none"
+    assert "dataset.root" not in values
+    assert "study" not in values
     assert values["schedule.lr"] == pytest.approx(0.1)
     assert values["quant.skip"] == "['first', 'last', 'shortcut']"
     assert set(declared) == set(values)
@@ -152,7 +161,8 @@ def test_zero_means_never(tmp_path):
     never = [f"tracking.{name}_every=0" for name in ("log", "health", "histogram", "checkpoint")]
     _, folder = train(tmp_path / "run", *never)
     assert [line["kind"] for line in metrics(folder)] == ["epoch"]
-    assert set(events(folder).Tags()["scalars"]) == {"train/loss", "train/top1", "images_per_second", *FINAL_METRICS}
+    of_an_epoch = {"train/loss", "train/top1", "mean_images_per_second", *FINAL_METRICS}
+    assert set(events(folder).Tags()["scalars"]) == of_an_epoch
     assert events(folder).Tags()["histograms"] == []
 
 
@@ -177,7 +187,7 @@ def test_curves_of_a_resumed_run_have_every_point_once(tmp_path, monkeypatch, lu
     interrupted(monkeypatch, tmp_path / "run", 13, *overrides)
     _, resumed = train(tmp_path / "run", *overrides)
     assert len(list(resumed.path.glob("events.out.tfevents.*"))) == 2
-    for tag in sorted(set(events(luq_run).Tags()["scalars"]) - {"images_per_second"}):
+    for tag in sorted(set(events(luq_run).Tags()["scalars"]) - {"images_per_second", "mean_images_per_second"}):
         assert points(resumed, tag) == points(luq_run, tag), tag
     for tag in events(luq_run).Tags()["histograms"]:
         steps = [[row.step for row in events(folder).Histograms(tag)] for folder in (resumed, luq_run)]
@@ -237,10 +247,40 @@ def test_results_of_an_epoch_are_points_once_though_its_last_step_is_in_the_chec
 def test_a_fine_tune_killed_before_its_first_checkpoint_has_hyper_parameters(tmp_path, monkeypatch, fp32_run):
     overrides = ("quant=fp32", "finetune=fnt1", f"resume={fp32_run.checkpoints / 'last.pt'}")
     with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "_write_hyper_parameters", lambda tracker: None)  # as if they had not come to disk
+        patch.setattr(Tracker, "_write_hyper_parameters", lambda *what: None)  # as if they had not come to disk
         interrupted(monkeypatch, tmp_path / "run", 10, *overrides)
     _, folder = train(tmp_path / "run", *overrides)
     assert session(folder)[0]["finetune.name"] == "fnt1"
+
+
+@pytest.mark.parametrize("behind", [5, 7200, 10**10])
+def test_with_a_clock_that_was_set_back_all_points_are_shown_and_their_times_do_not_go_back(
+    tmp_path, monkeypatch, luq_run, behind
+):
+    overrides = ("finetune=fnt1", "tracking.histogram_every=5", "tracking.checkpoint_every=5")
+    interrupted(monkeypatch, tmp_path / "run", 7, *overrides)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: max(now() - behind, 0.0))
+    interrupted(monkeypatch, tmp_path / "run", 13, *overrides)
+    monkeypatch.undo()
+    _, resumed = train(tmp_path / "run", *overrides)
+    assert len(list(resumed.path.glob("events.out.tfevents.*"))) == 3
+    for tag in ("loss", "val/top1", f"quantization/relative_error/{LAYERS[0]}/weight"):
+        assert points(resumed, tag) == points(luq_run, tag)
+    times = [event.wall_time for event in events(resumed).Scalars("loss")]
+    assert times == sorted(times)
+    assert session(resumed) == session(luq_run)
+
+
+def test_a_clock_that_is_set_back_while_the_run_lasts(tmp_path, monkeypatch):
+    file, now = EventFile(tmp_path), time.time
+    file.add(scalar("loss", 1.0), 1)
+    monkeypatch.setattr(time, "time", lambda: now() - 100)
+    file.add(scalar("loss", 2.0), 2)
+    file.close()
+    first, second = events(RunFolder(tmp_path)).Scalars("loss")
+    assert second.wall_time >= first.wall_time
+    assert EventFile(tmp_path).path.name > file.path.name
 
 
 def test_files_of_curves_are_named_in_the_order_of_their_making(tmp_path, monkeypatch):

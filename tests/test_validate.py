@@ -8,6 +8,19 @@ from luqrun.config import Config
 from luqrun.errors import UserError
 from luqrun.validate import to_config, validate
 
+
+@pytest.mark.parametrize("there", ["checkpoints/last.pt", "checkpoints/previous.pt", "summary.json"])
+def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_path, there):
+    config = tiny(f"resume={tmp_path / 'gone.pt'}")
+    with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+        validate(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / there).write_text("{}")
+    validate(config, tmp_path)
+    with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+        validate(config)
+
+
 # The override, and what the message must name: the key, and what is allowed.
 REFUSED = [
     ("+sead=1", "sead", ()),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
+from luqrun.datasets.found import Found
 from luqrun.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,13 +28,29 @@ MAX_WORKERS = 256  # each is a process
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a validation set of images (channels, image_size, image_size) in the same classes."""
+    """A training and a validation set of images (channels, image_size, image_size) in the same classes.
+
+    found: what they were made from; by default what these sets themselves say.
+    """
 
     train: Dataset
     val: Dataset
     classes: tuple[str, ...]
     channels: int
     image_size: int
+    found: Found | None = None
+
+    def __post_init__(self):
+        if self.found is None:
+            counts = len(self.classes), len(self.train), len(self.val)
+            object.__setattr__(self, "found", Found(None, *counts, digest=""))
+
+    def told(self) -> str:
+        """Such as "10,000 training and 4,000 validation images of 94 classes"."""
+        of = f" of {self.found.train:,}" if self.found.train != len(self.train) else ""
+        left_out = f"; left out: {self.found.left_out}" if self.found.left_out else ""
+        images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
+        return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
 
 
 def validate_dataset(config: DatasetConfig) -> None:

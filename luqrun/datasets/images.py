@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.datasets import Data, subset
+from luqrun.datasets.folders import Split, scan, split_digest, told
+from luqrun.datasets.found import Found, digest, sampled, whole_root
 from luqrun.datasets.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.errors import UserError
 
@@ -70,12 +72,17 @@ def _cifar(config: DatasetConfig, root: Path) -> Data:
     except RuntimeError:  # what torchvision raises for a missing file and for a wrong checksum
         raise _wrong(config, f"the files of {kind.__name__} are not there, or damaged") from None
     chosen = subset(len(train), config.limit)
+    parts = [" ".join(train.classes).encode()]
+    for each in (train, val):
+        parts += [bytes(str(each.targets), "ascii"), each.data[sampled(len(each))].tobytes()]
+    found = Found(whole_root(config), len(train.classes), len(train), len(val), digest(parts))
     return Data(
         train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
         val=_arrays(val.data, np.array(val.targets), config, False),
         classes=tuple(train.classes),
         channels=3,
         image_size=config.image_size,
+        found=found,
     )
 
 
@@ -91,27 +98,30 @@ def _folders(config: DatasetConfig, root: Path) -> Data:
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise _wrong(config, f"train and {evaluation} must hold the same classes, {_some(differing)} is in only one")
-    chosen = subset(len(train), config.limit)
+    chosen = subset(len(train.paths), config.limit)
+    counts = len(train.classes), len(train.paths), len(val.paths)
+    left_out = told(train.left_out + val.left_out)
     return Data(
-        train=_files([train.samples[index] for index in chosen], config.image_size, config.augment),
-        val=_files(val.samples, config.image_size, False),
+        train=_files(train, chosen, config.image_size, config.augment),
+        val=_files(val, range(len(val.paths)), config.image_size, False),
         classes=tuple(train.classes),
         channels=3,
         image_size=config.image_size,
+        found=Found(whole_root(config), *counts, split_digest(train, val), left_out),
     )
 
 
-def _scan(config: DatasetConfig, folder: Path) -> ImageFolder:
+def _scan(config: DatasetConfig, folder: Path) -> Split:
     if not folder.is_dir():
         raise _wrong(config, f"there is no folder {folder}")
-    try:
-        found = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError:
-        raise _wrong(config, f"there are no class folders in {folder}") from None
-    filled = set(found.targets)
-    empty = [name for name, label in found.class_to_idx.items() if label not in filled]
+    found = scan(folder)
+    if not found.classes:
+        raise _wrong(config, f"there are no class folders in {folder}")
+    filled = set(found.labels)
+    empty = [str(folder / name) for label, name in enumerate(found.classes) if label not in filled]
     if empty:
-        raise _wrong(config, f"there are no images in {_some([str(folder / name) for name in empty])}")
+        there = f" (left out of {folder}: {told(found.left_out)})" if found.left_out else ""
+        raise _wrong(config, f"there are no images in {_some(empty)}{there}")
     return found
 
 
@@ -119,10 +129,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _files(samples: list[tuple[str, int]], size: int, augment: bool) -> Images:
+def _files(split: Split, chosen: Iterable[int], size: int, augment: bool) -> Images:
     # One array, not a million strings: reading those would copy their pages into every worker.
-    paths = np.array([os.fsencode(path) for path, _ in samples])
-    labels = np.array([label for _, label in samples])
+    paths = np.array([os.fsencode(split.paths[index]) for index in chosen])
+    labels = np.array([split.labels[index] for index in chosen])
     return _served(partial(_from_file, paths), labels, size, IMAGENET_STATISTICS, augment)
 
 

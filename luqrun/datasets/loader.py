@@ -7,8 +7,16 @@ what the uninterrupted one would have seen.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from ctypes import c_bool
+from multiprocessing.sharedctypes import RawValue
 
 import numpy as np
 import torch
@@ -66,10 +74,21 @@ def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
 
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        """The batches. Close it when leaving it early: its workers end then, also one that is blocked in a read."""
+        unwanted, others = RawValue(c_bool, False), set(multiprocessing.active_children())
+        self.worker_init_fn = functools.partial(_undisturbed, unwanted)
+        batches, served = super().__iter__(), 0
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                served += 1
+                yield batch
+        finally:
+            unwanted.value = True
+            if served < len(self):
+                _end(workers)
 
 
 class _Served(Dataset):
@@ -102,7 +121,6 @@ def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, sche
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_undisturbed,
         pin_memory=config.workers > 0 and torch.cuda.is_available(),
         generator=torch.Generator(),  # else starting the loader would draw from torch's own generator
     )
@@ -112,10 +130,44 @@ def _as_it_is(batch):
     return batch
 
 
-def _undisturbed(worker: int) -> None:
-    """Signals often go to the whole group of processes: the run needs its workers until its step is done."""
+def _end(workers: Iterable[multiprocessing.Process]) -> None:
+    """End workers at once: torch would wait five seconds for each that is blocked, and then for ever."""
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + 2
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        if worker.is_alive():  # in the kernel: on a network disk that is gone
+            with suppress(RuntimeError):  # torch's, that a worker was killed
+                worker.kill()
+                worker.join(1)
+
+
+def _undisturbed(unwanted: RawValue, worker: int) -> None:
+    """Signals often go to the whole group of processes: the run needs its workers until its step is done. `unwanted` is
+    true when it does not any more."""
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
+    # A handler, unlike what is ignored, is run inside of a read that does not end. Code 0: torch takes no offence.
+    signal.signal(signal.SIGTERM, lambda *what: os._exit(0) if unwanted.value else None)
+
+
+def told_of_workers(error: RuntimeError, config: DatasetConfig) -> str:
+    """What to do about a loader worker that has died, in one line; "" for any other error."""
+    text = str(error)
+    fewer = f"lower dataset.workers={config.workers}, and the run goes on from the last checkpoint"
+    fewer += f" (with a smaller dataset.batch_size={config.batch_size} it is another run)"
+    if config.workers == 0:
+        return ""
+    if re.search("DataLoader worker.*Bus error|/torch_", text):  # that is what torch's shared memory is called
+        return f"the loader's workers had too little shared memory: enlarge /dev/shm, or {fewer}"
+    if "Too many open files" in text or "received 0 items of ancdata" in text:
+        return f"the loader's workers had too few open files: raise ulimit -n, or {fewer}"
+    if found := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
+        how = found[1].strip().replace("is killed", "was killed")
+        return f"a loader worker {how}, as happens when memory is short: {fewer}"
+    return ""
 
 
 def check_ranks(config: DatasetConfig, world_size: int) -> None:

@@ -87,7 +87,7 @@ def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool,
         print(f"no runs of tables under {', '.join(map(str, inputs))}; luqrun -m +experiment=fig2/glyphs makes some")
     print(notes, end="")
     _write(out / f"{FINDINGS}.md", notes)
-    _write(out / f"{INDEX}.md", index(entries, findings, left_out))
+    _write(out / f"{INDEX}.md", index(entries, findings, left_out, (each.results for each in records)))
     for name in pages:
         _write(out / f"{name}.html", _page(name, tables, rounding, findings, left_out))
     failed = [finding for finding in findings if not finding.passes]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from urllib.parse import quote
 
+from luqrun import RESULTS
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.layout import TITLES
 from luqrun.report.records import LeftOut
@@ -22,9 +23,14 @@ class Entry(NamedTuple):
     links: dict[str, str]
 
 
-def index(entries: Sequence[Entry], findings: Sequence[Finding], left_out: Sequence[LeftOut]) -> str:
-    """The Markdown of README.md, the tables in the paper's order."""
+def index(
+    entries: Sequence[Entry], findings: Sequence[Finding], left_out: Sequence[LeftOut], results: Iterable[int] = ()
+) -> str:
+    """The Markdown of README.md, the tables in the paper's order. results: which RESULTS the runs are of."""
     parts = ["# The paper's tables and figures, from our runs"]
+    if theirs := sorted(set(results)):
+        now = "" if theirs == [RESULTS] else f"; this luqrun is RESULTS {RESULTS}, which computes other numbers"
+        parts.append(f"The runs are of RESULTS {' and '.join(map(str, theirs))}{now}.")
     parts += [how_tested(findings)] if findings else []
     order = list(TITLES)
     for entry in sorted(entries, key=lambda each: order.index(each.table)):

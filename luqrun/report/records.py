@@ -57,6 +57,11 @@ class Record:
         return self.run["status"] == "diverged"
 
     @property
+    def results(self) -> int:
+        """Which RESULTS its numbers are of (luqrun.RESULTS); 1 before that was recorded."""
+        return self.run.get("results", 1)
+
+    @property
     def command(self) -> str:
         return shlex.join(["luqrun", *self.overrides])
 
@@ -191,6 +196,8 @@ def check_run(run: dict, source: str) -> None:
     version = versions.get("luqrun") if isinstance(versions, dict) else None
     if version != __version__:
         raise Unusable(f"of another version: {version}, this is {__version__}")
+    if type(run.get("results", 1)) is not int:
+        raise Unusable(f"{source} is damaged")
     overrides, commit = run.get("overrides", []), run.get("git_commit")
     texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or ""]
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in texts):

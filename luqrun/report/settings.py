@@ -14,7 +14,8 @@ OF_A_CELL = ("quant", "finetune")  # what all tables compare
 def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
     """The records that were trained as most of their table and of their cell were, and the others by name.
 
-    The runs of a table share all settings but recipe, fine-tune and seed, those of a cell all but the seed. Where a
+    The runs of a table share all settings but recipe, fine-tune and seed, those of a cell all but the seed, and all are
+    of one RESULTS: numbers of others are never averaged. Where a
     table's rows are models, which bring their schedules, this is asked of the runs of one model. Where no settings are
     in the majority, all are left out: which are meant cannot be known.
     """
@@ -26,6 +27,7 @@ def of_one_kind(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]
         of_cells = OF_A_CELL if model is None else (*OF_A_CELL, "model")
         own = {key: value for key, value in settings.items() if key.partition(".")[0] in of_cells}
         rest = {key: value for key, value in settings.items() if key not in own and key != "seed"}
+        rest["RESULTS"] = record.results
         of_table.setdefault((*table, model), []).append((record, rest))
         of_cell[id(record)] = (*table, record.row, record.column), own
     cells: dict[tuple, list[tuple[Record, dict]]] = {}

@@ -29,7 +29,7 @@ from luqrun.report.records import (
 # Of run.json; not its paths and times.
 KEPT = (
     "status", "diverged_at_step", "git_commit", "git_dirty", "versions",
-    "device", "kernel_backend", "threads", "world_size",
+    "device", "kernel_backend", "threads", "world_size", "world_sizes", "results",
 )  # fmt: skip
 
 
@@ -159,12 +159,16 @@ def _is_place(value) -> bool:
 
 
 def _once(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
-    """Each run once, the first where all say the same; where they do not, it is left out."""
+    """Each run once, of the latest RESULTS and the first where all say the same; where they do not, it is left out."""
     runs: dict[tuple, list[Record]] = {}
     for record in records:
         runs.setdefault((*_cell(record).values(), record.path.name), []).append(record)
     kept, left_out = [], []
-    for same in runs.values():
+    for found in runs.values():
+        latest = max(record.results for record in found)
+        same = [record for record in found if record.results == latest]
+        reason = f"of RESULTS {{}}: this run is there of RESULTS {latest} too"
+        left_out += [LeftOut(each.path, reason.format(each.results)) for each in found if each.results != latest]
         if all(_result(record) == _result(same[0]) for record in same):
             kept.append(same[0])
             continue
