@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from luqrun import assembly, checkpoint, gemms, ranks
+from luqrun.compiling import prepare_training
 from luqrun.config import Config
 from luqrun.convert import quantized_layers, set_finetune, set_step
 from luqrun.datasets import build_dataset
@@ -58,6 +59,7 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     trainer = Trainer(config, folder, device, requests)
     folder.update_run(kernel_backend=trainer.kernels)
     try:
+        prepare_training(trainer.model, trainer.recipe, device, trainer.no_bar)  # not in a step, nor in its time
         with trainer.requests.deferred():
             trainer.fit()
     except Diverged as diverged:
