@@ -5,6 +5,8 @@ Light to import: torch and the rest are loaded inside the job, so that --help an
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import logging
 import os
@@ -36,6 +38,7 @@ from luqrun.refusals import is_hydras, one_line, out_of_memory, stumbled
 from luqrun.reuse import adopt, diverged_base, find_twin
 from luqrun.run_folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
+from luqrun.starting import quick_start, quieten_libraries
 from luqrun.stopping import Requests, Stopped, hand_on, handled
 from luqrun.validate import to_config, validate
 
@@ -45,6 +48,7 @@ log = logging.getLogger("luqrun")
 def main() -> None:
     """The `luqrun` command."""
     limit_spinning()  # before torch loads its OpenMP
+    atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
     logging.raiseExceptions = False  # run.log on a full disk: the error is told once, not at each line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line
     ConfigStore.instance().store(name="schema", node=Config)
@@ -52,7 +56,8 @@ def main() -> None:
     try:
         sys.argv[1:] = _options_first(sys.argv[1:])
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+            with quick_start():
+                hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
         finally:
             if sweeps.jobs:
                 print(jobs_table(sweeps.jobs), flush=True)
@@ -158,6 +163,8 @@ def job(composed: DictConfig) -> float | None:
 
     Returns what a sweeper maximizes (see _objective).
     """
+    gc.enable()
+    quieten_libraries(HydraConfig.get().verbose)
     join_ranks()
     folder = RunFolder(HydraConfig.get().runtime.output_dir, writes=ranks.is_first())
     if not folder.writes:

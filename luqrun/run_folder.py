@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 from luqrun import __version__
@@ -256,6 +255,8 @@ def now() -> str:
 def provenance() -> dict:
     """Versions (torch's with its local part, as +cu130) and, in a checkout, the git commit and whether the tree was
     changed."""
+    from importlib.metadata import version  # with it --help would take longer
+
     import torch  # here, as reading run folders needs none
 
     packages = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")

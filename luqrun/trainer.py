@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from luqrun import assembly, checkpoint, gemms, ranks, speed
+from luqrun.compiling import prepare_training
 from luqrun.config import Config
 from luqrun.convert import quantized_layers, set_finetune, set_step
 from luqrun.datasets import build_dataset
@@ -57,6 +58,7 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     sizes = trainer.progress["world_sizes"]
     folder.update_run(kernel_backend=trainer.kernels, data=asdict(trainer.data.found), world_sizes=sizes)
     try:
+        prepare_training(trainer.model, trainer.recipe, device, trainer.no_bar)  # not in a step, nor in its time
         with trainer.requests.deferred():
             trainer.fit()
     except RuntimeError as error:

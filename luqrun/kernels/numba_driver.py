@@ -9,22 +9,28 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import logging
 import os
 import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray
-from numba.core import cgutils
+from numba import carray, typeof
+from numba.core import cgutils, event
 from numba.core import types as nb
 from numba.extending import intrinsic
 
 from luqrun.kernels import numba_rows as rows
 from luqrun.kernels.numba_rows import f32, row_loop
+
+log = logging.getLogger(__name__)
 
 ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
 CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
@@ -67,14 +73,67 @@ class driver:
         self.parallel = row_loop(parallel=_PARALLEL)(twin) if THREADED else self.serial
 
     def __call__(self, elements, *rest):
-        if torch.get_num_threads() == 1 or not THREADED or os.getpid() != _home:
-            return self.serial(elements, *rest)
-        _launch()
-        threads = 1 if elements <= CHUNK else threads_for(elements)
-        if _mask.threads != threads:
-            numba.set_num_threads(threads)
-            _mask.threads = threads
-        return self.parallel(elements, *rest)
+        alone = torch.get_num_threads() == 1 or not THREADED or os.getpid() != _home
+        loop = self.serial if alone else self.parallel
+        if _thread.rehearsed is not None:
+            _thread.rehearsed[loop] = Version(self, not alone, tuple(typeof(each) for each in (elements, *rest)))
+            return
+        if not alone:
+            _launch()
+            threads = 1 if elements <= CHUNK else threads_for(elements)
+            if _thread.mask != threads:
+                numba.set_num_threads(threads)
+                _thread.mask = threads
+        if loop.overloads:
+            loop(elements, *rest)
+        else:
+            with event.install_listener("numba:compile", _Announcing(loop)):
+                loop(elements, *rest)
+
+
+class Version(NamedTuple):
+    """One of a driver's compiled loops: with or without threads, and numba's types of its arguments."""
+
+    driver: driver
+    parallel: bool
+    signature: tuple
+
+    @property
+    def loop(self):
+        """numba's dispatcher."""
+        return self.driver.parallel if self.parallel else self.driver.serial
+
+
+@contextmanager
+def rehearsal() -> Iterator[list[Version]]:
+    """In here no driver called by this thread computes anything; the list ends up with what would have run."""
+    found: list[Version] = []
+    before, _thread.rehearsed = _thread.rehearsed, {}
+    try:
+        yield found
+    finally:
+        found.extend(_thread.rehearsed.values())
+        _thread.rehearsed = before
+
+
+class _Announcing(event.Listener):
+    """Says that a loop is being compiled, which was not to be had from numba's cache."""
+
+    def __init__(self, loop):
+        self.loop = loop
+
+    def on_start(self, started):
+        if started.data["dispatcher"] is self.loop:
+            announce()
+
+    def on_end(self, ended):
+        pass
+
+
+@functools.cache
+def announce() -> None:
+    """Say, once a process, that it waits for the compiler."""
+    log.warning("compiling the kernels for this CPU, which takes half a minute or so, once on this machine")
 
 
 @functools.cache
@@ -85,13 +144,15 @@ def _launch() -> None:
     torch.set_num_threads(threads)
 
 
-class _Mask(threading.local):
-    """What each thread last told numba, which takes its time to hear it."""
+class _Thread(threading.local):
+    """Of each thread: the number of threads that it last told numba, which takes its time to hear it, and what it
+    rehearses (by loop; see `rehearsal`)."""
 
-    threads = 0
+    mask = 0
+    rehearsed: dict | None = None
 
 
-_mask = _Mask()
+_thread = _Thread()
 
 
 def threads_for(elements: int) -> int:

@@ -10,7 +10,7 @@ from html import escape
 from luqrun.report import figures, measured
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import HEADER, about_measured, line, whole_command
+from luqrun.report.render import HEADER, about_measured, commands_of_all, how_made, line
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -62,13 +62,13 @@ def _table(table: Table) -> str:
         cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
-    listed = _made_by(whole_command(table)) + _missing(*table.missing())
+    listed = _made_by(commands_of_all(table)) + _missing(*table.missing())
     body = _html_table((*HEADER, "runs by seed"), rows)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
 
 
-def _made_by(command: str | None) -> str:
-    return f"<p>All of it is one command:</p><pre>{escape(command)}</pre>" if command else ""
+def _made_by(commands: Sequence[str]) -> str:
+    return f"<p>{how_made(commands)}</p><pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
 
 
 def _missing(count: int, commands: Sequence[str]) -> str:
@@ -83,7 +83,7 @@ def _measured(table: measured.Measured) -> str:
     links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in table.records)
     about = f"<p>{escape(about_measured(table))} Runs: {links}.</p>" if table.records else ""
     body = (_html_table(measured.HEADER, rows) if rows else "") + about
-    listed = _made_by(whole_command(table)) + _missing(table.missing, table.commands)
+    listed = _made_by(commands_of_all(table)) + _missing(table.missing, table.commands)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(measured.draw(table))}"
 
 

@@ -18,6 +18,7 @@ import yaml
 from luqrun import __version__
 from luqrun.config import flatten
 from luqrun.errors import UserError
+from luqrun.report import remaking
 from luqrun.report.layout import MEASURED, TITLES
 from luqrun.run_folder import METRICS, RUN, SUMMARY, of_the_result
 
@@ -63,7 +64,12 @@ class Record:
 
     @property
     def command(self) -> str:
-        return shlex.join(["luqrun", *self.overrides])
+        return shlex.join(["luqrun", *self.options, *self.overrides])
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the command line: where the YAML files are that Hydra would not find without."""
+        return remaking.split((self.run.get("command") or [])[1:])[0]
 
     @property
     def overrides(self) -> list[str]:
@@ -196,12 +202,15 @@ def check_run(run: dict, source: str) -> None:
     version = versions.get("luqrun") if isinstance(versions, dict) else None
     if version != __version__:
         raise Unusable(f"of another version: {version}, this is {__version__}")
-    if type(run.get("results", 1)) is not int:
+    lists, commit = [run.get("overrides", []), run.get("command", [])], run.get("git_commit")
+    if type(run.get("results", 1)) is not int or not all(isinstance(each, list) for each in lists):
         raise Unusable(f"{source} is damaged")
-    overrides, commit = run.get("overrides", []), run.get("git_commit")
-    texts = [*(overrides if isinstance(overrides, list) else [overrides]), commit or ""]
-    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in [*itertools.chain(*lists), commit or ""]):
         raise Unusable(f"{source} is damaged")
+    try:
+        remaking.split(lists[1][1:])
+    except ValueError:
+        raise Unusable(f"{source} is damaged") from None
 
 
 def make_record(

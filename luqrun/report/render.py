@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from luqrun.report import layout, measured
+from luqrun.report import measured
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
+from luqrun.report.remaking import whole_commands
 from luqrun.report.spread import Spread
 from luqrun.report.tables import Cell, Table
 
@@ -44,7 +44,7 @@ def markdown(table: Table) -> str:
         "Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data.",
     ]
     lines += _missing(*table.missing())
-    lines += _made_by(whole_command(table))
+    lines += _made_by(commands_of_all(table))
     return "\n".join(lines) + "\n"
 
 
@@ -52,26 +52,25 @@ def _missing(count: int, commands: Sequence[str]) -> list[str]:
     return ["", f"Missing runs ({count}):", "```", *commands, "```"] if count else []
 
 
-def whole_command(table: Table | measured.Measured) -> str | None:
+def commands_of_all(table: Table | measured.Measured) -> list[str]:
     """What makes all of a table, with what all its runs were given beside.
 
-    None where there is no experiment of it, or nothing was measured yet.
+    Empty where there is no experiment of it, or nothing was measured yet.
     """
     if isinstance(table, measured.Measured):
         runs = table.records
     else:
         runs = [run for cell in table.cells.values() for run in cell.runs.values()]
-    if not runs:
-        return None
-    name, scale = table.name, runs[0].scale
-    sweep = {part for wish in layout.expected(name, scale or "") for part in shlex.split(wish.command)}
-    shared = [given for given in runs[0].overrides if all(given in run.overrides for run in runs)]
-    more = [given for given in shared if given not in sweep]  # which holds the values that it goes through
-    return shlex.join(["luqrun", "-m", f"+experiment={name}/{scale}", *more]) if sweep else None
+    return whole_commands(table.name, runs[0].scale or "", runs) if runs else []
 
 
-def _made_by(command: str | None) -> list[str]:
-    return ["", "All of it is one command:", "```", command, "```"] if command else []
+def how_made(commands: Sequence[str]) -> str:
+    """The words before these commands."""
+    return "All of it is one command:" if len(commands) == 1 else f"All of it is these {len(commands)} commands:"
+
+
+def _made_by(commands: Sequence[str]) -> list[str]:
+    return ["", how_made(commands), "```", *commands, "```"] if commands else []
 
 
 def markdown_measured(table: measured.Measured) -> str:
@@ -81,7 +80,7 @@ def markdown_measured(table: measured.Measured) -> str:
         rows = [measured.HEADER, ["---"] * len(measured.HEADER), *table.lines()]
         lines += ["", *map(_md_row, rows), "", about_measured(table)]
     lines += _missing(table.missing, table.commands)
-    lines += _made_by(whole_command(table))
+    lines += _made_by(commands_of_all(table))
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from luqrun.report.records import (
     read_folders,
     without_duplicates,
 )
+from luqrun.report.remaking import split
 
 # Of run.json; not its paths and times.
 KEPT = (
@@ -119,10 +120,11 @@ def _record(entry: dict, place: Path, source: str) -> Record:
     if not names_a_cell(config, "its config"):
         raise Unusable("its config does not say which cell of which table this is")
     try:
-        overrides = shlex.split(command)[1:] if isinstance(command, str) and command else None
+        words = shlex.split(command) if isinstance(command, str) and command else None
+        overrides = words and split(words[1:])[1]
     except ValueError:
-        overrides = None
-    run = {name: entry[name] for name in KEPT if name in entry} | {"overrides": overrides}
+        words = overrides = None
+    run = {name: entry[name] for name in KEPT if name in entry} | {"command": words, "overrides": overrides}
     check_run(run, source)
     if not isinstance(curve, list) or not all(map(is_share, curve)):
         raise Unusable("its curve is damaged")

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from luqrun.report import remaking
 from luqrun.report.layout import BASELINES, TITLES, Expected, expected
 from luqrun.report.paper import Published, published
 from luqrun.report.records import Record
@@ -118,8 +119,8 @@ def build_table(study: str, name: str, scale: str, records: Sequence[Record]) ->
     """The table of these records, one at least, which are all of this study, name and scale."""
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
-    shared = tuple(given for given in records[0].overrides if all(given in record.overrides for record in records))
-    for wish in (_with_overrides(wish, shared) for wish in expected(name, scale, shared)):
+    shared, options = remaking.shared(records), remaking.common_options(records)
+    for wish in (_alike(wish, shared, options) for wish in expected(name, scale, shared)):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
             cell.missing.append(wish)
@@ -128,12 +129,11 @@ def build_table(study: str, name: str, scale: str, records: Sequence[Record]) ->
     return Table(study, name, scale, cells)
 
 
-def _with_overrides(wish: Expected, shared: Sequence[str]) -> Expected:
-    """With what all runs of the study were given (study=, schedule.epochs=): else it would not be like them."""
-    own = {_key(part) for part in wish.command.split()}
-    more = [given for given in shared if _key(given) not in own]
-    return replace(wish, command=f"{wish.command} {shlex.join(more)}") if more else wish
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
+def _alike(wish: Expected, shared: Sequence[str], options: Sequence[str]) -> Expected:
+    """With what all runs of the study were given (--config-dir, an experiment of one's own, study=, schedule.epochs=):
+    else it would not be like them."""
+    name, shipped, *own = shlex.split(wish.command)
+    chosen = remaking.experiment(shared) or shipped
+    keys = {remaking.key(part) for part in (chosen, *own)}
+    more = [given for given in shared if remaking.key(given) not in keys]
+    return replace(wish, command=shlex.join([name, *options, chosen, *own, *more]))
