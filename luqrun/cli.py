@@ -97,7 +97,7 @@ def _resolve_run_id(*, _root_: DictConfig) -> str:
     circular = "${run_id:} follows from the settings, so that none of them can hold it"
     if "hydra" not in _root_:  # to_config asks, for the settings that the name is made of
         raise UserError(circular)
-    circular += "".join(f": {text}" for text in OmegaConf.to_container(_root_.hydra.overrides.task) if "${" in text)
+    circular += "".join(f": {text}" for text in OmegaConf.to_container(_root_.hydra.overrides.task) if "$" in text)
     if _resolving:  # a setting holds ${hydra:run.dir}
         _resolving.append(True)
         raise UserError(circular)
@@ -129,8 +129,9 @@ def job(composed: DictConfig) -> float | None:
     requests = Requests()
     try:
         with handled() as requests, ExitStack() as held:
-            config = to_config(composed)
-            validate(config)
+            with own_configs.naming_files(HydraConfig.instance().cfg, sys.argv[1:]):
+                config = to_config(composed)
+                validate(config)
             if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
                 log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
             if folder.writes and HydraConfig.get().mode == RunMode.RUN:

@@ -156,7 +156,7 @@ def _escaped(backslashes: str, end: str, mark: str) -> str:
 def unreadable(text: str, reason: str) -> str:
     """What to write instead of an override that Hydra's grammar cannot read, for the reason that it gives."""
     if "while evaluating" in reason and "Unknown function" not in reason:  # range(1,x), choice()
-        return f"{text!r} cannot be read: {' '.join(reason.splitlines()[1:])}"
+        return f"{text!r} cannot be read: {reason.splitlines()[1]}"
     quoted, value = in_quotes(text), text.partition("=")[2]
     odd = " ".join(sorted({character for character in value if not UNQUOTED.match(character)}))
     if quoted is None:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from luqrun.errors import UserError
 from luqrun.overrides import shell_words
+from luqrun.own_configs import refuse_empty
 from luqrun.refusals import one_line
 from luqrun.run_folder import RunFolder
 
@@ -124,8 +125,7 @@ def _watched(launch: Callable) -> Callable:
     def watched(launcher: Launcher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int):
         if initial_job_idx == 0:
             jobs.clear()
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
-            jobs.append(_planned(launcher, overrides, number))
+        jobs.extend([_planned(launcher, each, number) for number, each in enumerate(job_overrides, initial_job_idx)])
         if not launcher.__module__.startswith("hydra._internal"):  # the jobs' own words may be on no console
             for number, job in enumerate(jobs[initial_job_idx:], initial_job_idx):
                 print(f"to {type(launcher).__name__}: {_title(number, job.overrides)}", file=sys.stderr)
@@ -146,6 +146,7 @@ def _planned(launcher: Launcher, overrides: Sequence[str], number: int) -> Job:
     """The job that these overrides make, composed as the launcher will."""
     composed = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
     _refuse_read_before(launcher.config, composed)
+    refuse_empty(composed, sys.argv[1:])
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
     hydra_config = HydraConfig.instance()
