@@ -14,27 +14,25 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun import RESULTS, __version__, ranks, sweeps
+from luqrun import RESULTS, __version__, overrides, own_configs, ranks, sweeps
+from luqrun.checks import close_logs
 from luqrun.closing import closing_table, jobs_table
 from luqrun.cluster import join_ranks
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.identity import refuse_another, refuse_other_settings
-from luqrun.refusals import is_hydras, one_line, out_of_memory, stumbled
+from luqrun.overrides import options_first
+from luqrun.refusals import is_hydras, one_line, out_of_memory, refuse, stumbled
 from luqrun.reuse import adopt, diverged_base, find_twin
 from luqrun.run_folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
 from luqrun.spinning import limit_spinning
@@ -54,7 +52,11 @@ def main() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
     try:
-        sys.argv[1:] = _options_first(sys.argv[1:])
+        if "--version" in sys.argv[1:]:
+            print(f"luqrun {__version__}")
+            sys.exit()
+        sys.argv[1:] = options_first(sys.argv[1:])
+        own_configs.refuse_passed_over(sys.argv[1:])
         try:
             with quick_start():
                 hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
@@ -63,9 +65,10 @@ def main() -> None:
                 print(jobs_table(sweeps.jobs), flush=True)
         _tell_failures()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        _refuse(error)
+        refuse(own_configs.located(error, sys.argv[1:]))
     except yaml.YAMLError as error:
-        _refuse(UserError(f"a YAML file cannot be read: {error}"))
+        located = own_configs.located(error, sys.argv[1:])
+        refuse(located if located is not error else UserError(f"a YAML file cannot be read: {error}"))
     except BrokenPipeError:  # `luqrun --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -78,30 +81,12 @@ def main() -> None:
             _tell_failures()
         if not is_hydras(error):
             raise
+        located = own_configs.located(error, sys.argv[1:])
+        if located is not error:
+            refuse(located)
         if isinstance(error.__cause__, OSError):  # run.log cannot be opened
-            _refuse(error.__cause__)
-        _refuse(UserError(stumbled(error, sys.argv[1:])))
-
-
-def _options_first(arguments: list[str]) -> list[str]:
-    """The command line as Hydra can read it, whose overrides may not stand on both sides of an option."""
-    if "--version" in arguments:
-        print(f"luqrun {__version__}")
-        sys.exit()
-    parser = get_args_parser()
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; luqrun --help shows how it is used")
-
-    parser.error = refuse
-    overrides = parser.parse_intermixed_args(arguments).overrides
-    left, options = list(overrides), []
-    for argument in arguments:
-        if left and argument == left[0]:
-            left.pop(0)
-        else:
-            options.append(argument)
-    return [*options, *overrides]
+            refuse(error.__cause__)
+        refuse(UserError(stumbled(error, sys.argv[1:])))
 
 
 def _tell_failures() -> None:
@@ -115,47 +100,25 @@ def _tell_failures() -> None:
 
 def _resolve_run_id(*, _root_: DictConfig) -> str:
     """${run_id:}, the name of the run folder. A config that job() will refuse gets a name too, or a sweep would end."""
+    circular = "${run_id:} follows from the settings, so that none of them can hold it"
     if "hydra" not in _root_:  # to_config asks, for the settings that the name is made of
-        raise UserError("${run_id:} follows from the settings, so that none of them can hold it")
+        raise UserError(circular)
+    circular += "".join(f": {text}" for text in OmegaConf.to_container(_root_.hydra.overrides.task) if "$" in text)
+    if _resolving:  # a setting holds ${hydra:run.dir}
+        _resolving.append(True)
+        raise UserError(circular)
+    _resolving.append(True)
     try:
         return run_id(to_config(_root_))
     except UserError as error:
+        if len(_resolving) > 1:
+            raise UserError(circular) from error
         return "refused-" + hashlib.sha256(str(error).encode()).hexdigest()[:8]
-
-
-class Checks(Callback):
-    """What must hold before Hydra makes a folder or starts a sweep. (Hydra swallows all errors here but SystemExit.)"""
-
-    def on_run_start(self, config: DictConfig, **kwargs) -> None:
-        try:
-            validate(to_config(config), Path(config.hydra.run.dir))
-            if ranks.is_first():
-                _make_folder(Path(config.hydra.run.dir))
-        except (UserError, OSError, OmegaConfBaseException) as error:
-            _refuse(error)
-
-    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        try:
-            if ranks.world_size() > 1:
-                raise UserError("-m (a sweep) cannot run under torchrun: start one job after the other")
-            sweeps.watch(config)
-            _make_folder(Path(config.hydra.sweep.dir))
-        except (UserError, OSError, OmegaConfBaseException) as error:
-            _refuse(error)
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN:
-            sweeps.ended(config.hydra.job.num, job_return)
-
-
-def _make_folder(path: Path) -> None:
-    """Make the folder and prove that it takes a file."""
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f".probe.{os.getpid()}"
-    try:
-        probe.write_text("luqrun")
     finally:
-        probe.unlink(missing_ok=True)
+        _resolving.clear()
+
+
+_resolving: list[bool] = []  # one for each time that ${run_id:} was asked for while it was made
 
 
 def job(composed: DictConfig) -> float | None:
@@ -169,14 +132,19 @@ def job(composed: DictConfig) -> float | None:
     folder = RunFolder(HydraConfig.get().runtime.output_dir, writes=ranks.is_first())
     if not folder.writes:
         _only_warn()
+    sweeps.announce()
     summary = failure = None
     requests = Requests()
     try:
         with handled() as requests, ExitStack() as held:
-            config = to_config(composed)
-            validate(config, folder.path)
+            with own_configs.naming_files(HydraConfig.instance().cfg, sys.argv[1:]):
+                config = to_config(composed)
+                validate(config, folder.path)
             if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
                 log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
+            if folder.writes and HydraConfig.get().mode == RunMode.RUN:
+                for line in overrides.repeated(HydraConfig.instance().cfg):
+                    log.warning(line)
             ranks.join()
             held.callback(ranks.leave)
             summary = ranks.from_first(lambda: _begin(config, folder, held))
@@ -188,7 +156,7 @@ def job(composed: DictConfig) -> float | None:
             requests.insist()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
-            _refuse(busy)
+            refuse(busy)
         log.warning("luqrun: %s; left to it", busy)
     except ranks.RefusedByFirst:
         # In a job of submitit no error: it could end the first one before that has told its own.
@@ -208,7 +176,7 @@ def job(composed: DictConfig) -> float | None:
         raise
     except (UserError, OSError) as error:
         if HydraConfig.get().mode == RunMode.RUN:
-            _refuse(error)
+            refuse(error)
         log.error("luqrun: %s", one_line(error))
         folder.remove_if_never_started()
         failure = sweeps.Refused(one_line(error))
@@ -216,7 +184,7 @@ def job(composed: DictConfig) -> float | None:
         log.exception("the run failed")
         failure = sweeps.Failed(f"{type(error).__name__}: {error}; the traceback is in {folder.path / 'run.log'}")
         if HydraConfig.get().mode == RunMode.RUN:
-            _refuse(failure)
+            refuse(failure)
     if failure is not None:  # raised here, without the first error as its context: that holds the job's tensors
         if requests.received is not None:  # asked to stop, it failed at that: the sweep ends all the same
             sys.exit(Stopped(requests.received).exit_code)
@@ -240,9 +208,7 @@ def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
 
 def _only_warn() -> None:
     """On the console, what is wrong and in which process; nothing to a file."""
-    for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
-        logging.root.removeHandler(handler)
-        handler.close()
+    close_logs()
     for handler in logging.root.handlers:
         handler.setFormatter(logging.Formatter(f"rank {ranks.rank()}: %(message)s"))
     logging.root.setLevel(logging.WARNING)
@@ -278,9 +244,9 @@ def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
             return _ended(config, folder, summary, run)
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
-        overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
+        given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
         whose = {"results": RESULTS, "world_sizes": [ranks.world_size()]}
-        folder.update_run(status="running", overrides=overrides, **whose, **started, **provenance())
+        folder.update_run(status="running", overrides=given, **whose, **started, **provenance())
         begun = folder.checkpoints.exists()
         twin = find_twin(config, folder) if config.reuse and not begun else None
         base = diverged_base(config, folder) if twin is None and not begun else None
@@ -336,9 +302,3 @@ def _mark_failed(folder: RunFolder, reason: str) -> None:
             folder.update_run(status="failed", reason=reason, end=now())
     except (OSError, UserError) as error:
         log.error("run.json could not be updated: %s", one_line(error))
-
-
-def _refuse(error: Exception) -> None:
-    who = f"luqrun (rank {ranks.rank()})" if ranks.world_size() > 1 else "luqrun"
-    print(f"{who}: {one_line(error)}", file=sys.stderr)
-    sys.exit(1)

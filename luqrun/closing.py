@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luqrun.config import Config
+from luqrun.overrides import shell_words
 from luqrun.sweeps import Job, own_overrides
 
 
 def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequence[str] = ()) -> str:
     """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, places."""
     study = _shown(folder.parent)
-    given = [f"settings     {' '.join(overrides)}"] if overrides else []
+    given = [f"settings     {shell_words(overrides)}"] if overrides else []
     where = [
         *given,
         f"run folder   {_shown(folder)}",

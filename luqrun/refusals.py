@@ -5,24 +5,38 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import os
 import re
+import sys
 import traceback
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 
+from hydra.conf import HydraConf
 from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from luqrun import ranks
 from luqrun.config import Config, conf_dir
+from luqrun.overrides import in_quotes, unreadable
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
+ANYTHING: dict = {}  # a part of Hydra's settings whose keys depend on the option
 HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def one_line(error: BaseException) -> str:
     """The error's text in one line: the key or file, what is wrong, what is allowed."""
-    return " ".join(_told(error).split())
+    return " ".join(re.sub("UserError raised while resolving interpolation: ", "", _told(error)).split())
+
+
+def refuse(error: Exception) -> None:
+    """Print the line, and leave with exit code 1."""
+    who = f"luqrun (rank {ranks.rank()})" if ranks.world_size() > 1 else "luqrun"
+    print(f"{who}: {one_line(error)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _told(error: BaseException) -> str:
@@ -39,13 +53,24 @@ def _told(error: BaseException) -> str:
     if isinstance(error, OSError):
         return _about_files(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read; an override is key=value, such as schedule.epochs=3"
+        return unreadable(error.override, text)
     if re.search("(override|delete|append to|Key) ''|Key None", text):
         return "an override is key=value, such as schedule.epochs=3; here one has no key"
-    if "more than once in the final defaults list" in text:
-        return f"{text} (an override such as +experiment= is given twice)"
-    if "Ambiguous value for argument" in text:
-        return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1)"
+    if found := re.search(r"^(\S+) appears more than once in the final defaults list", text):
+        return (
+            f"{text} (an override such as +experiment= is given twice, or a + stands before a group that has an option "
+            f"already: {found[1]}=OPTION, or in a file's defaults 'override /{found[1]}: OPTION', exchanges it)"
+        )
+    if found := re.search("Ambiguous value for argument '(.*)'$", text, re.MULTILINE):
+        quoted = in_quotes(found[1])
+        comma = f"; one value with a comma stands in quotes: {quoted}" if quoted else ""
+        return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1){comma}"
+    if found := re.search(r"Multiple values for (\S+)\.", text):
+        return f"{found[1]} is given twice, with different options: give it once"
+    if found := re.search("An item is already at '(.*)'", text):
+        return f"+{found[1]}= would add a key, but {found[1]} is there already: without +, {found[1]}=VALUE sets it"
+    if found := re.search(r"append to your default list use \+(([^\s=@]+)=\S*)", text):
+        return f"{found[2]} has no option yet: write +{found[1]}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     overridden = re.search(r"(?:Could not (?:override|append)|Error merging override) '?[+~]*([^'\s=]+)", text)
     key = overridden[1] if overridden else getattr(cause, "full_key", None)
@@ -53,7 +78,9 @@ def _told(error: BaseException) -> str:
     if cause is error and overridden:
         reason = " ".join(line.strip() for line in text.splitlines()[1:2]) or reason
     if unknown := re.search(r"Key '([^']+)' (?:is )?not in", str(cause)):
-        return unknown_key(key if key and key.endswith(unknown[1]) else unknown[1])
+        return unknown_key(key if key and unknown[1] in re.split(r"[.@]", key) else unknown[1])
+    if found := re.search(r"Interpolation key 'hydra\.([\w.]+)' not found$", reason):
+        reason = f"{reason}: Hydra's own settings have a colon, ${{hydra:{found[1]}}}"
     if "is not a ListConfig" in reason:
         reason = "must be a list, such as [first,last]"
     if key and key not in reason:
@@ -63,12 +90,42 @@ def _told(error: BaseException) -> str:
 
 def unknown_key(key: str) -> str:
     """That a key does not exist, with the nearest that do."""
-    known = dotted_keys(Config)
-    near = difflib.get_close_matches(key, known, n=2)
-    # Or the right last part under another group.
-    near = near or [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:3]
+    if found := re.match(r"hydra\.(sweeper|launcher)\.", key):
+        return f"{key} is not a key of the hydra/{found[1]} in use; hydra/{found[1]}=NAME with -m chooses another"
+    near = _nearest(key)
     hint = f"did you mean {' or '.join(near)}?" if near else "luqrun --help lists the keys"
     return f"{key} is not a key; {hint}"
+
+
+def _nearest(key: str) -> list[str]:
+    """Up to three keys or groups that may have been meant: each part close to its own, or close as a whole, or the last
+    part right, or close, under another group."""
+    known = dotted_keys(Config)
+    groups = sorted({str(path.parent.relative_to(conf_dir())) for path in conf_dir().glob("*/*.yaml")})
+    groups += sorted({str(path.parent.relative_to(conf_dir())).split("/")[0] for path in conf_dir().glob("*/*/*.yaml")})
+    tree: dict = {}
+    for name in [*known, *dotted_keys(HydraConf, "hydra."), *groups, "hydra/launcher", "hydra/sweeper"]:
+        part = tree
+        for segment in name.split("."):
+            part = part.setdefault(segment, {})
+    tree["hydra"].update(launcher=ANYTHING, sweeper=ANYTHING)
+    found = _spelled(key.lower().split("."), tree)
+    last = key.lower().rpartition(".")[2]
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = found or difflib.get_close_matches(key.lower(), known, n=2)
+    near = near or [name for name in known if name.rpartition(".")[2] == last][:3]
+    near = near or [ends[each] for each in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)]
+    adding = [name for name in groups if name not in Config.__dataclass_fields__]  # without an option of their own
+    return [f"+{name}" if name in adding else name for name in near if name != key]
+
+
+def _spelled(segments: list[str], tree: dict) -> list[str]:
+    """The dotted keys of the tree, of as many segments, whose segments are all the same or close; at most two."""
+    if not segments or tree is ANYTHING:
+        return [".".join(segments)]
+    first, *rest = segments
+    near = [first] if first in tree else difflib.get_close_matches(first, list(tree), n=2)
+    return [each + (f".{end}" if end else "") for each in near for end in _spelled(rest, tree[each])][:2]
 
 
 def is_hydras(error: Exception) -> bool:
@@ -117,4 +174,16 @@ def _about_files(error: OSError) -> str:
         return f"the disk is full{where}: make room; the same command then continues from the last checkpoint"
     if error.errno == errno.EFBIG:
         return f"a file is larger than allowed{where} (ulimit -f): the same command continues under a higher limit"
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if not (error.filename and error.strerror):
+        return str(error)
+    if error.errno in (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+        path = Path(os.fsdecode(error.filename))
+        for part in [*reversed(path.parents), path]:
+            if part.is_symlink() and not part.exists():
+                target = os.readlink(part)
+                return f"{part} is a link to {target}, which is not there (for {path}): make that, or remove the link"
+            if part.is_file() and (part != path or error.errno == errno.EEXIST):
+                return f"{part} is a file where a folder is needed (for {path}): move it away"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename}: {error.strerror}: results need a folder that can be written (hydra.run.dir=DIR)"
+    return f"{error.filename}: {error.strerror}"

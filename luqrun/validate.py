@@ -20,6 +20,7 @@ from luqrun.config import (
     RANGE_SCOPES,
     TASKS,
     Config,
+    DatasetConfig,
     check_at_least,
     check_at_most,
     check_choice,
@@ -85,12 +86,26 @@ def validate(config: Config, folder: Path | None = None) -> None:
     check_choice("model.stem", config.model.stem, STEMS)
     Recipe.from_config(config.quant)
     validate_dataset(config.dataset)
+    _refuse_unread(config.dataset)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
     check_choice("distributed.batch_norm", config.distributed.batch_norm, BATCH_NORMS)
     check_choice("distributed.range", config.distributed.range, RANGE_SCOPES)
     if ranks.world_size() > 1:
         _validate_distributed(config, device.type)
+
+
+def _refuse_unread(config: DatasetConfig) -> None:
+    """Raise UserError for a setting that this data set does not read."""
+    from luqrun.datasets import NAMES
+
+    others = ", ".join(name for name in NAMES if name != "glyphs")
+    if config.name == "glyphs" and config.root is not None:
+        raise UserError(
+            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
+        )
+    if config.name != "glyphs" and config.glyphs is not None:
+        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:

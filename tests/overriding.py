@@ -113,7 +113,8 @@ class Answer:
 
     @property
     def lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.strip()]
+        """Of err, without what is said of a key given twice: what is tried stands beside other settings."""
+        return [line for line in self.err.splitlines() if line.strip() and "is given more than once" not in line]
 
 
 def command(folder: Path, cache: Path, *arguments: str, work=None) -> Answer:

@@ -48,7 +48,9 @@ def test_the_groups_are_there():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_composes_and_its_own_command_uses_it(name):
     group, option = name.removesuffix(".yaml").split("/", 1)
-    config = to_config(composed(f"{group}={option}", *(["dataset.root=DIR"] if group == "dataset" else [])))
+    config = to_config(
+        composed(f"{group}={option}", *(["dataset.root=DIR"] if group == "dataset" and option != "glyphs" else []))
+    )
     validate(config)
     if group != "schedule":
         assert getattr(config, group).name == option

@@ -100,7 +100,7 @@ def work(tmp_path_factory):
 
 
 TOUCHED = (*FILES, "checkpoints/last.pt", "run.log", ".lock")
-COMMANDS = [(), (), ("study=b", "reuse=true"), ("finetune=fnt1", "resume=base"), ("dataset.root=/x",)]
+COMMANDS = [(), (), ("study=b", "reuse=true"), ("finetune=fnt1", "resume=base"), ("tracking.log_every=3",)]
 
 
 @examples(12)
@@ -117,7 +117,7 @@ def test_the_command_in_a_garbled_folder(work, done, more):
         assert "Traceback" not in answer.err
         assert answer.code in (0, 1, 143)
         assert answer.code != 1 or answer.lines[-1].startswith("luqrun: ")
-        assert jobs_table([Job("seed=0", path) for path in folder.glob("outputs/*/*")] or [Job("seed=0", run)])
+        assert jobs_table([Job(["seed=0"], path) for path in folder.glob("outputs/*/*")] or [Job(["seed=0"], run)])
 
 
 @pytest.mark.parametrize("name", ["run.json", "summary.json"])

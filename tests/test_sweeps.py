@@ -81,8 +81,8 @@ def test_a_failure_has_its_traceback_in_its_log_and_the_rest_goes_on(luqrun, tmp
     assert table(result) == {"seed=0": "finished", "seed=1": "failed", "seed=-1": "refused", "seed=2": "finished"}
     first, second, third = complaints(result)
     assert first == "luqrun: seed=-1 is too small; it must be at least 0"  # where it was its turn
-    assert second.startswith("luqrun: job 1 (seed=1) failed: RuntimeError: a bug; the traceback is in ")
-    assert third == "luqrun: job 2 (seed=-1) was refused: seed=-1 is too small; it must be at least 0"
+    assert second.startswith("luqrun: job 2 of 4 (seed=1) failed: RuntimeError: a bug; the traceback is in ")
+    assert third == "luqrun: job 3 of 4 (seed=-1) was refused: seed=-1 is too small; it must be at least 0"
     assert "Error executing job" not in result.err
     log = Path(second.rpartition(" ")[2]).read_text()
     assert "Traceback (most recent call last)" in log
@@ -214,7 +214,7 @@ def test_processes_of_submitit_are_queued_again_and_told_of(tmp_path, cache):
     assert result.code == 1
     assert table(result) == {"schedule.epochs=0": "refused", "schedule.epochs=15": "finished"}
     assert complaints(result) == [
-        "luqrun: job 0 (schedule.epochs=0) was refused: schedule.epochs=0 is too small; it must be at least 1"
+        "luqrun: job 1 of 2 (schedule.epochs=0) was refused: schedule.epochs=0 is too small; it must be at least 1"
     ]
     assert "Traceback" not in result.err
 
@@ -241,14 +241,14 @@ def test_what_slurm_is_asked_for(luqrun, tmp_path, monkeypatch):
 
 
 def test_outcomes(tmp_path):
-    def job(status=None, error=None, locked=False):
+    def job(status=None, error=None, reason=None):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         if status:
-            RunFolder(folder).write_json("run.json", {"status": status})
+            RunFolder(folder).write_json("run.json", {"status": status, "reason": reason})
         if status == "finished":
             RunFolder(folder).write_json("summary.json", {"val/top1": 12.345})
-        return Job("seed=0", folder, error)
+        return Job(["seed=0"], folder, error)
 
     assert job("finished").outcome() == ("finished", "12.35")
     assert job("diverged").outcome() == ("diverged", "")
@@ -257,6 +257,8 @@ def test_outcomes(tmp_path):
     assert job("failed", Failed("a bug")).outcome() == ("failed", "")
     assert job("running", Died("killed")).outcome() == ("killed", "")
     assert job("failed", Died("stopped")).outcome() == ("failed", "")
+    assert job("failed").outcome() == ("failed", "")
+    assert job("failed", reason="stopped by SIGTERM").outcome() == ("interrupted", "")
     assert job(None, Died("killed")).outcome() == ("killed", "")
     damaged = job()
     (damaged.folder / "run.json").write_text("{")
@@ -278,7 +280,10 @@ def test_outcomes(tmp_path):
 
 
 def test_what_a_job_has_of_its_own():
-    jobs = [Job("a=1 b=2 c=3", Path("x")), Job("a=1 b=3 c=3", Path("y"), Died("gone\nquietly"))]
-    assert sweeps.own_overrides(jobs) == ["b=2", "b=3"]
-    assert sweeps.own_overrides(jobs[:1]) == ["a=1 b=2 c=3"]
-    assert sweeps.failures(jobs) == ["job 1 (b=3) died: gone quietly"]
+    jobs = [
+        Job(["a=1", "b='x y'", "c=3"], Path("x")),
+        Job(["a=1", "b='x z'", "c=3"], Path("y"), Died("gone\nquietly")),
+    ]
+    assert sweeps.own_overrides(jobs) == [""" "b='x y'" """.strip(), """ "b='x z'" """.strip()]
+    assert sweeps.own_overrides(jobs[:1]) == [""" a=1 "b='x y'" c=3 """.strip()]
+    assert sweeps.failures(jobs) == [""" job 2 of 2 ("b='x z'") died: gone quietly """.strip()]
