@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -123,3 +123,16 @@ def set_shared_ranges(model: nn.Module, on: bool) -> None:
     """Of several processes: activations and gradients get the range of all processes' parts of the batch."""
     for _, layer in quantized_layers(model):
         layer.shares_ranges = on
+
+
+def remember_ranges(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the hindsight maxima back to what they are now: then a step can be repeated exactly."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    maxima = [layer.get_buffer(f"{operand}_hindsight") for layer in layers for operand in layer.remembers]
+    before = [maximum.clone() for maximum in maxima]
+
+    def put_back() -> None:
+        for maximum, value in zip(maxima, before, strict=True):
+            maximum.copy_(value)
+
+    return put_back

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from luqrun import assembly, checkpoint, gemms, ranks, speed
 from luqrun.compiling import prepare_training
 from luqrun.config import Config
-from luqrun.convert import quantized_layers, set_finetune, set_step
+from luqrun.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.datasets import build_dataset
 from luqrun.datasets.loader import batches_per_epoch, told_of_workers, train_loader, val_loader
 from luqrun.devices import choose_device, peak_memory, reset_peak_memory
@@ -209,8 +209,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         examine, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
+        put_back = remember_ranges(self.model)
         loss, correct, images = self.accumulate_gradients(micro_batches, examine or histograms)
         if not math.isfinite(loss):
+            put_back()
             self.accumulate_gradients(micro_batches, True, until_it_fails=True)  # once more, to see what each layer saw
             self._report_divergence("loss", loss)
         if config.schedule.clip_grad_norm is not None:
@@ -270,12 +272,12 @@ class Trainer:
         assembly.share_buffers(self.model)
         sums, count = torch.zeros(3, dtype=torch.float64), 0
         loader = val_loader(self.data, self.config.dataset, ranks.rank(), ranks.world_size())
-        everywhere = len(self.data.val) // self.config.dataset.batch_size  # the batches that every process has
+        everywhere = math.ceil(len(self.data.val) / self.config.dataset.batch_size) // ranks.world_size()
         with closing(iter(loader)) as batches:
             for number in tqdm(range(len(loader)), "evaluation", disable=self.no_bar, leave=False):
                 with self.requests.reading(self.save_checkpoint):
                     images, labels = next(batches)
-                if number < everywhere:
+                if number < everywhere:  # in what every process has
                     self._stop_if_asked()  # it is done again from the start
                 images, labels = self._to_device(images, labels)
                 with self._autocast():

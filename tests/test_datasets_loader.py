@@ -132,6 +132,9 @@ def test_evaluation_serves_each_image_once(world_size, root):
     parts = [served(val_loader(data, settings(), rank, world_size)) for rank in range(world_size)]
     labels = [label for part in parts for _, batch in part for label in batch.tolist()]
     assert sorted(labels) == list(range(COUNT))
+    whole = served(val_loader(data, settings()))
+    for rank, part in enumerate(parts):  # the same batches, whatever the number of ranks
+        assert same(part, whole[rank::world_size])
     if world_size == 1:
         assert labels == list(range(COUNT))
         assert same(parts[0], served(val_loader(data, settings(workers=2))))

@@ -65,6 +65,29 @@ def test_divergence_is_a_result(tmp_path, monkeypatch, caplog, quant):
         assert "relative_error" in caplog.text
 
 
+def test_the_repeat_after_a_divergence_sees_the_ranges_that_the_step_saw(tmp_path, monkeypatch):
+    # The first micro-batch is sound, and moves the maxima that the second, which is not, is quantized with.
+    step, accumulate, seen = Trainer.train_step, Trainer.accumulate_gradients, []
+
+    def poisoned(self, micro_batches):
+        if self.progress["step"] == 2:
+            (images, labels) = micro_batches[1]
+            micro_batches = [micro_batches[0], (images * math.inf, labels)]
+        return step(self, micro_batches)
+
+    def watched(self, *arguments, **options):
+        seen.append({name: each.clone() for name, each in self.model.named_buffers() if "hindsight" in name})
+        return accumulate(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Trainer, "accumulate_gradients", watched)
+    summary, _ = train(tmp_path / "run", "quant=luq_hindsight", "schedule.accumulate=2", "dataset.batch_size=16")
+    assert summary == {"diverged": 2}
+    assert seen[2]
+    assert seen[2] == seen[3]
+    assert seen[2] != seen[1]
+
+
 @pytest.mark.parametrize("quant", ["luq", "fp32"])
 def test_a_rate_far_too_high_diverges(tmp_path, quant):
     summary, folder = train(tmp_path / "run", f"quant={quant}", "schedule.lr=1e30")

@@ -53,12 +53,14 @@ def train_loader(
 def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
     """The validation set in order, each image exactly once over all ranks; the last batch may be smaller.
 
-    The ranks may differ by one in the number of images, and of batches: add up counts after the loop, not in it.
+    Rank r takes every world_size-th batch of `config.batch_size` images from the r-th on, whole: what is computed from
+    a batch, the range of its activations say, must not depend on the number of ranks. The ranks may differ by one in
+    the number of batches: add up counts after the loop, not in it.
     """
     check_ranks(config, world_size)
-    own = np.arange(rank, len(data.val), world_size)
-    size = config.batch_size // world_size
-    return _loader(data.val, config, 0, 0, [own[start : start + size] for start in range(0, len(own), size)])
+    images = np.arange(len(data.val))
+    batches = [images[start : start + config.batch_size] for start in range(0, len(images), config.batch_size)]
+    return _loader(data.val, config, 0, 0, batches[rank::world_size])
 
 
 def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
