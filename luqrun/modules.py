@@ -5,6 +5,8 @@ Each is its torch twin with the same parameters and state_dict keys; `QuantLayer
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ class QuantLayer(nn.Module):
     Evaluation draws (of recipes with a stochastic forward) are always the same. finetune: in training, only the
     weight is quantized (FNT); evaluation is the recipe's all the same. health: a dict to be filled by the next
     training pass, or None. shares_ranges: in training, ranges of activations and gradients are those of all processes.
+    computed: whether it ever did, outside of compiled code; in a list, which replicas share.
     """
 
     recipe: Recipe
@@ -38,6 +41,7 @@ class QuantLayer(nn.Module):
     finetune: bool
     health: dict | None
     shares_ranges: bool
+    computed: list[bool]
 
     @classmethod
     def from_module(cls, module: nn.Module, recipe: Recipe, seed: int, index: int):
@@ -48,11 +52,12 @@ class QuantLayer(nn.Module):
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
         streams = [make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))]
         layer.streams, layer.dry_forwards = torch.stack(streams), 0
+        layer.computed = [False]
         layer._settle()
         quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
         layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
         for operand in layer.remembers:
-            maximum = torch.zeros((), dtype=torch.float32, device=next(module.parameters()).device)
+            maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
             layer.register_buffer(f"{operand}_hindsight", maximum)
         return layer
 
@@ -67,10 +72,14 @@ class QuantLayer(nn.Module):
     def _settle(self) -> None:
         """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
         kernels, and would compile once more for streams that move in the first forward."""
-        device = next(self.parameters()).device
+        device = self._device()
         if device.type != "meta":  # there the names of the draws would be lost
             use_int8(device.type), fuses(device.type)
             self.streams = self.streams.to(device)
+
+    def _device(self) -> torch.device:
+        # A frozen weight may be a buffer, or an attribute.
+        return next(chain(self.parameters(), self.buffers(), [getattr(self, "weight", None)])).device
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
@@ -79,6 +88,8 @@ class QuantLayer(nn.Module):
 
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
+        if not torch.compiler.is_compiling():
+            self.computed[0] = True
         device_type = activation.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else activation.dtype
