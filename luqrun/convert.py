@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from luqrun.coverage import Watch, all_of, is_lazy, other_layers, tell_others
-from luqrun.dataflow import find_ends
+from luqrun.coverage import Other, Watch, all_of, is_lazy, other_layers, tell_others
+from luqrun.dataflow import Ends, find_ends
 from luqrun.errors import UserError
 from luqrun.modules import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear, QuantMultiheadAttention
 from luqrun.recipes import Recipe
@@ -55,13 +55,7 @@ def quantize_model(
         return model
     found = {name: module for name, module in model.named_modules() if type(module) in TWINS}
     others = other_layers(model, TWINS)
-    left = _skipped(
-        model,
-        found,
-        {name: other.module for name, other in others.items()},
-        recipe.skip if skip is None else skip,
-        example,
-    )
+    left = _skipped(model, found, others, recipe.skip if skip is None else skip, example)
     others = {name: other for name, other in others.items() if name not in left}
     for name, other in others.items():
         if any(map(is_lazy, other.module.parameters(recurse=False))):
@@ -80,15 +74,29 @@ def quantize_model(
         why = "every layer is skipped, see skip=()" if found else why
         warnings.warn(f"recipe {recipe.name}: nothing was quantized, {why}", stacklevel=2)
     tell_others(model, others)
-    swapped = {
+    log.debug("quantizing %d of %d layers", len(chosen), len(found))
+    twins = {
         name: TWINS[type(module)].from_module(module, recipe, seed, index)
         for index, (name, module) in enumerate(chosen.items(), start=first_index)
     }
-    if not swapped:
+    if not twins:
         return model
     for name, module in chosen.items():
         if module is not model:  # which may be kept to compare with
-            module.__class__, module.__dict__ = type(swapped[name]), vars(swapped[name])
+            module.__class__, module.__dict__ = type(twins[name]), vars(twins[name])
+    _settle(model)
+    if model not in chosen.values():
+        Watch(model, list(chosen.items()))
+        return model
+    if twins[""]._compiled_call_impl is not None:
+        twins[""]._compiled_call_impl = None
+        text = "the layer was compiled before it was quantized: compile what quantize_model returns"
+        warnings.warn(text, stacklevel=2)
+    return twins[""]
+
+
+def _settle(model: nn.Module) -> None:
+    """Adapt what stands around quantized layers."""
     for module in model.modules():
         if type(module) is nn.ReLU:
             module.__class__ = MaskedReLU  # its output is not what the next layer keeps any more
@@ -96,17 +104,6 @@ def quantize_model(
             module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only that path can take
-    log.debug("quantized %d of %d layers", len(chosen), len(found))
-    if model not in chosen.values():
-        Watch(model, list(chosen.items()))
-        return model
-    layer = swapped[""]
-    if layer._compiled_call_impl is not None:
-        layer._compiled_call_impl = None
-        warnings.warn(
-            "the layer was compiled before it was quantized: compile what quantize_model returns", stacklevel=2
-        )
-    return layer
 
 
 def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: int) -> None:
@@ -135,7 +132,7 @@ def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: i
 
 
 def _skipped(
-    model: nn.Module, found: dict[str, nn.Module], others: dict[str, nn.Module], skip: Sequence[str], example
+    model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], skip: Sequence[str], example
 ) -> set[str]:
     """The names that the entries of `skip` mean; a pattern may name one of `others`, which is then not told."""
     left, names, ends = set(), list(found), None
@@ -156,10 +153,10 @@ def _skipped(
     return left
 
 
-def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, nn.Module], example):
-    layers = {**found, **others, **dict(quantized_layers(model))}
-    order = {id(module): number for number, module in enumerate(model.modules())}
-    return find_ends(model, dict(sorted(layers.items(), key=lambda item: order[id(item[1])])), list(found), example)
+def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], example) -> Ends:
+    layers = {**found, **{name: other.module for name, other in others.items()}, **dict(quantized_layers(model))}
+    registered = {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    return find_ends(model, registered, list(found), example)
 
 
 def _unreached(model: nn.Module, left: set[str]) -> set[str]:
