@@ -5,8 +5,8 @@ Each is its torch twin with the same parameters and state_dict keys; `QuantLayer
 
 from __future__ import annotations
 
-import itertools
 import weakref
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,8 @@ class QuantLayer(nn.Module):
     each one advances their micro_step, and `set_step` restarts it. Other forwards always draw the same (of recipes with
     a stochastic forward). finetune: gradients are not quantized and, in training mode, activations neither (FNT);
     evaluation is the recipe's all the same. health: a dict to be filled by the next training pass, or None.
-    shares_ranges: in training, ranges of activations and gradients are those of all processes.
+    shares_ranges: in training, ranges of activations and gradients are those of all processes. computed: whether it
+    ever did, outside of compiled code; in a list, which replicas share.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class QuantLayer(nn.Module):
     finetune: bool
     health: dict | None
     shares_ranges: bool
+    computed: list[bool]
 
     @classmethod
     def from_module(cls, module: nn.Module, recipe: Recipe, seed: int, index: int):
@@ -51,6 +53,7 @@ class QuantLayer(nn.Module):
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
         layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
+        layer.computed = [False]
         layer._settle()
         quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
         layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
@@ -59,10 +62,6 @@ class QuantLayer(nn.Module):
                 maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
             layer.register_buffer(f"{operand}_hindsight", maximum)
         return layer
-
-    def _device(self) -> torch.device:
-        """Where the weights are, be they parameters or buffers."""
-        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     def _apply(self, fn, recurse: bool = True):
         unmade = [key for key, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
@@ -87,6 +86,10 @@ class QuantLayer(nn.Module):
         with torch.inference_mode(False):  # what is made within can never be changed outside
             self.streams = self.streams.to(device)
 
+    def _device(self) -> torch.device:
+        # A frozen weight may be a buffer, or an attribute.
+        return next(chain(self.parameters(), self.buffers(), [getattr(self, "weight", None)])).device
+
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
         self.streams[:, STEP] = step
@@ -94,6 +97,8 @@ class QuantLayer(nn.Module):
 
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
+        if not torch.compiler.is_compiling():
+            self.computed[0] = True
         device_type = activation.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         activation, weight = checked(activation, weight, autocast)

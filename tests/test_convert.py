@@ -96,6 +96,27 @@ def test_a_pattern_that_matches_nothing_is_an_error():
     assert not swapped(model)
 
 
+def test_layers_stay_the_objects_that_they_were():
+    model = Net()
+    layers = dict(model.named_modules())
+    quantize_model(model, LUQ)
+    assert all(layers[name] is module for name, module in model.named_modules())
+
+
+def test_quantizing_twice_warns_and_changes_nothing():
+    model = quantize_model(Net(), LUQ, skip=())
+    with pytest.warns(UserWarning, match="quantized already"):
+        assert quantize_model(model, Recipe("other", INT4), skip=()) is model
+    assert all(layer.recipe is LUQ for _, layer in quantized_layers(model))
+
+
+def test_a_refused_layer_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2, kdim=3))
+    with pytest.raises(UserError, match="kdim"):
+        quantize_model(model, LUQ, skip=())
+    assert not swapped(model)
+
+
 def test_parameters_keys_and_settings_stay():
     model = Net()
     plain = copy.deepcopy(model)
