@@ -174,10 +174,9 @@ class _Arrival:
     def __init__(self, watch: Watch, number: int):
         self.watch, self.number = weakref.ref(watch), number
 
-    @torch.compiler.disable
     def __call__(self, parameter: Tensor) -> None:
         watch = self.watch()
-        if watch is not None:
+        if watch is not None and not torch.compiler.is_compiling():  # as compiled autograd does
             watch.arrived(self.number)
 
 
