@@ -137,6 +137,8 @@ def _count(override: Override, loader: ConfigLoader) -> int:
 def in_quotes(text: str) -> str | None:
     """The override with its value in quotes, as one writes it in a shell; None where that does not make it readable."""
     key, equals, value = text.partition("=")
+    if not text.isprintable():
+        return None
     for mark in "\"'":
         escaped = re.sub(rf"(\\*)({mark}|$)", lambda found, mark=mark: _escaped(*found.groups(), mark), value)
         quoted = f"{key}={mark}{escaped}{mark}"
