@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from kernel_inputs import LAST
 
 from luqrun.errors import UserError
-from luqrun.kernels import int8, int8_direct
-
-fast = pytest.mark.skipif(not int8.is_fast(), reason="without VNNI oneDNN's int8 products may saturate")
+from luqrun.kernels import int8, int8_direct, int8_products
 
 # kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
 GEOMETRIES = {
@@ -38,7 +36,6 @@ GEOMETRIES = {
     "patches, one pixel": ((3, 3), (1, 1), (0, 0), (1, 1), (2, 8, 3, 3), 4),
 }
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-pytestmark = fast
 
 
 def codes(*shape, low=-127, high=127, seed=0):
@@ -66,9 +63,16 @@ def exact_wgrad(g, a, geometry):
     return full[:, :, : kernel[0], : kernel[1]].transpose(0, 1)
 
 
-def operands(geometry, low=-127):
+def operands(geometry, low=-127, largest=7):
+    """Activations of low..127 and a weight of -largest..largest."""
     kernel, _, _, _, size, channels = geometry
-    return codes(*size, low=low), codes(channels, size[1], *kernel, seed=1)
+    return codes(*size, low=low), codes(channels, size[1], *kernel, low=-largest, high=largest, seed=1)
+
+
+def for_onednn(geometry):
+    """Whether the direct convolution is asked for these: not for what it may do outside its memory."""
+    kernel, stride, _, dilation, *_ = geometry
+    return dilation == (1, 1) and stride[0] <= kernel[0] and stride[1] <= kernel[1] and int8.has_direct_conv()
 
 
 def matrix_of(w):
@@ -90,11 +94,16 @@ def assert_exact(found, product, scale, dtype=torch.float32):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def counted(monkeypatch, name):
-    """A list that grows with each call of the function of int8."""
-    calls, function = [], getattr(int8, name)
-    monkeypatch.setattr(int8, name, lambda *arguments: calls.append(1) or function(*arguments))
-    return calls
+def results_of(monkeypatch, name):
+    """A list of what the function of int8 returned, which grows with each call."""
+    results, function = [], getattr(int8, name)
+
+    def call(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(int8, name, call)
+    return results
 
 
 @pytest.fixture(params=["patches", "many chunks", "direct"])
@@ -105,26 +114,30 @@ def route(request, monkeypatch):
     if request.param == "many chunks":
         monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
         monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
-    if direct and not int8.has_direct_conv():
-        pytest.skip("this torch has no such convolution")
-    used = counted(monkeypatch, "direct_conv")
-    yield request.param
+    taken = results_of(monkeypatch, "_conv_directly")
+    yield taken
     if not direct:
-        assert not used
+        assert not taken
 
 
 @geometries
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv(geometry, dtype, route):
-    scale = torch.tensor(0.0123)
-    for low, a_last, w_last, channels_last in product((-127, 0), *[(False, True)] * 3):
-        a, w = operands(geometry, low)
+    # Weights beyond 63 saturate in oneDNN on a CPU without VNNI; then it is not taken.
+    scale, direct = torch.tensor(0.0123), int8.prefers_direct(None, 0)
+    for (low, largest), a_last, w_last, channels_last in product(
+        ((-127, 7), (0, 7), (-127, 127)), *[(False, True)] * 3
+    ):
+        a, w = operands(geometry, low, largest)
         expected = exact(a, w, geometry)
         a = a.to(memory_format=LAST) if a_last else a
         w = w.to(memory_format=LAST) if w_last else w
+        route.clear()
         found = conv(a, w, geometry, scale, dtype, channels_last, signed=low < 0)
         assert_exact(found, expected, scale, dtype)
         assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
+        if direct and largest == 7:
+            assert route == [for_onednn(geometry)] or not int8.has_direct_conv()
 
 
 @geometries
@@ -133,7 +146,7 @@ def test_conv(geometry, dtype, route):
 def test_conv_dgrad(geometry, dtype, product_bytes, monkeypatch):
     monkeypatch.setattr(int8, "PRODUCT_BYTES", product_bytes)
     kernel, stride, padding, dilation, *_ = geometry
-    a, w = operands(geometry)
+    a, w = operands(geometry, largest=127)
     g, scale = codes(*exact(a, w, geometry).shape, seed=2), torch.tensor(0.0123)
     at = a.double().requires_grad_()  # whose sums are exact too
     inner, left = cropped(at, padding)
@@ -168,7 +181,7 @@ def test_conv_wgrad(geometry, narrow, route, monkeypatch):
 @pytest.mark.parametrize("amx", [False, True])
 def test_the_direct_convolution_is_taken_where_patches_are_large(name, amx, monkeypatch):
     geometry, used = GEOMETRIES[name], []
-    monkeypatch.setattr(int8, "direct_conv", lambda *arguments: used.append(1) or torch.zeros(1))
+    monkeypatch.setattr(int8, "_conv_directly", lambda *arguments: used.append(1) or True)
     monkeypatch.setattr(int8, "has_direct_conv", lambda: True)
     monkeypatch.setattr(int8, "has_amx", lambda: amx)
     a, w = operands(geometry)
@@ -196,24 +209,41 @@ def test_every_code_and_the_largest_sums(route):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize("largest", [7, 14, 15, 127])  # 9 * 512 * 255 * 14 is below 2^24, and not 15
-def test_deep_direct_convolutions(largest, amx, signed, monkeypatch):
-    # To signed codes oneDNN adds 128, and with AMX makes float32 of those sums, however small they are without.
-    if int8_direct.has_amx() and not amx:
-        pytest.skip("this CPU has AMX")
-    if not int8.has_direct_conv():
-        pytest.skip("this torch has no such convolution")
-    used = counted(monkeypatch, "direct_conv")
+@pytest.mark.parametrize("largest", [7, 14, 15, 28, 29, 127])
+def test_deep_direct_convolutions(largest, signed, monkeypatch):
+    # oneDNN returns float32: 9 * 512 * 255 * 14 of shifted codes is below 2^24, and not 15; of unsigned ones 28.
+    taken = results_of(monkeypatch, "_conv_directly")
     monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
-    monkeypatch.setattr(int8_direct, "has_amx", lambda: amx)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 512, 4, 4), 2
     a, w = codes(2, 512, 4, 4), codes(2, 512, 3, 3, low=largest - largest // 4, high=largest, seed=1)
-    a = a if signed else (a.abs() | 64)  # sums far beyond 2^24
+    w[0, 0, 0, 0] = largest
+    a = a if signed else (a.abs() | 64)  # sums near 2^24, and beyond
     for scale in (0.3, 1.0, 0.0137):
         scale = torch.tensor(scale)
         assert_exact(conv(a, w, geometry, scale, signed=signed), exact(a, w, geometry), scale)
-    assert bool(used) == (not amx or not signed or largest <= 14)
+    assert taken == [largest <= (14 if signed else 28)] * 3 or not int8.has_direct_conv()
+
+
+def test_weights_of_zeros_and_of_the_least_code(route):
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (2, 8, 5, 6), 4
+    a, _ = operands(geometry)
+    for value in (0, 1, -1, -128):
+        w = torch.full((4, 8, 3, 3), value).char()
+        assert_exact(conv(a, w, geometry, torch.tensor(1.0)), exact(a, w, geometry), 1.0)
+
+
+def test_images_in_blocks_of_two_kinds(monkeypatch):
+    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
+    monkeypatch.setattr(int8_direct, "BLOCK_BYTES", 2000)
+    taken = results_of(monkeypatch, "_conv_directly")
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (7, 4, 6, 6), 3
+    a, w = operands(geometry)
+    parts = int8_direct.blocks(a.shape, (6, 6), 3, geometry, 7)
+    assert [first for first, _ in parts] == [0, 2, 4, 6]
+    assert [kind.images for _, kind in parts] == [2, 2, 2, 1]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_exact(conv(a, w, geometry, torch.tensor(0.3), dtype), exact(a, w, geometry), torch.tensor(0.3), dtype)
+    assert taken == [True] * 2 or not int8.has_direct_conv()
 
 
 @pytest.mark.parametrize("size", [(8, 0, 16, 16), (8, 3, 0, 16), (0, 3, 16, 16)])
@@ -230,7 +260,7 @@ def test_nothing_to_multiply(size, channels, monkeypatch):
 @pytest.mark.parametrize("taken", [True, False])
 def test_weight_gradients_by_lines_with_more_padding_than_kernel(taken, monkeypatch):
     # The patches of the gradient then leave out its edge. `taken`: of few input channels they would be too large.
-    used = counted(monkeypatch, "_products_by_lines")
+    used = results_of(monkeypatch, "_products_by_lines")
     geometry = (3, 3), (1, 1), (4, 3), (1, 2), (3, 16 if taken else 2, 6, 5), 8
     a, w = operands(geometry)
     g = codes(*exact(a, w, geometry).shape, seed=2)
@@ -321,7 +351,10 @@ def test_two_threads_at_once(route):
     def work(name, seed):
         geometry = GEOMETRIES[name]
         kernel, stride, padding, dilation, size, channels = geometry
-        a, w = codes(8 * size[0], *size[1:], seed=seed), codes(channels, size[1], *kernel, seed=seed + 1)
+        a, w = (
+            codes(8 * size[0], *size[1:], seed=seed),
+            codes(channels, size[1], *kernel, low=-7, high=7, seed=seed + 1),
+        )
         expected = exact(a, w, geometry)
         g = codes(*expected.shape, seed=seed + 2)
         gradient = exact_wgrad(g, a, geometry).float()
@@ -346,6 +379,4 @@ def test_products_of_thin_matrices_in_every_layout(rows, depth, columns):
     lefts = codes(rows, depth), codes(depth, rows, seed=1).t()
     rights = codes(depth, columns, seed=2), codes(columns, depth, seed=3).t()
     for a, b in product(lefts, rights):
-        assert torch.equal(int8._multiply(a, b).long(), a.long() @ b.long())
-    g = codes(depth, rows, seed=1)
-    assert torch.equal(int8._sum_of_rows(g, rights[0]).long(), g.long().t() @ rights[0].long())
+        assert torch.equal(int8_products.multiply(a, b).long(), a.long() @ b.long())
