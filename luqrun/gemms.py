@@ -20,6 +20,9 @@ from luqrun.kernels import backend_for, int8, ops
 from luqrun.kernels.layout import empty, is_channels_last
 
 ONE, NONE = (1, 1), (0, 0)
+# Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
+# 6035, oneDNN 3.12): the pixels that count are taken first.
+FEW_CHANNELS = 16
 LONGEST = int8.CHUNK_ROWS  # terms of a sum that int32 holds whatever the int8 codes
 
 
@@ -110,9 +113,14 @@ class ConvOp:
         return F.conv_transpose2d(g, w, None, self.stride, self.padding, left_over, self.groups, self.dilation)
 
     def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        stride, padding = self.stride, self.padding
+        if g.is_cpu and tuple(w_shape[2:]) == ONE and stride != ONE and w_shape[1] < FEW_CHANNELS:
+            (high, wide), (height, width) = padding, g.shape[2:]
+            a = F.pad(a, (wide, wide, high, high))[:, :, :: stride[0], :: stride[1]][:, :, :height, :width]
+            stride, padding = ONE, NONE
         # Of the weight only the shape counts; without memory of its own it would be copied into some.
         w = empty(w_shape, _format(a, g), g.dtype, g.device)
-        how = self.stride, self.padding, self.dilation, False, NONE, self.groups
+        how = stride, padding, self.dilation, False, NONE, self.groups
         return torch.ops.aten.convolution_backward(g, a, w, None, *how, (False, True, False))[1]
 
     def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -19,8 +18,11 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import UserError
-from luqrun.kernels.int8_direct import direct_conv, has_amx, has_direct_conv, suits_direct_conv
+from luqrun.kernels import int8_direct, int8_products
+from luqrun.kernels.int8_direct import SHIFT, has_amx
+from luqrun.kernels.int8_products import MOST_VIEWS, multiply, scratch
 from luqrun.kernels.layout import empty
+from luqrun.kernels.proofs import Proofs, random_codes
 
 log = logging.getLogger(__name__)
 
@@ -30,50 +32,25 @@ PRODUCT_BYTES = 1 << 20  # of products at a time
 # preparing the weight takes longest, pixels of the output for each channel of it.
 DIRECT_BYTES, DIRECT_PIXELS = 1 << 22, 56
 NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
-MOST_VIEWS = 1024  # of geometries and views that are kept, a few a layer
 CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
 
 
 @functools.cache
 def is_fast() -> bool:
-    """Whether this CPU multiplies int8 by itself (VNNI), through oneDNN."""
+    """Whether this CPU multiplies int8 by itself (VNNI), through oneDNN, exactly."""
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", None)
     if has_vnni is None:
         log.warning("this torch does not say whether the CPU has VNNI: GEMMs run in floating point, slower")
         return False
-    return torch.backends.mkldnn.is_available() and has_vnni()
+    if not (torch.backends.mkldnn.is_available() and has_vnni()):
+        return False
+    # Where it is not exact for a usual product, floating point is faster than what is made of the integers then.
+    return int8_products.proven(int8_products.Kind(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads()))
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Output pixels of a convolution along one dimension."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-class _Memory(threading.local):
-    """Each thread's own blocks of memory by name, and views of them by what was asked for."""
-
-    def __init__(self):
-        self.blocks: dict[str, Tensor] = {}
-        self.views: dict[tuple, Tensor] = {}
-
-
-_memory = _Memory()
-
-
-def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a block of patches (or their sums) or of products: fresh memory would cost more than filling it."""
-    key = name, rows, columns, dtype
-    view = _memory.views.get(key)
-    if view is None:
-        size = rows * columns * dtype.itemsize
-        block = _memory.blocks.get(name)
-        if block is None or block.numel() < size:
-            block = _memory.blocks[name] = torch.empty(size, dtype=torch.int8)
-            _memory.views.clear()  # some are of the block that was too small
-        elif len(_memory.views) >= MOST_VIEWS:
-            _memory.views.clear()
-        view = _memory.views[key] = block[:size].view(dtype).view(rows, columns)
-    return view
 
 
 @functools.cache
@@ -83,16 +60,9 @@ def _loops() -> ModuleType:
     return numba_loops
 
 
-def _unambiguous(x: Tensor) -> Tensor:
-    """A matrix of one row or column with the strides of a contiguous one: of a transposed one torch 2.14's integer
-    product makes something else, silently."""
-    return x.as_strided(x.shape, (x.shape[1], 1)) if 1 in x.shape and x.is_contiguous() else x
-
-
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The integer product of int8 matrices, in scratch memory: int32."""
-    out = _scratch("products", a.shape[0], b.shape[1], torch.int32)
-    return torch._int_mm(_unambiguous(a), _unambiguous(b), out=out)
+    """The product of int8 matrices, in scratch memory: int32."""
+    return multiply(a, b, scratch("products", a.shape[0], b.shape[1], torch.int32))
 
 
 def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> None:
@@ -138,7 +108,7 @@ class _Patches(NamedTuple):
             if self.pointwise:
                 block = a[first * line : (first + lines) * line]
             else:
-                block = _scratch(name, lines * line, self.depth, torch.int8)
+                block = scratch(name, lines * line, self.depth, torch.int8)
                 address = block.data_ptr(), a.data_ptr()
                 _loops().patches(block.numel(), *address, first, self.size, self.out_size, *self.geometry)
             yield first * line, block
@@ -197,18 +167,76 @@ def conv(
     signed: 0-dim bool, false where no element of a is negative.
     """
     channels = matrix.shape[1]
-    geometry = _pairs(kernel, stride, padding, dilation)
-    patches = _patches(a.shape, geometry, channels, CHUNK_BYTES, PRODUCT_BYTES)
-    if prefers_direct(patches, channels) and has_direct_conv() and suits_direct_conv(matrix, scale, padding, signed):
-        weight = matrix.t().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
-        out = direct_conv(a, weight, scale, geometry[1:], dtype, signed.item())
-        return out if channels_last else _contiguous(out)
+    patches = _patches(a.shape, _pairs(kernel, stride, padding, dilation), channels, CHUNK_BYTES, PRODUCT_BYTES)
     out = empty((a.shape[0], channels, *patches.out_size), True, dtype, a.device)
     if patches.depth == 0:
         out.zero_()
-    for row, block in patches.of(a):
-        _rescale(_multiply(block, matrix), scale, out.data_ptr() + row * channels * dtype.itemsize, dtype)
+    direct = prefers_direct(patches, channels) and has_direct_conv()
+    if not (direct and _conv_directly(a, matrix, scale, patches, signed.item(), out)):
+        for row, block in patches.of(a):
+            _rescale(_multiply(block, matrix), scale, out.data_ptr() + row * channels * dtype.itemsize, dtype)
     return out if channels_last else _contiguous(out)
+
+
+def _conv_directly(a: Tensor, matrix: Tensor, scale: Tensor, patches: _Patches, signed: bool, out: Tensor) -> bool:
+    """Fill `out`, channels_last, as `conv` says, by oneDNN's convolution; or return False where that is not exact."""
+    (_, height, width, channels), (kernel, stride, padding, _) = patches.size, patches.geometry
+    largest = int8_direct.suits(matrix, patches.geometry, signed)
+    if not largest or not out.numel():
+        return False
+    blocks = int8_direct.blocks(a.shape, patches.out_size, matrix.shape[1], patches.geometry, largest)
+    if not all(proven_direct(kind) for _, kind in blocks):
+        return False
+    shift, half = SHIFT * signed, int(out.dtype == torch.bfloat16)
+    if shift:
+        shifts = matrix.sum(0, dtype=torch.int32).mul_(shift).float()
+    else:
+        shifts = torch.zeros(matrix.shape[1], dtype=torch.float32, device="cpu")
+    packed, a, to = int8_direct.pack(matrix, kernel, stride), _channels_last(a), out.data_ptr()
+    for first, kind in blocks:
+        size = kind.images, kind.height, kind.width, channels
+        padded = scratch("padded", kind.images * kind.height, kind.width * channels, torch.uint8)
+        address = padded.data_ptr(), a.data_ptr() + first * height * width * channels
+        _loops().pad(padded.numel(), *address, shift, (kind.images, height, width, channels), padding, size[1:3])
+        sums = int8_direct.convolve(padded.view(size), packed, kind)
+        address = sums.data_ptr(), shifts.data_ptr()
+        _loops().rescale_shifted(sums.numel(), *address, sums.shape[1], to, half, scale.data_ptr())
+        to += sums.numel() * out.element_size()
+    return True
+
+
+def _trial(kind: int8_direct.Kind) -> bool:
+    """Whether oneDNN's convolution of random codes of the whole range, and of the largest, is that of their patches."""
+    size = kind.images, kind.height, kind.width, kind.channels
+    depth, largest = math.prod(kind.kernel) * kind.channels, min(kind.largest, 127)
+    (codes,) = random_codes(math.prod(size))
+    codes[: len(codes) // 4] = 127
+    generator, shape = torch.Generator("cpu").manual_seed(1), (depth, kind.out_channels)
+    matrix = torch.randint(-kind.largest, largest + 1, shape, dtype=torch.int8, generator=generator, device="cpu")
+    matrix[:, 0], matrix[:, -1] = largest, -kind.largest
+    unsigned = (codes.view(torch.uint8) ^ SHIFT).view(size)
+    found = int8_direct.convolve(unsigned, int8_direct.pack(matrix, kind.kernel, kind.stride), kind)
+    geometry = kind.kernel, kind.stride, (0, 0), (1, 1)
+    images = codes.view(size).permute(0, 3, 1, 2)
+    patches = _patches(images.shape, geometry, kind.out_channels, CHUNK_BYTES, PRODUCT_BYTES)
+    shifts = matrix.sum(0, dtype=torch.int32) * SHIFT
+    return all(
+        torch.equal((_multiply(block, matrix) + shifts).float(), found[row : row + len(block)])
+        for row, block in patches.of(images)
+    )
+
+
+proven_direct = Proofs("oneDNN's int8 convolution", _trial, "made of patches there, slower")
+
+
+@functools.cache
+def has_direct_conv() -> bool:
+    """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does a usual one exactly. What
+    else it can do is found out when it is needed."""
+    try:
+        return _trial(int8_direct.Kind(2, 10, 10, 16, 16, (3, 3), (1, 1), 7, torch.get_num_threads()))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def conv_dgrad(
@@ -237,7 +265,7 @@ def conv_dgrad(
     for first in range(0, images, step):
         count = min(step, images - first)
         products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
-        sums = _scratch("patches", count * height * width, channels, torch.int32)
+        sums = scratch("patches", count * height * width, channels, torch.int32)
         address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
         _loops().fold(sums.numel(), *address, out_size, size, *geometry)
         _rescale(sums, scale, out.data_ptr() + first * image * dtype.itemsize, dtype)
@@ -254,13 +282,7 @@ def _products(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
     flat = [_pixels(g) for g in grads]
     for row, block in patches.of(a):
         for g in flat:
-            yield _sum_of_rows(g[row : row + len(block)], block)
-
-
-def _sum_of_rows(g: Tensor, block: Tensor) -> Tensor:
-    if len(block) == 0:
-        return torch.zeros(g.shape[1], block.shape[1], dtype=torch.int32)
-    return torch._int_mm(_unambiguous(g.t()), _unambiguous(block))
+            yield multiply(g[row : row + len(block)].t(), block)
 
 
 def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
@@ -275,7 +297,7 @@ def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator
     others = [of_g.of(g, "upright patches") for g in grads]
     for _, block in of_a.of(a):
         for other in others:
-            product = _sum_of_rows(next(other)[1], block).view(lines, channels, depth)
+            product = multiply(next(other)[1].t(), block).view(lines, channels, depth)
             yield product.flip(0).transpose(0, 1).reshape(channels, -1)
 
 

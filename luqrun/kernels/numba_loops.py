@@ -158,3 +158,59 @@ def rescale(elements, sums, out, half, scale):
                 rows.round_to_bf16(exact[:count].view(np.int32), halves(out + 2 * first, count))
             else:
                 rows.rescale(source, factor, floats(out + 4 * first, count))
+
+
+@row_loop()
+def _shift(target, source, count, shift):
+    """So many uint8: int8 codes plus 0 or 128, and that alone for source 0."""
+    out = uint8s(target, count)
+    if source == 0:
+        for j in range(count):
+            out[j] = np.uint8(shift)
+    else:
+        codes = uint8s(source, count)
+        for j in range(count):
+            out[j] = codes[j] ^ np.uint8(shift)
+
+
+@driver
+def pad(elements, out, a, shift, size, padding, out_size):
+    """The uint8 (N, H', W', C) at `out` <- the int8 at `a` of size (N, H, W, C) plus shift, 0 or 128, and shift around
+    it. padding: above and beside, where it starts in `out`, below 0 what is cut off; out_size: (H', W')."""
+    images, height, width, channels = size
+    left = min(max(padding[1], 0), out_size[1])
+    cut = max(-padding[1], 0)
+    inside = max(min(width - cut, out_size[1] - left), 0)
+    for task in prange(images * out_size[0]):
+        image, row = task // out_size[0], task % out_size[0]
+        target, h = out + task * out_size[1] * channels, row - padding[0]
+        if h < 0 or h >= height:
+            _shift(target, 0, out_size[1] * channels, shift)
+        else:
+            _shift(target, 0, left * channels, shift)
+            source = a + ((image * height + h) * width + cut) * channels
+            _shift(target + left * channels, source, inside * channels, shift)
+            _shift(target + (left + inside) * channels, 0, (out_size[1] - left - inside) * channels, shift)
+
+
+@row_loop()
+def _rescale_shifted(values, shifts, factor, out):
+    for j in range(values.size):
+        out[j] = (values[j] - shifts[j]) * factor
+
+
+@driver
+def rescale_shifted(elements, values, shifts, channels, out, half, scale):
+    """out, float32 or (half) bf16, is float32 (pixels, channels) `values` less the float32 `shifts` of their channels,
+    times the float32 at `scale`."""
+    factor, by_channel = floats(scale, 1)[0], floats(shifts, channels)
+    pixels, step = elements // channels, max(CHUNK // channels, 1)
+    for task in prange((pixels + step - 1) // step):
+        exact = np.empty(channels, np.float32)
+        for first in range(task * step * channels, min(pixels, (task + 1) * step) * channels, channels):
+            source = floats(values + 4 * first, channels)
+            if half:
+                _rescale_shifted(source, by_channel, factor, exact)
+                rows.round_to_bf16(exact.view(np.int32), halves(out + 2 * first, channels))
+            else:
+                _rescale_shifted(source, by_channel, factor, floats(out + 4 * first, channels))
