@@ -159,6 +159,7 @@ def compare(case: Case, tally: Tally) -> None:
     grouped = getattr(case.op, "groups", 1) > 1
     if grouped:
         assert not any(case.op.int8_pays(case.w))
+    units = set()
     for route in ROUTES[2:] if grouped else ROUTES:
         used = []
         spy = partial(_spied, used, int8._conv_directly)
@@ -168,7 +169,6 @@ def compare(case: Case, tally: Tally) -> None:
         ):
             found = computed(case, route, *operands)
         direct = iter(used)  # of fprop, and of dgrad where that is a convolution
-        units = set()
         for name, value in found.items():
             whole, unit = expected[name], route
             if route == "floating point":
@@ -187,4 +187,4 @@ def compare(case: Case, tally: Tally) -> None:
             if value.dtype != right.dtype or not torch.equal(value, right):
                 tally.wrong[key] += 1
                 tally.failures.append(f"{name} by {unit}: {case}")
-        tally.shapes.update(units)
+    tally.shapes.update(units)

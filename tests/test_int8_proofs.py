@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -217,6 +218,11 @@ def test_a_convolution_that_is_never_right_is_not_there(wrong, convolution, monk
     assert not has_direct_conv()
 
 
+class Work(NamedTuple):
+    name: str
+    size: int
+
+
 def test_threads_that_meet_a_new_kind_at_once_try_it_once(caplog):
     tried, entered, release = [], threading.Event(), threading.Event()
 
@@ -226,8 +232,8 @@ def test_threads_that_meet_a_new_kind_at_once_try_it_once(caplog):
         assert release.wait(30)
         return False
 
-    proofs, found = Proofs("a unit", trial, "made otherwise"), []
-    threads = [threading.Thread(target=lambda: found.append(proofs("kind"))) for _ in range(3)]
+    proofs, found = Proofs("a unit", Work, trial, "made otherwise"), []
+    threads = [threading.Thread(target=lambda: found.append(proofs("deep", 3))) for _ in range(3)]
     threads[0].start()
     assert entered.wait(30)
     for thread in threads[1:]:
@@ -236,7 +242,7 @@ def test_threads_that_meet_a_new_kind_at_once_try_it_once(caplog):
     for thread in threads:
         thread.join(30)
     assert found == [False] * 3
-    assert tried == ["kind"]
+    assert tried == [Work("deep", 3)]
     assert len(warnings(caplog)) == 1
 
 

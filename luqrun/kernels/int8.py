@@ -45,7 +45,7 @@ def is_fast() -> bool:
     if not (torch.backends.mkldnn.is_available() and has_vnni()):
         return False
     # Where it is not exact for a usual product, floating point is faster than what is made of the integers then.
-    return int8_products.proven(int8_products.Kind(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads()))
+    return int8_products.proven(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads())
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -185,7 +185,7 @@ def _conv_directly(a: Tensor, matrix: Tensor, scale: Tensor, patches: _Patches, 
     if not largest or not out.numel():
         return False
     blocks = int8_direct.blocks(a.shape, patches.out_size, matrix.shape[1], patches.geometry, largest)
-    if not all(proven_direct(kind) for _, kind in blocks):
+    if not all(proven_direct(*kind) for _, kind in blocks):
         return False
     shift, half = SHIFT * signed, int(out.dtype == torch.bfloat16)
     if shift:
@@ -226,7 +226,7 @@ def _trial(kind: int8_direct.Kind) -> bool:
     )
 
 
-proven_direct = Proofs("oneDNN's int8 convolution", _trial, "made of patches there, slower")
+proven_direct = Proofs("oneDNN's int8 convolution", int8_direct.Kind, _trial, "made of patches there, slower")
 
 
 @functools.cache

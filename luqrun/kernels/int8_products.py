@@ -69,9 +69,11 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.int32, device="cpu")
     if out.numel() == 0 or a.shape[1] == 0:
         return out.zero_()
-    a, b = _unambiguous(a), _unambiguous(b)
-    kind = Kind(a.shape[0], a.shape[1], b.shape[1], a.stride(), b.stride(), torch.get_num_threads())
-    return torch._int_mm(a, b, out=out) if proven(kind) else _in_doubles(a, b, out)
+    (rows, depth), columns = a.shape, out.shape[1]
+    if 1 in (rows, depth, columns):
+        a, b = _unambiguous(a), _unambiguous(b)
+    exact = proven(rows, depth, columns, a.stride(), b.stride(), torch.get_num_threads())
+    return torch._int_mm(a, b, out=out) if exact else _in_doubles(a, b, out)
 
 
 def _in_doubles(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -108,4 +110,4 @@ def _times(matrix: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([rows.double() @ weights for rows in matrix.split(max(1, DOUBLES // matrix.shape[1]))])
 
 
-proven = Proofs("torch's integer matrix product", _trial, "made in float64 there, slower")
+proven = Proofs("torch's integer matrix product", Kind, _trial, "made in float64 there, slower")

@@ -19,20 +19,21 @@ log = logging.getLogger(__name__)
 class Proofs:
     """Whether a unit is exact for a kind of work, found out when that kind first comes up; afterwards one look-up.
 
-    trial(kind) -> whether the unit computed work of this kind exactly. A unit that fails (AttributeError, RuntimeError,
-    TypeError) does not serve the kind either. `instead` completes the warning: what is done there.
+    kind: a NamedTuple; it is made of what a call gives when that is new. trial(kind) -> whether the unit computed work
+    of this kind exactly. A unit that fails (AttributeError, RuntimeError, TypeError) does not serve the kind either.
+    `instead` completes the warning: what is done there.
     """
 
-    def __init__(self, unit: str, trial: Callable[[Hashable], bool], instead: str):
-        self.unit, self.trial, self.instead = unit, trial, instead
-        self.verdicts: dict[Hashable, bool] = {}
+    def __init__(self, unit: str, kind: type[tuple], trial: Callable[[tuple], bool], instead: str):
+        self.unit, self.kind, self.trial, self.instead = unit, kind, trial, instead
+        self.verdicts: dict[tuple, bool] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, kind: Hashable) -> bool:
-        verdict = self.verdicts.get(kind)
-        return self._try(kind) if verdict is None else verdict
+    def __call__(self, *parts: Hashable) -> bool:
+        verdict = self.verdicts.get(parts)
+        return self._try(self.kind(*parts)) if verdict is None else verdict
 
-    def _try(self, kind: Hashable) -> bool:
+    def _try(self, kind: tuple) -> bool:
         with self._lock:  # threads that come to one kind at once try it, and warn of it, once
             if kind not in self.verdicts:
                 why = "computes other numbers than exact arithmetic"
