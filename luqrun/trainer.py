@@ -308,8 +308,8 @@ class Trainer:
         }
 
     def _count_time(self, seconds: float, images: int) -> None:
-        # The first step of a process compiles and warms up: it is not part of the speed.
-        self.progress["seconds"] += seconds
+        # The first step of a process warms up: it is not part of the speed, nor of the time where it compiles.
+        self.progress["seconds"] += seconds if self.warm or not self.config.compile else 0.0
         self.progress["images"] += images
         self.interval_seconds += seconds
         self.interval_images += images
@@ -325,11 +325,8 @@ class Trainer:
 
     def _train_metrics(self) -> dict[str, float]:
         loss, correct, images = self.progress["sums"]
-        return {
-            "train/loss": loss / images,
-            "train/top1": 100 * correct / images,
-            "images_per_second": self._speed(),
-        }
+        top1 = 100 * correct / images
+        return {"train/loss": loss / images, "train/top1": top1, "images_per_second": self._speed()}
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""
