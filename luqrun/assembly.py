@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +16,8 @@ from luqrun.convert import quantize_model, set_shared_ranges
 from luqrun.datasets import Data
 from luqrun.models import build_model
 from luqrun.recipes import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def build(config: Config, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
@@ -37,6 +40,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         network = torch.compile(model)
+        log.info("compile=true: the first step compiles, for a minute or so, and is no part of the time of training")
     if ranks.world_size() == 1:
         return network
     # Buffers are not sent at each step: share_buffers does it where they are read. (Newer torch calls it otherwise.)

@@ -12,7 +12,6 @@ from luqrun.config import QuantConfig, conf_dir
 from luqrun.errors import UserError
 from luqrun.formats import Format
 from luqrun.quantizer import Quantizer
-from luqrun.refusals import one_line
 
 OPERANDS = ("weight", "activation", "gradient")
 
@@ -89,4 +88,6 @@ def recipe(name: str, **overrides) -> Recipe:
         config = OmegaConf.merge(QuantConfig, OmegaConf.load(path), overrides)
         return Recipe.from_config(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
+        from luqrun.refusals import one_line  # with Hydra, whose errors it knows too
+
         raise UserError(f"recipe {name!r}: {one_line(error)}") from None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from luqrun import kernels
+from luqrun.compiling import prepare
 from luqrun.config import Config
 from luqrun.errors import UserError
 from luqrun.kernels.philox import make_stream
@@ -35,6 +36,8 @@ def run(config: Config, folder: RunFolder) -> dict:
     if not recipe.quantizes:
         raise UserError(f"task=rounding: quant={recipe.name} quantizes nothing; choose another quant=")
     folder.update_run(device="cpu", kernel_backend=kernels.describe("cpu"))
+    quantizers = [getattr(recipe, operand) for operand in OPERANDS if getattr(recipe, operand) is not None]
+    prepare(lambda: [quantizer.quantize(torch.ones(4)) for quantizer in quantizers], no_bar=None)
     rows = []
     for number, operand in enumerate(OPERANDS):
         quantizer = getattr(recipe, operand)

@@ -8,16 +8,17 @@ START = {"seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0}  
 class Speed:
     """Counts seconds and images of training steps into `progress`, a part of the checkpoint.
 
-    The first step of a process compiles and warms up: it is part of the time, not of the speed.
+    The first step of a process warms up: it is part of the time, unless torch.compile `compiles` in it, not of the
+    speed.
     """
 
-    def __init__(self, progress: dict):
-        self.progress, self.warm = progress, False
+    def __init__(self, progress: dict, compiles: bool = False):
+        self.progress, self.compiles, self.warm = progress, compiles, False
         self.lately_seconds, self.lately_images = 0.0, 0
 
     def count(self, seconds: float, images: int) -> None:
         """Count one step."""
-        self.progress["seconds"] += seconds
+        self.progress["seconds"] += seconds if self.warm or not self.compiles else 0.0
         self.progress["images"] += images
         self.lately_seconds += seconds
         self.lately_images += images

@@ -100,7 +100,7 @@ class Trainer:
         }  # fmt: skip
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
-        self.speed, sizes = speed.Speed(self.progress), self.progress["world_sizes"]
+        self.speed, sizes = speed.Speed(self.progress, config.compile), self.progress["world_sizes"]
         if sizes[-1:] != [ranks.world_size()]:
             sizes.append(ranks.world_size())
         self.network = assembly.wrap(self.model, config, device)
@@ -323,11 +323,8 @@ class Trainer:
 
     def _train_metrics(self) -> dict[str, float]:
         loss, correct, images = self.progress["sums"]
-        return {
-            "train/loss": loss / images,
-            "train/top1": 100 * correct / images,
-            "mean_images_per_second": self.speed.mean(),
-        }
+        metrics = {"train/loss": loss / images, "train/top1": 100 * correct / images}
+        return {**metrics, "mean_images_per_second": self.speed.mean()}
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""

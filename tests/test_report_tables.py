@@ -221,6 +221,12 @@ def test_missing_runs_are_given_what_the_others_were_given():
         "study=mine/fig2", "schedule.epochs=5", "model=resnet8", "dataset.root=/data", "quant.skip=[first]",
     ]  # fmt: skip
     assert "'quant.skip=[first]'" in wish.command
+    own = ["--config-dir", "own"]
+    runs = [a_record("fig2", "fp32", "top1", seed, 80.0) for seed in (0, 1)]
+    for run in runs:
+        run.run.update(command=["luqrun", *own, "-m"], overrides=["+experiment=ours", f"seed={run.seed}"])
+    (table,) = build_tables(runs)
+    assert cell(table, "luq").missing[0].command == "luqrun --config-dir own +experiment=ours seed=0 quant=luq"
     records = [a_record("fig2", "fp32", "top1", seed, 80.0, more=more) for seed, more in ((0, ["device=cpu"]), (1, []))]
     (table,) = build_tables(records)  # only one of them was given it
     assert cell(table, "luq").missing[0].command == "luqrun +experiment=fig2/glyphs seed=0 quant=luq"

@@ -17,3 +17,11 @@ def test_the_first_step_is_part_of_the_time_and_not_of_the_mean_speed():
     again.count(2.0, 40)
     assert (again.mean(), again.lately()) == (60.0, 140 / 22)
     assert progress == {"seconds": 34.0, "images": 390, "timed_seconds": 4.0, "timed_images": 240}
+
+
+def test_a_first_step_that_compiles_is_no_part_of_the_time():
+    progress = dict(speed.START)
+    run = speed.Speed(progress, compiles=True)
+    run.count(60.0, 50)
+    run.count(1.0, 50)
+    assert (progress["seconds"], progress["images"], run.mean()) == (1.0, 100, 50.0)

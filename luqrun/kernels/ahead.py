@@ -1,7 +1,7 @@
 """Compiling loops before they are needed, in processes that fill numba's cache.
 
-The compiler works for seconds at a time without a look at signals, and a training step would be slow for no reason of
-its own. So this process only waits: it shows how far the others are, and ends them where it is asked to stop.
+The compiler works for up to two seconds at a time without a look at signals, and on one core. So this process only
+waits: it shows how far the others are, and ends them where it is asked to stop.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def compile_all(versions: Sequence[Version], progress: Progress, first: bool = T
         with _locked(Path(folder), first):
             left = missing(left)
             if left and not _compile_elsewhere(left, progress):
-                log.warning("compiling in this process instead, which answers Ctrl-C late")
+                log.warning("compiling in this process instead")
             left = missing(left)
     _compile_here(left, progress)
 
