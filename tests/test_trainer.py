@@ -126,7 +126,8 @@ def used_quantizers(monkeypatch):
         return wrapped
 
     def spy(self, *arguments, **keywords):
-        used[(*state["now"], self.format, self.range)] += 1
+        if state:  # not before the first step, where what it takes is compiled
+            used[(*state["now"], self.format, self.range)] += 1
         return run(self, *arguments, **keywords)
 
     monkeypatch.setattr(Trainer, "accumulate_gradients", during("train", original_step))

@@ -55,9 +55,9 @@ def experiment(overrides: Iterable[str]) -> str | None:
     return next((each for each in overrides if key(each).partition("@")[0] == "experiment"), None)
 
 
-def shared(runs: Sequence[Run]) -> list[str]:
+def shared(runs: Sequence[Run]) -> tuple[str, ...]:
     """The overrides that all of these runs, one at least, were given."""
-    return [given for given in runs[0].overrides if all(given in run.overrides for run in runs)]
+    return tuple(given for given in runs[0].overrides if all(given in run.overrides for run in runs))
 
 
 def common_options(runs: Sequence[Run]) -> tuple[str, ...]:
