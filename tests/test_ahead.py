@@ -9,6 +9,7 @@ import threading
 
 import numba
 import pytest
+import torch
 
 from luqrun.kernels import ahead, numba_driver
 
@@ -40,7 +41,10 @@ def loops(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the versions without OpenMP, on any machine
     yield importlib.import_module(name)
+    torch.set_num_threads(threads)
     sys.modules.pop(name)
 
 
