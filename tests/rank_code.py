@@ -29,6 +29,9 @@ HINDSIGHT = Recipe("hindsight", gradient=Quantizer("e3m0", range="hindsight", ro
 RUN = ("dataset.batch_size=24", "model=vit_tiny", "quant=fp32", "tracking.health_every=4")
 
 
+EVALUATED = ("dataset.batch_size=12", "quant=forward_sr", "dataset.glyphs.val_images=188")
+
+
 def whole() -> torch.Tensor:
     """A tensor of which each process has a part; only the last row has the maximum, and negative values."""
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1)).abs()
@@ -76,6 +79,19 @@ def hindsight():
     return gradient.abs().max(), found
 
 
+def stochastic_forward():
+    """The weight's codes of a training forward, seen through an activation of ones, and the output of another."""
+    layer = linear(Recipe("stochastic", weight=Quantizer("int4", rounding="stochastic")))
+    noisy = linear(Recipe("stochastic", activation=Quantizer("int4", rounding="stochastic")))
+    return layer(torch.eye(64)).detach(), noisy(whole()).detach()
+
+
+def evaluated(folder: Path):
+    """What an untrained network with a stochastic forward answers to the validation images."""
+    with running.quiet_machine(folder / f"cache{ranks.rank()}"):
+        return running.build_trainer(folder / f"evaluated{ranks.rank()}", *EVALUATED).evaluate()
+
+
 def sharded():
     """One step of SGD on a quantized model, its parameters sharded (FSDP2); the gathered weights, and the codes' count.
 
@@ -112,8 +128,8 @@ def trained(folder):
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks.join()
-    found = {each.__name__: each() for each in (statistics, shared_ranges, hindsight, sharded)}
-    found["trained"] = trained(folder)
+    found = {each.__name__: each() for each in (statistics, shared_ranges, hindsight, stochastic_forward, sharded)}
+    found["trained"], found["evaluated"] = trained(folder), evaluated(folder)
     found["sums"] = ranks.add_up([1.0, ranks.rank()]), ranks.largest(ranks.rank())
     found["told"] = ranks.from_first(lambda: f"by {ranks.rank()}")
     torch.save(found, folder / f"{ranks.rank()}.pt")

@@ -8,7 +8,7 @@ import pytest
 import rank_code
 import torch
 from jobs import torchrun
-from running import metrics, train
+from running import build_trainer, metrics, quiet_machine, train
 
 from luqrun import ranks
 from luqrun.run_folder import RunFolder
@@ -52,6 +52,21 @@ def test_ranks_share_the_hindsight_maximum_and_draw_apart(found):
     # Then both learn the largest maximum (Eq. 18 with eta 0.1).
     assert first[1][1] == second[1][1]
     torch.testing.assert_close(first[1][1], 0.9 * len(found[0]) * maximum + 0.1 * maximum)
+
+
+def test_weights_draw_alike_on_all_ranks_and_activations_apart(found):
+    weights, outputs = zip(*(each["stochastic_forward"] for each in found[0]), strict=True)
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+    assert not any(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_an_evaluation_with_draws_does_not_depend_on_the_number_of_processes(found, tmp_path):
+    with quiet_machine(tmp_path / "cache"):
+        alone = build_trainer(tmp_path / "run", *rank_code.EVALUATED).evaluate()
+    assert all(each["evaluated"] == found[0][0]["evaluated"] for each in found[0])
+    ours = found[0][0]["evaluated"]
+    assert (ours["val/top1"], ours["val/top5"]) == (alone["val/top1"], alone["val/top5"])
+    assert ours["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-9)  # sums in another order
 
 
 def test_a_sharded_step_is_the_step_of_whole_parameters(found):
