@@ -54,7 +54,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         if node is not None:
             return node
         if is_causal and attn_mask is None:
-            raise UserError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
+            raise TensorError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
         self._check_shapes(query, key, value)
         if query is key and key is value:
             q, k, v = self._project(query, 0, 3).chunk(3, dim=-1)
@@ -99,7 +99,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks as one additive mask that broadcasts against (..., heads, length, source).
 
-        UserError for masks of other types and shapes than nn.MultiheadAttention takes.
+        TensorError for masks of other types and shapes than nn.MultiheadAttention takes.
         """
         *batch, _, length, _ = q.shape
         source, total = k.shape[-2], None
@@ -120,5 +120,11 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
                 mask = mask[..., None, None, :]
             elif mask.dim() == 3:
                 mask = mask.view(*q.shape[:-2], *mask.shape[-2:])
-            total = mask.to(q.dtype) if total is None else total + mask
-        return total
+            total = mask if total is None else total + mask
+        if total is None:
+            return None
+        # As its two ways to compute take together; autocast makes them one.
+        if total.dtype not in (q.dtype, torch.float32) and not torch.is_autocast_enabled(q.device.type):
+            shown = f"masks of {total.dtype} do not go with {q.dtype}; allowed: bool, {q.dtype} or float32"
+            raise TensorError(shown.replace("torch.", ""))
+        return total.to(q.dtype)

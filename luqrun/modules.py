@@ -23,7 +23,15 @@ from luqrun.kernels.philox import MICRO_STEP, STEP
 from luqrun.qgemm import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
 from luqrun.quantizer import update_hindsight
 from luqrun.recipes import OPERANDS, Recipe
-from luqrun.torch_internals import PLAIN, has_dispatch, has_modes, is_transformed, outermost_module, repeats_forward
+from luqrun.torch_internals import (
+    PLAIN,
+    has_dispatch,
+    has_modes,
+    has_tangent,
+    is_transformed,
+    outermost_module,
+    repeats_forward,
+)
 
 
 class QuantLayer(nn.Module):
@@ -102,7 +110,8 @@ class QuantLayer(nn.Module):
         device_type = activation.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         activation, weight = checked(activation, weight, autocast)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else activation.dtype
+        casts = autocast and activation.dtype != torch.float64  # which autocast leaves as it is
+        dtype = torch.get_autocast_dtype(device_type) if casts else activation.dtype
         gemm = traced_gemm if torch.jit.is_tracing() else QuantizedGemm.apply
         output = gemm(activation, weight, op, self._plan(activation, weight), dtype)
         if bias is None:
@@ -186,10 +195,11 @@ def checked(activation: Tensor, weight: Tensor, autocast: bool) -> tuple[Tensor,
         if is_transformed():
             raise TensorError("quantized layers do not work inside torch.func's transforms (grad, vmap, jvp, ...)")
         for x in (activation, weight):
-            if has_dispatch(x) or x.is_nested:
-                raise TensorError(
-                    f"quantized layers take plain tensors, not a {type(x).__name__}: its memory is elsewhere"
-                )
+            if has_dispatch(x) or x.is_nested or x.layout != torch.strided:
+                kind = type(x).__name__ if type(x) not in PLAIN else str(x.layout).removeprefix("torch.")
+                raise TensorError(f"quantized layers take plain dense tensors, not a {kind}: its memory is elsewhere")
+            if has_tangent(x):
+                raise TensorError("quantized layers do not work in forward-mode differentiation")
         activation, weight = (x if type(x) in PLAIN else x.as_subclass(Tensor) for x in (activation, weight))
     fit = activation.is_floating_point() and weight.is_floating_point()
     if autocast:  # which leaves float64 as it is
@@ -271,9 +281,8 @@ class MaskedReLU(nn.ReLU):
             return super().forward(input)
         if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
             return super().forward(input)
-        if (
-            has_modes() or is_transformed() or torch.jit.is_tracing()
-        ):  # who keeps the clone would find it changed; or it is no plain tensor
+        # Who keeps the clone would find it changed; or it is no plain tensor.
+        if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
             return super().forward(input)
         if self.inplace and (input._is_view() or dense(input) is not input):
             return super().forward(input)

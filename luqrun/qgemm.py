@@ -22,7 +22,7 @@ from luqrun.gemms import ConvOp, LinearOp, use_int8
 from luqrun.kernels import ops
 from luqrun.kernels.layout import dense, is_channels_last
 from luqrun.quantizer import QuantizedTensor, Quantizer, health
-from luqrun.torch_internals import is_watched
+from luqrun.torch_internals import is_batched, is_watched
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
@@ -207,7 +207,7 @@ def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
     codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
     (a, _), (w, _) = plan.quantize("activation", activation, codes), plan.quantize("weight", weight, codes)
-    return fprop(op, a, w, dtype).to(dtype)
+    return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
 
 
 class QuantizedGemm(torch.autograd.Function):
@@ -242,6 +242,8 @@ class QuantizedGemm(torch.autograd.Function):
                 "a gradient through quantized layers has no derivative (create_graph=True, as for a gradient penalty): "
                 "leave these layers in high precision with skip"
             )
+        if not compiling and is_batched(grad_output):
+            raise TensorError("quantized layers take one gradient at a time, not is_grads_batched or vectorize=True")
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype
@@ -277,8 +279,10 @@ class MaskedReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         (mask,) = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not is_batched(grad_output):
             return ops.relu_backward(grad_output, mask, ctx.channels_last), None
-        with torch.no_grad():  # for a derivative of the gradient (create_graph=True), in torch's own operations
-            passes = ops.relu_backward(torch.ones_like(grad_output), mask, ctx.channels_last) > 0
+        # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
+        with torch.no_grad():
+            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
+            passes = ops.relu_backward(ones, mask, ctx.channels_last) > 0
         return torch.where(passes, grad_output, 0), None

@@ -12,7 +12,9 @@ from types import FrameType
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
 # Their memory is what it seems. A subclass may have none of its own (jagged, DTensor, FakeTensor).
 PLAIN = (Tensor, nn.Parameter)
@@ -46,6 +48,16 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether what a backward pass is given stands for many gradients at once (is_grads_batched=True)."""
+    return not torch._C._has_storage(gradient)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation (torch.autograd.forward_ad) follows x."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def has_dispatch(x: Tensor) -> bool:
     """Whether x is of a class with __torch_dispatch__, which may wrap other tensors and have no memory itself.
 
@@ -54,6 +66,20 @@ def has_dispatch(x: Tensor) -> bool:
     if type(x) in PLAIN or type(x).__module__.startswith("torch._subclasses"):
         return False
     return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def keep_results(operator: str, library: torch.library.Library) -> None:
+    """Have activation checkpointing keep what an operator returns, whatever its policy, where it decides by operator:
+    with a context_fn, and under a compiler."""
+
+    def dispatch(mode, func, types, args=(), kwargs=None):
+        policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+        try:
+            return mode.__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            mode.policy_fn = policy
+
+    torch.library.register_torch_dispatch(operator, _CachingTorchDispatchMode, dispatch, lib=library)
 
 
 def flop_counters() -> list[tuple[dict, Callable]]:

@@ -116,6 +116,8 @@ BAD_MASKS = {
     "one number": {"attn_mask": torch.zeros(())},
     "a batch, not heads": {"attn_mask": torch.zeros(3, 5, 5)},
     "four dimensions": {"attn_mask": torch.zeros(3, 2, 5, 5)},
+    "float64": {"attn_mask": torch.zeros(5, 5, dtype=torch.float64)},
+    "float16 padding": {"key_padding_mask": torch.zeros(3, 5, dtype=torch.float16)},
 }
 
 
@@ -128,6 +130,15 @@ def test_masks_that_torch_refuses_are_refused(masks, need_weights):
         plain(x, x, x, need_weights=need_weights, **masks)
     with pytest.raises(UserError, match="allowed"):
         quantize(plain)(x, x, x, need_weights=need_weights, **masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_float32_mask_is_taken_by_another_precision(dtype):
+    plain, x = nn.MultiheadAttention(8, 2, batch_first=True).to(dtype), torch.rand(3, 5, 8).to(dtype)
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    layer = QuantMultiheadAttention.from_module(copy.deepcopy(plain), NOTHING, 0, 0)
+    expected, found = (each(x, x, x, attn_mask=mask, need_weights=False)[0] for each in (plain, layer))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

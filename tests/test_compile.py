@@ -7,6 +7,7 @@ import torch
 from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, quantize, same
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import luqrun
 
@@ -50,6 +51,17 @@ def test_inductor_draws_as_eager_mode_does(recipe):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
     assert not any(torch.equal(one, other) for i, one in enumerate(compiled) for other in compiled[:i])
     assert same([layer.streams, *layer.buffers()], [twin.streams, *twin.buffers()])
+
+
+@pytest.mark.parametrize("recipe", [LUQ, ALL_STOCHASTIC], ids=lambda recipe: recipe.name)
+def test_a_compiled_checkpoint_draws_as_no_checkpoint_does(recipe):
+    # What a checkpoint computes again in the backward pass must not read names that advanced.
+    layer = quantize(nn.Linear(16, 8, bias=False), recipe)
+    twin, x, g = copy.deepcopy(layer), torch.rand(4, 16), torch.randn(4, 8)
+    compiled = torch.compile(lambda x: checkpoint(twin, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    for one, other in zip(steps(layer, layer, x, g), steps(twin, compiled, x, g), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.streams, twin.streams)
 
 
 def test_two_forwards_in_one_graph_draw_apart():

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import luqrun
 from luqrun import gemms, kernels
 from luqrun.convert import set_step
+from luqrun.errors import UserError
 from luqrun.formats import FORMATS
 from luqrun.kernels import cpu, int8, ops
 from luqrun.kernels.philox import make_stream
@@ -50,7 +51,7 @@ def check_dynamic(operator, *arguments):
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
         "next_draws", "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv",
-        "int8_conv_dgrad", "int8_conv_wgrad",
+        "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
     }  # fmt: skip
 
 
@@ -117,6 +118,13 @@ def test_int8_conv(channels_last, direct, monkeypatch):
             check(OPERATORS.int8_conv_wgrad, [out.char(), out.char()], each, *how)
             weight = matrix.t().contiguous()
             check(OPERATORS.int8_conv_dgrad, out.char(), weight, SCALE, a.shape, *how, dtype, channels_last)
+
+
+def test_forward_only():
+    x = normal(3, 4).requires_grad_()
+    check(OPERATORS.forward_only, *[x.detach()] * 3)
+    with pytest.raises(UserError, match="no gradient"):
+        OPERATORS.forward_only(x.detach(), x, x).sum().backward()
 
 
 class Recorder(TorchDispatchMode):

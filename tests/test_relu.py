@@ -154,6 +154,17 @@ def test_torch_func_takes_a_masked_relu_as_a_plain_one():
     assert same(*found)
 
 
+def test_many_gradients_at_once_and_forward_mode_are_those_of_a_plain_relu():
+    x, many, found = torch.randn(3, 4, requires_grad=True), torch.randn(2, 3, 4), []
+    for relu in (nn.ReLU(), MaskedReLU()):
+        (gradients,) = torch.autograd.grad(relu(x.sin()), x, many, is_grads_batched=True)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, many[0])
+            tangent = torch.autograd.forward_ad.unpack_dual(relu(dual.sin())).tangent
+        found.append((gradients, tangent))
+    assert same(*found)
+
+
 def test_one_module_used_twice_and_checkpointed():
     plain = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     masked = copy.deepcopy(plain)

@@ -61,6 +61,23 @@ def test_transforms_are_known():
     assert not internals.is_transformed()
 
 
+def test_many_gradients_at_once_are_known():
+    seen, x = [], torch.ones(2, requires_grad=True)
+    x.register_hook(lambda gradient: seen.append(internals.is_batched(gradient)))
+    torch.autograd.grad(x * 2, x, torch.ones(3, 2), is_grads_batched=True)
+    torch.autograd.grad(x * 2, x, torch.ones(2))
+    assert seen == [True, False]
+
+
+def test_what_forward_mode_follows_is_known():
+    x = torch.ones(2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert internals.has_tangent(dual)
+        assert not internals.has_tangent(x)
+    assert not internals.has_tangent(x)
+
+
 def test_tensors_that_wrap_others_are_known():
     jagged = torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged)
     assert internals.has_dispatch(jagged)

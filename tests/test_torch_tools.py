@@ -75,6 +75,8 @@ def test_jit_trace_records_the_evaluation(grad):
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, IMAGES)
         assert torch.equal(traced(IMAGES), model(IMAGES))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        traced(IMAGES).sum().backward()
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
@@ -139,6 +141,36 @@ def test_transforms_are_refused_in_a_line_and_functional_call_works(transform):
     else:
         with pytest.raises(luqrun.UserError, match=r"torch\.func"):
             calls[transform]()
+
+
+def test_many_gradients_at_once_and_forward_mode_are_refused_in_a_line():
+    model, x = mlp(), torch.rand(2, 8, requires_grad=True)
+    with pytest.raises(luqrun.UserError, match="one gradient at a time"):
+        torch.autograd.grad(model(x), x, torch.rand(3, 2, 4), is_grads_batched=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(luqrun.UserError, match="forward-mode"):
+            model(dual)
+        model(x).sum().backward()  # whom it does not follow
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
+def test_tensors_of_other_layouts_are_refused_in_a_line(layout):
+    x = torch.rand(2, 8)
+    with pytest.raises(luqrun.UserError, match=layout):
+        mlp()(x.to_sparse() if layout == "sparse" else x.to_mkldnn())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_autocast_gives_the_dtypes_that_it_gives_torch(layer, dtype):
+    layer = copy.deepcopy(layer).to(dtype)
+    x = torch.rand((2, 3, 8, 8) if isinstance(layer, nn.Conv2d) else (2, 4)).to(dtype)
+    inputs = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = layer(*inputs), quantize(layer)(*inputs)
+    expected, found = ((y if isinstance(y, tuple) else (y,)) for y in (expected, found))
+    assert [y.dtype for y in found] == [y.dtype for y in expected]
 
 
 @pytest.mark.parametrize(

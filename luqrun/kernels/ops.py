@@ -11,11 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
+from luqrun.errors import TensorError
 from luqrun.formats import SAWB, Format, get_format
 from luqrun.kernels import backend_for, flops, int8, know, reference
 from luqrun.kernels.layout import dense, empty
 from luqrun.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
-from luqrun.torch_internals import PLAIN, has_modes, is_watched
+from luqrun.torch_internals import PLAIN, has_modes, is_watched, keep_results
 
 _library = torch.library.Library("luqrun", "DEF")
 
@@ -86,6 +87,10 @@ class next_draws:
 
     def fake(streams, advances, evaluates, rank, redraw_every):
         return torch.empty_like(streams)
+
+
+# Compiled, activation checkpointing would read the names again in the backward pass, after they advanced.
+keep_results("luqrun::next_draws", _library)
 
 
 @_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
@@ -196,3 +201,21 @@ class int8_conv_wgrad:
     def fake(grads, a, kernel, stride, padding, dilation):
         shape = (grads[0].shape[1], a.shape[1], *kernel)
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@_operator("forward_only(Tensor x, Tensor activation, Tensor weight) -> Tensor")
+class forward_only:
+    """x as a result of activation and weight that has no derivative, and says so."""
+
+    def run(x, activation, weight):
+        return x.clone()
+
+    def fake(x, activation, weight):
+        return torch.empty_like(x)
+
+
+def _refuse_backward(*_):
+    raise TensorError("what torch.jit.trace made of a quantized layer has no gradient: train the model itself")
+
+
+torch.library.register_autograd("luqrun::forward_only", _refuse_backward, lib=_library)
