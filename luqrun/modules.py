@@ -110,6 +110,8 @@ class QuantLayer(nn.Module):
         device_type = activation.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         activation, weight = checked(activation, weight, autocast)
+        if bias is not None and not autocast and bias.dtype != weight.dtype:
+            raise TensorError(f"a quantized layer has a {bias.dtype} bias beside {weight.dtype} weights")
         casts = autocast and activation.dtype != torch.float64  # which autocast leaves as it is
         dtype = torch.get_autocast_dtype(device_type) if casts else activation.dtype
         gemm = traced_gemm if torch.jit.is_tracing() else QuantizedGemm.apply
@@ -157,7 +159,7 @@ class QuantLayer(nn.Module):
             return dict(zip(OPERANDS, self.streams.to(device).unbind(), strict=True))
         if self.streams.device != device:
             self._move_streams(device)
-        if self.kin.has_copies and not torch.compiler.is_compiling():
+        if self.kin.has_copies:
             self._tell_apart()
         names = self.streams
         if wanted or self.recipe.has_stochastic_forward:
@@ -166,6 +168,7 @@ class QuantLayer(nn.Module):
             names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
+    @torch.compiler.assume_constant_result  # a compiler runs it while it traces
     def _tell_apart(self) -> None:
         model = outermost_module()
         if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):

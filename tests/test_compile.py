@@ -74,6 +74,17 @@ def test_two_forwards_in_one_graph_draw_apart():
     assert not torch.equal(*found[0])
 
 
+def test_copies_of_a_layer_in_a_compiled_model_draw_apart():
+    layer = quantize(nn.Linear(8, 8, bias=False))
+    model = nn.Sequential(layer, nn.Tanh(), copy.deepcopy(layer))
+    twin, x, found = copy.deepcopy(model), torch.rand(4, 8), []
+    for each, call in ((model, model), (twin, torch.compile(twin, backend="aot_eager", fullgraph=True))):
+        call(x).sin().sum().backward()
+        found.append([*(parameter.grad for parameter in each.parameters()), each[0].streams, each[2].streams])
+    assert same(*found)
+    assert not torch.equal(model[0].streams, model[2].streams)
+
+
 @pytest.mark.parametrize("how", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_many_sizes_are_two_graphs_at_most(kind, how):

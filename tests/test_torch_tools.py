@@ -227,6 +227,13 @@ def test_a_subclass_with_memory_is_taken():
     assert torch.equal(layer(tv_tensors.Image(IMAGES)), expected)
 
 
+def test_a_bias_of_another_dtype_is_refused():
+    layer = quantize(nn.Linear(4, 3))
+    layer.bias = nn.Parameter(layer.bias.double())
+    with pytest.raises(RuntimeError, match="bias"):
+        layer(torch.rand(2, 4))
+
+
 def test_weights_that_are_buffers_compute():
     layer = nn.Linear(4, 3)
     twin = quantize(copy.deepcopy(layer))
