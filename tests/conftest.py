@@ -4,6 +4,8 @@ import os
 
 # Threads that wait must soon sleep, as in cli.py: tests share the cores with others.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: a process a core is enough
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from statistics import NormalDist
 
