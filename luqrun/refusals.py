@@ -148,6 +148,11 @@ def stumbled(error: Exception, arguments: Sequence[str]) -> str:
     found = [getattr(each, "input_line", each) for each in at]
     found = [each for each in found if isinstance(each, str)]
     named = found[-1] if found else " ".join(arguments)
+    if "Config group override must be" in text:
+        group, _, option = named.lstrip("+").partition("=")
+        if not group:
+            return f"{named} has no key: an override is key=value, such as schedule.epochs=3"
+        return f"{named}: an option of {group} is a name, and {option} is none; luqrun --help lists the options"
     if "Unexpected type for root" in text:
         return f"{named} sets a key below a part that is null here (such as quant.gradient with quant=fp32)"
     return f"{named} cannot be understood ({text})"
