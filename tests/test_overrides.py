@@ -136,8 +136,13 @@ def test_an_option_without_its_value_is_told_in_one_line(luqrun):
         assert_refused(luqrun(option), f"argument {option}", "expected one argument", "--help")
 
 
+def test_what_only_a_search_takes_is_refused_in_a_sweep(luqrun):
+    assert_refused(luqrun("-m", "schedule.lr=interval(0.1,0.3)"), "interval()", "hydra/sweeper=optuna")
+
+
 def test_an_option_that_is_no_name_is_refused(luqrun):
     assert_refused(luqrun("quant=3"), "quant=3: an option of quant is a name", "--help")
+    assert_refused(luqrun("quant=[3]"), "quant=[3]: an option of quant is a name")
     assert_refused(luqrun("+experiment=null"), "an option of experiment is a name")
     assert_refused(luqrun("=3"), "=3 has no key", "key=value")
 
