@@ -1,6 +1,7 @@
 """python -m luqrun is luqrun; torchrun -m luqrun needs it."""
 
 import gc
+import sys
 
 
 def main() -> None:
@@ -9,6 +10,9 @@ def main() -> None:
     gc.disable()
     try:
         from luqrun import cli
+    except KeyboardInterrupt:  # later ones are cli's to answer
+        print("luqrun: interrupted before the run began", file=sys.stderr)
+        sys.exit(130)
     finally:
         gc.enable()
     cli.main()

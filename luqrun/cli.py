@@ -263,10 +263,12 @@ def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -
     """The result that is there, if it is this run's."""
     note = refuse_another(config, folder)
     what = "diverged before, and would again" if summary is None else "is finished"
-    log.info("this run %s%s; study=NAME runs it again elsewhere", what, note)
+    by_name = folder.path.name == run_id(config)
+    elsewhere = "study=NAME" if by_name else "a folder of its own (hydra.run.dir, hydra.sweep.subdir)"
+    log.info("this run %s%s; %s runs it again elsewhere", what, note, elsewhere)
     if config.tracking.profile_steps:
         asked = f"tracking.profile_steps={config.tracking.profile_steps}"
-        log.warning("%s: nothing is profiled, as nothing is trained; study=NAME reuse=false trains it", asked)
+        log.warning("%s: nothing is profiled, as nothing is trained; with reuse=false %s trains it", asked, elsewhere)
     return {"diverged": run.get("diverged_at_step")} if summary is None else summary
 
 

@@ -46,7 +46,8 @@ def shell_words(overrides: Sequence[str]) -> str:
 
 
 def repeated(config: DictConfig) -> list[str]:
-    """A line for each key that the command line gives more than once with different values: the last one counts.
+    """A line for each key that the command line gives more than once with different values, of which the last counts,
+    and for each group that is given a list of options.
 
     Raises UserError where a sweep over the key would be dropped.
     """
@@ -54,6 +55,10 @@ def repeated(config: DictConfig) -> list[str]:
     lines = []
     for each in _given(config):
         key = each.key_or_group + (f"@{each.package}" if each.package else "")
+        options = each.value()
+        if isinstance(options, list) and len(options) > 1 and (conf_dir() / each.key_or_group).is_dir():
+            swept = ",".join(map(str, options))
+            lines.append(f"{each.input_line} is one run, with these options merged; -m {key}={swept} runs each")
         before = seen.get(key)
         seen[key] = each
         if before is None or each.is_delete() or before.is_delete() or before.input_line == each.input_line:

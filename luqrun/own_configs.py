@@ -23,6 +23,8 @@ from luqrun.refusals import dotted_keys, one_line, unknown_key
 
 SCANNED = re.compile("scanning a|flow")  # what PyYAML was in the middle of, where the mistake is at its beginning
 PACKAGE = "# @package _global_"
+SPACED = "a setting is written key: value, with a space after the colon"
+MARK = "\ufeff"  # a byte order mark, before which Hydra finds no PACKAGE
 
 
 def own_folders(arguments: Sequence[str]) -> list[Path]:
@@ -42,7 +44,7 @@ def own_folders(arguments: Sequence[str]) -> list[Path]:
 def refuse_passed_over(arguments: Sequence[str]) -> None:
     """Raise UserError for a file of one's own with the name of a shipped one, which comes first in Hydra's search."""
     folders = own_folders(arguments)
-    for shipped in (conf_dir(), Path(hydra.conf.__file__).parent):
+    for shipped in (conf_dir(), Path(hydra.conf.__file__).parent) if folders else ():
         for path in sorted(shipped.rglob("*.yaml")):
             name = path.relative_to(shipped)
             for own in [folder / name for folder in folders]:
@@ -65,8 +67,9 @@ def refuse_empty(config: DictConfig, arguments: Sequence[str]) -> None:
 
 def located(error: Exception, arguments: Sequence[str]) -> Exception:
     """The error as a UserError with file, line and key, where a file of one's own is the reason; else as it is."""
-    folders = own_folders(arguments)
-    if isinstance(error, UserError) or not folders:
+    if isinstance(error, UserError):  # of a command line, say, that cannot be parsed
+        return error
+    if not (folders := own_folders(arguments)):
         return error
     path = _being_read(error, folders)
     if path is not None:
@@ -171,7 +174,9 @@ def _cannot_be_read(error: Exception, path: Path) -> str:
         if "\\t" in what:
             advice = "; YAML indents with spaces, not with tabs"
         elif "expected ':'" in what:
-            advice = "; a setting is written key: value, with a space after the colon"
+            advice = f"; {SPACED}"
+        elif "mapping values are not allowed" in what:
+            advice = "; the settings of one part begin in the same column, and a value with ': ' stands in quotes"
         return f", line {mark.line + 1}: {' '.join(what.split())}{advice}"
     if "Invalid loaded object type" in str(error):
         return ": it must hold settings, a line each: key: value"
@@ -194,6 +199,11 @@ def _composing(text: str, path: Path) -> str:
     line = _line_of(path, key)
     if unknown := re.match(r"Key '([^']+)' (?:is )?not in", reason):
         key = key or unknown[1]
+        if ":" in key:
+            line = line or _line_with(path, rf"^\s*{re.escape(unknown[1])}")
+            return f"{path}{line}: {unknown[1]} is no setting; {SPACED}"
+        if _text(path).startswith(MARK):
+            return f"{path}, line 1: the file begins with a byte order mark: save it as UTF-8 without one"
         if key.partition(".")[0] == path.parent.name and key.partition(".")[0] not in Config.__dataclass_fields__:
             return f"{path}, line 1: the file must begin with the line {PACKAGE}"
         return f"{path}{line}: {unknown_key(key)}"
@@ -201,7 +211,9 @@ def _composing(text: str, path: Path) -> str:
         reason = "must be a list, such as [first,last]"
     elif re.search("is not a subclass of|Cannot merge DictConfig with ListConfig", reason):
         reason = "must hold settings, a line each: key: value"
-        key, line = (key, line) if key else _first_list(path)
+        key, line = (key, line) if key else _first_not_a_part(path)
+        if (conf_dir() / key).is_dir() and key:
+            reason += f", or an option is chosen in defaults: - override /{key}: OPTION"
     return f"{path}{line}: {f'{key}: ' if key else ''}{reason}"
 
 
@@ -237,13 +249,16 @@ def _line_of(path: Path, key: str) -> str:
     return ""
 
 
-def _first_list(path: Path) -> tuple[str, str]:
-    """(dotted key, ', line 3') of the first list in the place of a part of the schema; ('', '') where there is none."""
+def _first_not_a_part(path: Path) -> tuple[str, str]:
+    """(dotted key, ', line 3') of the first list or single value in the place of a part of the schema, or of the whole
+    file; ('', '') where there is none."""
     parts = {name.rpartition(".")[0] for name in dotted_keys(Config)}
     root = yaml.compose(_text(path), yaml.SafeLoader)
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else []:
+    if not isinstance(root, yaml.MappingNode):
+        return "", f", line {root.start_mark.line + 1}"
+    for key, value in root.value:
         for name in (key.value, f"{path.parent.name}.{key.value}"):
-            if name in parts and isinstance(value, yaml.SequenceNode):
+            if name in parts and not isinstance(value, yaml.MappingNode) and not value.tag.endswith(":null"):
                 return name, f", line {key.start_mark.line + 1}"
     return "", ""
 

@@ -65,6 +65,8 @@ def _told(error: BaseException) -> str:
         quoted = in_quotes(found[1])
         comma = f"; one value with a comma stands in quotes: {quoted}" if quoted else ""
         return f"{text.splitlines()[0]}: several values are a sweep, which needs -m (luqrun -m seed=0,1){comma}"
+    if "does not support sweep type" in text:
+        return "interval() is for a search (hydra/sweeper=optuna): a sweep tries each of some values, as in seed=0,1,2"
     if found := re.search(r"Multiple values for (\S+)\.", text):
         return f"{found[1]} is given twice, with different options: give it once"
     if found := re.search("An item is already at '(.*)'", text):
@@ -148,6 +150,11 @@ def stumbled(error: Exception, arguments: Sequence[str]) -> str:
     found = [getattr(each, "input_line", each) for each in at]
     found = [each for each in found if isinstance(each, str)]
     named = found[-1] if found else " ".join(arguments)
+    if "Config group override must be" in text or "is not iterable" in text:  # quant=3, quant=[3]
+        group, _, option = named.lstrip("+").partition("=")
+        if not group:
+            return f"{named} has no key: an override is key=value, such as schedule.epochs=3"
+        return f"{named}: an option of {group} is a name, and {option} is none; luqrun --help lists the options"
     if "Unexpected type for root" in text:
         return f"{named} sets a key below a part that is null here (such as quant.gradient with quant=fp32)"
     return f"{named} cannot be understood ({text})"

@@ -25,6 +25,7 @@ from luqrun import cli, sweeps, trainer
 from luqrun.config import Config, conf_dir
 from luqrun.refusals import dotted_keys
 
+TOLD = "is given more than once|with these options merged"  # beside what became of it
 _PARSER = OverridesParser.create()
 KEYS = dotted_keys(Config)
 GROUPS = ["model", "dataset", "quant", "schedule", "finetune", "experiment"]
@@ -114,7 +115,7 @@ class Answer:
     @property
     def lines(self) -> list[str]:
         """Of err, without what is said of a key given twice: what is tried stands beside other settings."""
-        return [line for line in self.err.splitlines() if line.strip() and "is given more than once" not in line]
+        return [line for line in self.err.splitlines() if line.strip() and not re.search(TOLD, line)]
 
 
 def command(folder: Path, cache: Path, *arguments: str, work=None) -> Answer:

@@ -1,5 +1,6 @@
 """The command line as a whole: what Hydra would obey by halves, or drop, is refused or told in one line."""
 
+import json
 import os
 import shlex
 
@@ -109,6 +110,41 @@ def test_a_key_given_twice_is_told_of(luqrun):
     assert luqrun("seed=1", "seed=2").err.splitlines()[0] == told + "seed=2"
     assert luqrun("-m", "seed=1", "seed=2,3").err.splitlines().count(told + "seed=2,3") == 1
     assert told not in luqrun("seed=1", "seed=1", "cell.row=seed").err
+
+
+def test_a_list_of_options_is_told_of(luqrun):
+    told = "quant=[luq,fp32] is one run, with these options merged; -m quant=luq,fp32 runs each"
+    assert luqrun("quant=[luq,fp32]").err.splitlines()[0] == told
+    assert "merged" not in luqrun("quant=[luq]", "quant.skip=[first,last]").err
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [("study=a", "study=NAME"), ("hydra.run.dir=mine", "a folder of its own (hydra.run.dir, hydra.sweep.subdir)")],
+)
+def test_where_a_run_that_has_ended_can_be_run_again_is_told(luqrun, tmp_path, given, advice):
+    luqrun(given)
+    (path,) = tmp_path.rglob("run.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "diverged", "diverged_at_step": 0}))
+    again = luqrun(given, "tracking.profile_steps=1")
+    assert f"would again; {advice} runs it again elsewhere" in again.err, again
+    assert f"nothing is profiled, as nothing is trained; with reuse=false {advice} trains it" in again.err
+
+
+def test_an_option_without_its_value_is_told_in_one_line(luqrun):
+    for option in ("--config-dir", "--cfg"):
+        assert_refused(luqrun(option), f"argument {option}", "expected one argument", "--help")
+
+
+def test_what_only_a_search_takes_is_refused_in_a_sweep(luqrun):
+    assert_refused(luqrun("-m", "schedule.lr=interval(0.1,0.3)"), "interval()", "hydra/sweeper=optuna")
+
+
+def test_an_option_that_is_no_name_is_refused(luqrun):
+    assert_refused(luqrun("quant=3"), "quant=3: an option of quant is a name", "--help")
+    assert_refused(luqrun("quant=[3]"), "quant=[3]: an option of quant is a name")
+    assert_refused(luqrun("+experiment=null"), "an option of experiment is a name")
+    assert_refused(luqrun("=3"), "=3 has no key", "key=value")
 
 
 @pytest.mark.parametrize("sweep", [(), ("-m",)])

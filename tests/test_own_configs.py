@@ -81,6 +81,10 @@ def test_files_of_other_names_are_used(luqrun, tmp_path):
         ("defaults:\n  onecycle: 1\n", ("line 1", "defaults must be a list")),
         ("defaults:\n  - 3\n", ("line 1", "defaults")),
         ("# @package\nname: x\n", ("line 1", "@package")),
+        ("name: onecycle\n lr: 0.1\n", ("line 2", "same column")),
+        (SCHEDULE + "epochs:2\n", ("line 3", "a space after the colon")),
+        ("epochs:2\n", ("line 1", "key: value")),
+        ("lr:0.1:\n", ("line 1", "lr:0.1 is no setting", "a space after the colon")),
     ],
 )
 def test_a_mistake_is_told_with_file_line_and_key(luqrun, tmp_path, content, words):
@@ -100,6 +104,11 @@ def test_a_mistake_is_told_with_file_line_and_key(luqrun, tmp_path, content, wor
         ("# @package _global_\ndefaults:\n  - override quant: luq\n", ("line 3", "override /quant")),
         ("# @package _global_\ndefaults:\n  - /quant: luq\n", ("line 3", "override /quant")),
         ("", ("is empty",)),
+        ("# @package _global_\nquant: luq\n", ("line 2", "quant: must hold", "override /quant: OPTION")),
+        ("# @package _global_\nseed: 1\ntracking: 3\n", ("line 3", "tracking: must hold")),
+        ("# @package _global_\n\n- seed\n", ("line 3", "key: value")),
+        ("# @package _global_\nseed:\n1\n", ("line 3",)),
+        ("\ufeff# @package _global_\nseed: 1\n", ("line 1", "byte order mark")),
     ],
 )
 def test_so_are_those_of_an_experiment(luqrun, tmp_path, content, words):
@@ -112,6 +121,8 @@ def test_a_list_in_the_place_of_settings_has_its_key(luqrun, tmp_path):
     assert_refused(luqrun("quant=mine"), "own/quant/mine.yaml, line 2: quant.weight: must hold", "key: value")
     write(tmp_path, "quant/mine.yaml", "name: mine\nweight: int4\n")
     assert_refused(luqrun("quant=mine"), "own/quant/mine.yaml, line 2: quant.weight")
+    write(tmp_path, "quant/mine.yaml", "name: mine\nweight: null\ngradient: 3\n")
+    assert_refused(luqrun("quant=mine"), "own/quant/mine.yaml, line 3: quant.gradient: must hold")
 
 
 def test_a_file_of_a_sweep_is_named_too(luqrun, tmp_path):

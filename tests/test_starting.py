@@ -32,6 +32,19 @@ def test_a_recipe_loads_torch_alone():
     assert left_by("import luqrun; luqrun.recipe('luq', samples=2)", (*HEAVY, "hydra"))[0] == {"torch"}
 
 
+def test_ctrl_c_while_the_command_loads_is_answered_in_one_line():
+    code = (
+        "import os, signal, sys; from luqrun.__main__ import main\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'hydra': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting()); main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "luqrun: interrupted before the run began\n"
+
+
 def shown(monkeypatch, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["luqrun", *arguments])
     out = io.StringIO()
