@@ -71,6 +71,7 @@ def _keep(path: Path, twin: Path) -> None:
             temporary.unlink(missing_ok=True)
             raise
     temporary.replace(twin)
+    temporary.unlink(missing_ok=True)  # it stays where both are one file already, after a save that failed
 
 
 def read(path: Path) -> dict:

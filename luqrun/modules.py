@@ -31,6 +31,7 @@ from luqrun.torch_internals import (
     is_transformed,
     outermost_module,
     repeats_forward,
+    run_while_traced,
 )
 
 
@@ -168,7 +169,7 @@ class QuantLayer(nn.Module):
             names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
-    @torch.compiler.assume_constant_result  # a compiler runs it while it traces
+    @run_while_traced
     def _tell_apart(self) -> None:
         model = outermost_module()
         if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):

@@ -113,6 +113,15 @@ def repeats_forward() -> tuple[bool, bool]:
     return False, True
 
 
+def run_while_traced(function: Callable) -> Callable:
+    """Let a compiler call `function` itself, once, where it would trace into it.
+
+    torch.compiler.assume_constant_result, without loading the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def outermost_module() -> nn.Module | None:
     """The module whose call contains all the others that are being called now in this thread."""
     found = None

@@ -41,6 +41,8 @@ def loops(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    # numba reads its settings anew now, and may not change this one in a process where it has had threads.
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(numba.config.NUMBA_NUM_THREADS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the versions without OpenMP, on any machine
     yield importlib.import_module(name)
