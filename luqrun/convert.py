@@ -177,8 +177,9 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 def set_step(model: nn.Module, step: int) -> None:
     """Set the step that names the draws: with it, a resumed run needs nothing else."""
-    tell_apart(model)
-    for _, layer in quantized_layers(model):
+    layers = [layer for _, layer in quantized_layers(model)]
+    tell_apart(layers)
+    for layer in layers:
         layer.set_step(step)
 
 

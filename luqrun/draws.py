@@ -6,11 +6,17 @@ luqrun.kernels.philox. A forward whose gradient is wanted takes the names and ad
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luqrun.kernels.philox import LAYER, make_stream
 from luqrun.recipes import OPERANDS
+
+if TYPE_CHECKING:
+    from luqrun.modules import QuantLayer
 
 LARGEST_MODEL = 2**20  # layers; the names of copies of one layer lie that far apart
 
@@ -39,14 +45,14 @@ class Kin:
         return Kin, (self.has_copies,)
 
 
-def tell_apart(model: nn.Module) -> None:
-    """Give each of the copies of a layer in `model` draws of its own, by its place; the first keeps what it has."""
+def tell_apart(layers: Iterable[QuantLayer]) -> None:
+    """Give each copy of a layer among a model's quantized `layers` draws of its own, by its place; the first keeps what
+    it has."""
     taken: dict[Kin, set[int]] = {}
-    for layer in model.modules():
-        kin = vars(layer).get("kin")
-        if not isinstance(kin, Kin) or not kin.has_copies:
+    for layer in layers:
+        if not layer.kin.has_copies:
             continue
-        used, own = taken.setdefault(kin, set()), int(layer.streams[0, LAYER])
+        used, own = taken.setdefault(layer.kin, set()), int(layer.streams[0, LAYER])
         while own in used:
             own += LARGEST_MODEL
         used.add(own)

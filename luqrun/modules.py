@@ -173,7 +173,7 @@ class QuantLayer(nn.Module):
     def _tell_apart(self) -> None:
         model = outermost_module()
         if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):
-            tell_apart(model)
+            tell_apart(module for module in model.modules() if isinstance(module, QuantLayer))
             self.told_apart_in = weakref.ref(model)
 
     def __getstate__(self):
