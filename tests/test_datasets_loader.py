@@ -184,7 +184,7 @@ def test_a_worker_that_is_blocked_in_a_read_ends_with_its_loader(root, tmp_path)
     os.mkfifo(tmp_path / "images/train/class0/0.png")
     config = settings(root=str(tmp_path / "images"), image_size=72, workers=2, batch_size=1)
     with closing(iter(train_loader(build_dataset(config), config, 0, 0))) as batches:
-        next(batches)
+        next(batches), next(batches)  # one of each worker: both have started
         workers = multiprocessing.active_children()
         os.kill(workers[0].pid, signal.SIGTERM)  # from a terminal or a cluster: not heeded
         next(batches)
