@@ -12,13 +12,13 @@ RESULTS = 2
 
 # Imported on first use: `import luqrun` stays free of torch and everything heavier.
 _HOMES = {
-    "Recipe": "luqrun.recipes",
-    "recipe": "luqrun.recipes",
-    "Quantizer": "luqrun.quantizer",
-    "QuantizedTensor": "luqrun.quantizer",
-    "quantize_model": "luqrun.convert",
-    "set_step": "luqrun.convert",
-    "set_finetune": "luqrun.convert",
+    "Recipe": "luqrun.quant.recipe",
+    "recipe": "luqrun.quant.recipe",
+    "Quantizer": "luqrun.quant.quantizer",
+    "QuantizedTensor": "luqrun.quant.quantizer",
+    "quantize_model": "luqrun.quant.convert",
+    "set_step": "luqrun.quant.convert",
+    "set_finetune": "luqrun.quant.convert",
     "UserError": "luqrun.errors",
 }
 __all__ = [*_HOMES, "__version__"]

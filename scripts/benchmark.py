@@ -8,7 +8,7 @@ python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR'
 import argparse
 from pathlib import Path
 
-from luqrun.spinning import limit_spinning
+from luqrun.runtime.openmp import limit_spinning
 
 limit_spinning()  # before torch loads its OpenMP
 

@@ -28,7 +28,7 @@ def main() -> int:
     from exactness import Tally, compare, draw
 
     # The table counts what the units were not taken for; a line for each would hide it.
-    logging.getLogger("luqrun.kernels.proofs").setLevel(logging.ERROR)
+    logging.getLogger("luqrun.quant.kernels.cpu.proofs").setLevel(logging.ERROR)
     tally = Tally()
     for number in range(options.cases):
         compare(draw(number, options.seed), tally)

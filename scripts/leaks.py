@@ -19,13 +19,13 @@ def main() -> None:
     options.out.mkdir(parents=True)  # runs that are there already would not run again
     record = options.out.resolve() / "leaks.jsonl"
 
-    from luqrun import cli
+    from luqrun.cli import command
 
     small = ("schedule.epochs=1", "finetune=none", "dataset.glyphs.train_images=1280", "dataset.glyphs.val_images=940")
     measure = "+hydra.callbacks.leaks._target_=luqrun.bench.leaks.Measure", f"+hydra.callbacks.leaks.path={record}"
     places = f"hydra.sweep.dir={options.out}/runs", f"seed=range({options.repeats})"
     sys.argv[1:] = ["-m", *places, *measure, *small, *options.overrides]
-    cli.main()
+    command.main()
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     print("\n" + "  ".join(rows[0]))
     for row in rows:

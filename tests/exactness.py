@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from luqrun.gemms import ConvOp, LinearOp
-from luqrun.kernels import int8, int8_products
+from luqrun.quant.gemms import ConvOp, LinearOp
+from luqrun.quant.kernels.cpu import int8, int8_products
 
 LAST = torch.channels_last
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65)

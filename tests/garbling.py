@@ -15,9 +15,9 @@ from fuzzing import at_most
 from hypothesis import strategies as st
 from report_runs import write_run, write_study
 
-from luqrun.report import figures, layout, measured
+from luqrun.report import experiments, figures, measured
 from luqrun.report.command import main as tables
-from luqrun.run_folder import RunFolder
+from luqrun.runs.folder import RunFolder
 
 FILES = ("config.yaml", "run.json", "summary.json", "metrics.jsonl")
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -1, 0, 100, 101, 1e308, 80.5, True]))
@@ -165,6 +165,6 @@ def without_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda table: None)
         patch.setattr(measured, "draw", lambda records: None)
-        patch.setattr(layout, "expected", functools.cache(layout.expected))
-        patch.setattr("luqrun.report.tables.expected", layout.expected)
+        patch.setattr(experiments, "expected", functools.cache(experiments.expected))
+        patch.setattr("luqrun.report.tables.expected", experiments.expected)
         yield

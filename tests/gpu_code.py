@@ -11,9 +11,9 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from luqrun.formats import FORMATS
-from luqrun.kernels import cuda
-from luqrun.quantizer import SAWB
+from luqrun.quant.formats import FORMATS
+from luqrun.quant.kernels.cuda import backend as cuda
+from luqrun.quant.quantizer import SAWB
 
 
 class H100:

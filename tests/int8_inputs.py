@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from luqrun.kernels import int8
+from luqrun.quant.kernels.cpu import int8
 
 # kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
 GEOMETRIES = {

@@ -9,7 +9,7 @@ import time
 from running import TINY, metrics
 from shell import environment
 
-from luqrun.run_folder import RunFolder
+from luqrun.runs.folder import RunFolder
 
 LIMIT = 400  # seconds for what takes ten, before a job counts as hanging
 # 10 steps an epoch; 24 images a step are shared by one, two or three processes.

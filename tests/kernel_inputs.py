@@ -4,7 +4,7 @@ from itertools import product
 
 import torch
 
-from luqrun.formats import FORMATS
+from luqrun.quant.formats import FORMATS
 
 LAST = torch.channels_last
 COMPILED = [form for form in FORMATS.values() if form.radix == 2]  # radix 4 has torch's operations alone

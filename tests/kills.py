@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from luqrun import checkpoint
-from luqrun.run_folder import EVENTS, RunFolder
+from luqrun.runs import checkpoint
+from luqrun.runs.folder import EVENTS, RunFolder
 
 # Six batches an epoch, and a checkpoint after every step, so that many kills come while one is written.
 TINY = (

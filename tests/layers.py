@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import luqrun
-from luqrun.quantizer import Quantizer
-from luqrun.recipes import Recipe
+from luqrun.quant.quantizer import Quantizer
+from luqrun.quant.recipe import Recipe
 
 INT4 = Quantizer("int4", range="sawb")
 INT4_SR = Quantizer("int4", rounding="stochastic")

@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from omegaconf import BooleanNode
 from running import tiny
 
-from luqrun import cli, sweeps, trainer
+from luqrun.cli import command as cli
+from luqrun.cli import sweeps
+from luqrun.cli.messages import dotted_keys
 from luqrun.config import Config, conf_dir
-from luqrun.refusals import dotted_keys
+from luqrun.train import trainer
 
 TOLD = "is given more than once|with these options merged"  # beside what became of it
 _PARSER = OverridesParser.create()

@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import luqrun
-from luqrun import ranks, trainer
-from luqrun.convert import set_shared_ranges
-from luqrun.modules import over_processes
-from luqrun.quantizer import Quantizer
-from luqrun.recipes import Recipe
-from luqrun.run_folder import RunFolder
+from luqrun.quant.convert import set_shared_ranges
+from luqrun.quant.layers import over_processes
+from luqrun.quant.quantizer import Quantizer
+from luqrun.quant.recipe import Recipe
+from luqrun.runs.folder import RunFolder
+from luqrun.runtime import process_group
+from luqrun.train import trainer
 
 QUANTIZERS = {
     "absmax": Quantizer("e3m0"),
@@ -40,7 +41,7 @@ def whole() -> torch.Tensor:
 
 
 def part(x: torch.Tensor) -> torch.Tensor:
-    return x[ranks.rank() :: ranks.world_size()].clone()
+    return x[process_group.rank() :: process_group.world_size()].clone()
 
 
 def linear(recipe: Recipe) -> nn.Module:
@@ -72,7 +73,7 @@ def hindsight():
     layer, x = linear(HINDSIGHT), whole()
     gradient = torch.randn(12, 32, generator=torch.Generator().manual_seed(2))
     found = []
-    for factor in (1.0, ranks.rank() + 1.0):
+    for factor in (1.0, process_group.rank() + 1.0):
         layer.zero_grad()
         layer(x).backward(gradient * factor)
         found.append((layer.weight.grad.clone(), layer.gradient_hindsight.clone()))
@@ -88,8 +89,8 @@ def stochastic_forward():
 
 def evaluated(folder: Path):
     """What an untrained network with a stochastic forward answers to the validation images."""
-    with running.quiet_machine(folder / f"cache{ranks.rank()}"):
-        return running.build_trainer(folder / f"evaluated{ranks.rank()}", *EVALUATED).evaluate()
+    with running.quiet_machine(folder / f"cache{process_group.rank()}"):
+        return running.build_trainer(folder / f"evaluated{process_group.rank()}", *EVALUATED).evaluate()
 
 
 def sharded():
@@ -103,13 +104,13 @@ def sharded():
         model = luqrun.quantize_model(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)), NEAREST, skip=())
         if shard:
             for layer in (model[0], model[2], model):
-                fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks.world_size(),)))
+                fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (process_group.world_size(),)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(part(whole())).square().mean().backward()
         if not shard:
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= ranks.world_size()
+                parameter.grad /= process_group.world_size()
         optimizer.step()
         weights.append([each.full_tensor() if shard else each.detach() for each in model.parameters()])
     return [[each.detach().clone() for each in found] for found in weights]
@@ -117,23 +118,23 @@ def sharded():
 
 def trained(folder):
     path = folder / "run"
-    if ranks.is_first():
+    if process_group.is_first():
         path.mkdir()
     dist.barrier()
-    with running.quiet_machine(folder / f"cache{ranks.rank()}"):
-        summary = trainer.run(running.tiny(*RUN), RunFolder(path, writes=ranks.is_first()))
+    with running.quiet_machine(folder / f"cache{process_group.rank()}"):
+        summary = trainer.run(running.tiny(*RUN), RunFolder(path, writes=process_group.is_first()))
     return {name: value for name, value in summary.items() if name.startswith("val/")}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    ranks.join()
+    process_group.join()
     found = {each.__name__: each() for each in (statistics, shared_ranges, hindsight, stochastic_forward, sharded)}
     found["trained"], found["evaluated"] = trained(folder), evaluated(folder)
-    found["sums"] = ranks.add_up([1.0, ranks.rank()]), ranks.largest(ranks.rank())
-    found["told"] = ranks.from_first(lambda: f"by {ranks.rank()}")
-    torch.save(found, folder / f"{ranks.rank()}.pt")
-    ranks.leave()
+    found["sums"] = process_group.add_up([1.0, process_group.rank()]), process_group.largest(process_group.rank())
+    found["told"] = process_group.from_first(lambda: f"by {process_group.rank()}")
+    torch.save(found, folder / f"{process_group.rank()}.pt")
+    process_group.leave()
     # Not the interpreter's way out: after FSDP, torch 2.14 now and then aborts while its threads are torn down.
     sys.stdout.flush()
     os._exit(0)

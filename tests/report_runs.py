@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from running import composed
 
 from luqrun import __version__
+from luqrun.cli.validation import to_config
 from luqrun.report.records import Record
 from luqrun.report.tables import Table, build_tables
-from luqrun.run_folder import RunFolder
-from luqrun.validate import to_config
+from luqrun.runs.folder import RunFolder
 
 STEPS = 78  # of an epoch
 DIVERGED = None  # in place of a top-1

@@ -11,11 +11,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-import luqrun.kernels.cpu  # chooses numba's threading layer before numba is asked for threads  # noqa: F401
-from luqrun import trainer
+import luqrun.quant.kernels.cpu.backend  # chooses numba's threading layer before numba is asked for threads  # noqa: F401
+from luqrun.cli.validation import to_config
 from luqrun.config import Config, conf_dir
-from luqrun.run_folder import RunFolder
-from luqrun.validate import to_config
+from luqrun.runs.folder import RunFolder
+from luqrun.train import trainer
 
 # 8 batches an epoch, and two whole validation batches and a smaller one.
 TINY = (

@@ -99,9 +99,9 @@ def _serve():
     import numba
 
     import luqrun.cli
-    import luqrun.kernels.cpu
-    import luqrun.kernels.int8
-    import luqrun.trainer  # noqa: F401
+    import luqrun.quant.kernels.cpu.backend
+    import luqrun.quant.kernels.cpu.int8
+    import luqrun.train.trainer  # noqa: F401
 
     numba.njit(lambda number: number)(1)  # the compiler loads more at its first use
     running = {}

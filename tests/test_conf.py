@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from running import composed, quiet_machine
 
-from luqrun import trainer
+from luqrun.cli.messages import one_line
+from luqrun.cli.validation import to_config, validate
 from luqrun.config import CellConfig, Config, FinetuneConfig, conf_dir
 from luqrun.errors import UserError
-from luqrun.refusals import one_line
-from luqrun.report import layout
-from luqrun.run_folder import RunFolder, run_id
-from luqrun.schedules import learning_rate
-from luqrun.validate import to_config, validate
+from luqrun.report import experiments
+from luqrun.runs.folder import RunFolder, run_id
+from luqrun.train import trainer
+from luqrun.train.schedules import learning_rate
 
 CONF = conf_dir()
 GROUPS = ("model", "dataset", "quant", "schedule", "finetune")
@@ -181,8 +181,8 @@ def table_and_scale(name) -> tuple[str, str]:
 
 
 def test_every_table_is_there_at_every_scale():
-    assert {table for table, _ in map(table_and_scale, SWEEPS)} == set(layout.TITLES)
-    for table in layout.TITLES:
+    assert {table for table, _ in map(table_and_scale, SWEEPS)} == set(experiments.TITLES)
+    for table in experiments.TITLES:
         wanted = {"measured"} if table in ("table1", "fig1a") else {"glyphs", "cifar", "cifar100", "paper"}
         assert {scale for other, scale in map(table_and_scale, SWEEPS) if other == table} == wanted
 
@@ -211,7 +211,7 @@ def test_a_run_says_which_table_row_and_column_it_is(name):
         assert (config.study, config.reuse) == (f"{scale}/{table}", True)
     labels = [(config.cell.row, config.cell.column, config.seed) for config in found]
     assert len(set(labels)) == len(labels)
-    expected = layout.expected(table, scale)
+    expected = experiments.expected(table, scale)
     assert [(each.row, each.column, each.seed) for each in expected] == labels
     # The command that the report prints for a cell is the one that makes it.
     last = {key: values[-1] for key, values in sweep(name).items()}
@@ -227,7 +227,7 @@ def test_a_sweep_is_what_its_scale_promises(name):
     if scale in names:
         assert {config.dataset.name for config in found} == {names[scale]}
         assert (found[0].dataset.root is None) == (scale == "glyphs")
-        baseline = layout.BASELINES[table]
+        baseline = experiments.BASELINES[table]
         for row in {config.cell.row for config in found}:
             columns = [config.cell.column for config in found if config.cell.row == (baseline[0] or row)]
             assert (baseline[1] or columns[0]) in columns
@@ -280,7 +280,7 @@ def test_a_scale_is_one_word_on_the_command_line(name):
 
 @pytest.mark.parametrize("group", ["model", "quant", "finetune"])
 def test_a_part_is_called_as_its_file_is(group):
-    # luqrun.report.layout reads the rows and columns of a table from names of files.
+    # luqrun.report.experiments reads the rows and columns of a table from names of files.
     for path in (CONF / group).glob("*.yaml"):
         assert OmegaConf.load(path).name == path.stem
 

@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import luqrun
-from luqrun.formats import FORMATS
-from luqrun.kernels import cpu, int8, reference
-from luqrun.kernels.numba_driver import CHUNK, THREADED, threads_for
-from luqrun.kernels.philox import make_stream
-from luqrun.quantizer import Quantizer
+from luqrun.quant.formats import FORMATS
+from luqrun.quant.kernels import reference
+from luqrun.quant.kernels.cpu import backend as cpu
+from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.cpu.driver import CHUNK, THREADED, threads_for
+from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.quantizer import Quantizer
 
 LIMIT = 100  # seconds for a scenario, of which the first compiles
 SIZE = 3 * CHUNK + 77

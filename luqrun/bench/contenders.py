@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luqrun import gemms, kernels, qgemm, quantizer
 from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
 from luqrun.config import ModelConfig, ScheduleConfig
-from luqrun.convert import quantize_model
-from luqrun.formats import get_format
-from luqrun.kernels import ops, reference
-from luqrun.kernels.philox import make_stream
-from luqrun.models import build_model
-from luqrun.qgemm import code_dtype
-from luqrun.quantizer import Quantizer
-from luqrun.recipes import recipe
-from luqrun.schedules import build_optimizer
+from luqrun.quant import function, gemms, kernels, quantizer
+from luqrun.quant.convert import quantize_model
+from luqrun.quant.formats import get_format
+from luqrun.quant.function import code_dtype
+from luqrun.quant.kernels import ops, reference
+from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.quantizer import Quantizer
+from luqrun.quant.recipe import recipe
+from luqrun.tasks.classification.networks import build_model
+from luqrun.train.schedules import build_optimizer
 
 E3M0 = Quantizer("e3m0", "absmax", "stochastic")
 E3M0_HINDSIGHT = Quantizer("e3m0", "hindsight", "stochastic")
@@ -68,11 +68,11 @@ _SEEN_THROUGH = SimpleNamespace(
 def transparent(device_type: str) -> Iterator[None]:
     """Within, quantized layers are torch operations that a compiler sees through and may fuse with their neighbours.
 
-    The operators of luqrun.kernels.ops are opaque to it, whatever backend computes them.
+    The operators of luqrun.quant.kernels.ops are opaque to it, whatever backend computes them.
     """
     with ExitStack() as stack:
         stack.enter_context(oracle(device_type))
-        for module in (quantizer, qgemm):
+        for module in (quantizer, function):
             stack.enter_context(mock.patch.object(module, "ops", _SEEN_THROUGH))
         yield
 

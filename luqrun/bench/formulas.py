@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from luqrun.convert import quantize_model, quantized_layers
-from luqrun.recipes import Recipe
+from luqrun.quant.convert import quantize_model, quantized_layers
+from luqrun.quant.recipe import Recipe
 
 LEVELS = 6  # E3M0: magnitudes alpha, 2 alpha, ..., 2^6 alpha
 C1, C2 = 12.1, 12.2  # SAWB at 4 bits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luqrun.bench.timing import Contender, seconds
-from luqrun.quantizer import Quantizer
+from luqrun.quant.quantizer import Quantizer
 
 FP8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}  # E3M0 is exact in both, INT4's 9 to 15 in e4m3 alone
 EXACT_SUM = 2**24  # what fp32 sums stay exact below

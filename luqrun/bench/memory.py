@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from luqrun.bench.contenders import Training, Workload
-from luqrun.convert import quantized_layers
-from luqrun.devices import peak_memory, reset_peak_memory
-from luqrun.modules import QuantConv2d, QuantLinear
+from luqrun.quant.convert import quantized_layers
+from luqrun.quant.layers import QuantConv2d, QuantLinear
+from luqrun.runtime.devices import peak_memory, reset_peak_memory
 
 
 def kept_for_backward(training: Training) -> dict[str, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luqrun.bench.report import REQUIREMENTS
 from luqrun.bench.timing import Timings
-from luqrun.profiling import KINDS, OTHER
+from luqrun.train.profiling import KINDS, OTHER
 
 BASES = {"cpu": "fp32", "cuda": "bf16"}  # what the bars are measured against
 NAME = "step"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from luqrun.profiling import kinds_table
+from luqrun.train.profiling import kinds_table
 
 NOT_MEASURED = "not measured"
 RESIDENT = (

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from luqrun import gemms
 from luqrun.bench import picture, report
 from luqrun.bench.sections import FULL, MODELS, QUICK, SECTIONS, Sizes
-from luqrun.devices import choose_device
 from luqrun.errors import UserError
-from luqrun.kernels import int8_direct
-from luqrun.qgemm import code_dtype
-from luqrun.run_folder import now, provenance, write_atomically
+from luqrun.quant import gemms
+from luqrun.quant.function import code_dtype
+from luqrun.quant.kernels.cpu import int8_direct
+from luqrun.runs.folder import now, provenance, write_atomically
+from luqrun.runtime.devices import choose_device
 
 RECORD, REPORT = "benchmark.json", "benchmark.md"
 # What two runs must have in common for one to complete the other's record.

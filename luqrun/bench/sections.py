@@ -15,7 +15,7 @@ from luqrun.bench.contenders import Training, Workload, encoders, layer_passes, 
 from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
-from luqrun.profiling import by_kind
+from luqrun.train.profiling import by_kind
 
 # (what, against): the ratios that are told of a case, as far as both took part.
 ENCODE_PAIRS = [

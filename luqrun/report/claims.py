@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from luqrun.report.layout import MEASURED
+from luqrun.report.experiments import MEASURED
 from luqrun.report.spread import Spread, bounds
 from luqrun.report.tables import Cell, Table
 

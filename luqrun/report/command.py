@@ -12,21 +12,14 @@ from pathlib import Path
 from luqrun.errors import UserError
 from luqrun.report import figures, measured, summaries
 from luqrun.report.claims import CONFIDENCE, NOT_CONTRADICTED, check_claims
+from luqrun.report.consistency import of_one_kind
+from luqrun.report.experiments import check_tables
 from luqrun.report.html import page
 from luqrun.report.index import Entry, index
-from luqrun.report.layout import check_tables
 from luqrun.report.records import LeftOut, printable
-from luqrun.report.render import (
-    cells_csv,
-    csv_text,
-    markdown,
-    markdown_findings,
-    markdown_measured,
-    measured_csv,
-)
-from luqrun.report.settings import of_one_kind
+from luqrun.report.render import cells_csv, csv_text, markdown, markdown_findings, markdown_measured, measured_csv
 from luqrun.report.tables import Table, build_tables
-from luqrun.run_folder import write_atomically
+from luqrun.runs.folder import write_atomically
 
 INDEX, FINDINGS = "README", "findings"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from luqrun.errors import UserError
-from luqrun.report.layout import BASELINES
+from luqrun.report.experiments import BASELINES
 from luqrun.report.tables import Table
 
 CURVES = ("fig1b", "fig1c", "fig2", "options")

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from luqrun import RESULTS
 from luqrun.report.claims import Finding, how_tested
-from luqrun.report.layout import TITLES
+from luqrun.report.experiments import TITLES
 from luqrun.report.records import LeftOut
 from luqrun.report.render import list_findings, list_left_out
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 from luqrun.report.claims import CONFIDENCE, CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED, Claim, Finding
+from luqrun.report.experiments import MEASURED, TITLES, expected
 from luqrun.report.figures import pyplot
-from luqrun.report.layout import MEASURED, TITLES, expected
 from luqrun.report.records import LeftOut, Record
 from luqrun.report.tables import build_table
 
@@ -35,7 +35,7 @@ class Measured:
         return f"{TITLES[self.name]} ({self.study})"
 
     def rows(self, drawn: str | None = None) -> list[dict]:
-        """What luqrun.rounding measured, each once (recipes share quantizers); of Fig. 1a what its title says."""
+        """What rounding_experiment measured, each once (recipes share quantizers); of Fig. 1a what its title says."""
         found = {}
         for row in (row for record in self.records for row in record.rounding):
             if (self.name != "fig1a" or _of_figure(row)) and drawn in (None, row["drawn"]):

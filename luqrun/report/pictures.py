@@ -17,18 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from luqrun import checkpoint
 from luqrun.config import PRECISIONS, Config, check_choice
-from luqrun.convert import quantize_model, quantized_layers, set_step
-from luqrun.datasets import build_dataset, validate_dataset
-from luqrun.datasets.loader import train_loader
 from luqrun.errors import UserError
-from luqrun.formats import get_format
-from luqrun.models import build_model
-from luqrun.recipes import Recipe
+from luqrun.quant.convert import quantize_model, quantized_layers, set_step
+from luqrun.quant.formats import get_format
+from luqrun.quant.recipe import Recipe
 from luqrun.report.figures import pyplot, save
 from luqrun.report.records import printable
-from luqrun.tracking import HEALTH
+from luqrun.runs import checkpoint
+from luqrun.tasks.classification.data import build_dataset, validate_dataset
+from luqrun.tasks.classification.networks import build_model
+from luqrun.tasks.loader import train_loader
+from luqrun.train.tracking import HEALTH
 
 SHOWN = ("e3m0", "int4", "e1m0")
 GROUP = "quantization"

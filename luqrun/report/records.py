@@ -19,8 +19,8 @@ from luqrun import __version__
 from luqrun.config import flatten
 from luqrun.errors import UserError
 from luqrun.report import remaking
-from luqrun.report.layout import MEASURED, TITLES
-from luqrun.run_folder import METRICS, RUN, SUMMARY, of_the_result
+from luqrun.report.experiments import MEASURED, TITLES
+from luqrun.runs.folder import METRICS, RUN, SUMMARY, of_the_result
 
 CONFIG = "config.yaml"
 ROUNDING = {"operand", "quantizer", "bin", "draws", "drawn", "x", "measured", "closed_form", "z"}
@@ -76,7 +76,7 @@ class Record:
         return self.run.get("overrides") or []
 
     def settings(self) -> dict:
-        """Its config with dotted keys, without what does not change the result (luqrun.run_folder)."""
+        """Its config with dotted keys, without what does not change the result (luqrun.runs.folder)."""
         return flatten(of_the_result(yaml.safe_load(self.config)))
 
 
@@ -295,7 +295,7 @@ def is_share(value) -> bool:
 
 
 def _is_rounding(row) -> bool:
-    """Whether this is a row as luqrun.rounding.measure returns it."""
+    """Whether this is a row as luqrun.train.rounding_experiment.measure returns it."""
     if not isinstance(row, dict) or not row.keys() >= ROUNDING:
         return False
     parts = [row["measured"], row["closed_form"]]

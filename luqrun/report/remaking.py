@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from luqrun.report import layout
+from luqrun.report import experiments
 
 # Hydra's options that say where the YAML files are. Of an option given twice the last one counts.
 OPTIONS = (("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"))
@@ -85,7 +85,7 @@ def _of_the_shipped(name: str, scale: str, options: tuple[str, ...], runs: Seque
     """The experiment's own sweep, with what all the runs were given beside, and with recipes and the like that it
     does not go through."""
     sweep: dict[str, list[str]] = {}
-    for wish in layout.expected(name, scale):
+    for wish in experiments.expected(name, scale):
         for part in shlex.split(wish.command)[1:]:
             sweep.setdefault(key(part), []).append(part)
     if not sweep:

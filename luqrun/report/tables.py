@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from luqrun.report import remaking
-from luqrun.report.layout import BASELINES, TITLES, Expected, expected
+from luqrun.report.experiments import BASELINES, TITLES, Expected, expected
 from luqrun.report.paper import Published, published
 from luqrun.report.records import Record
 from luqrun.report.spread import Spread

@@ -1,0 +1,308 @@
+"""The command line: Hydra in, run folder out.
+
+Light to import: torch and the rest are loaded inside the job, so that --help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import hashlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from luqrun import RESULTS, __version__
+from luqrun.cli import overrides, own_configs, sweeps
+from luqrun.cli.callback import close_logs
+from luqrun.cli.messages import is_hydras, one_line, out_of_memory, refuse, stumbled
+from luqrun.cli.overrides import options_first
+from luqrun.cli.results import closing_table, jobs_table
+from luqrun.cli.startup import quick_start, quieten_libraries
+from luqrun.cli.validation import to_config, validate
+from luqrun.config import Config, conf_dir
+from luqrun.errors import UserError
+from luqrun.runs.folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
+from luqrun.runs.identity import refuse_another, refuse_other_settings
+from luqrun.runs.twins import adopt, diverged_base, find_twin
+from luqrun.runtime import process_group
+from luqrun.runtime.openmp import limit_spinning
+from luqrun.runtime.signals import Requests, Stopped, hand_on, handled
+from luqrun.runtime.slurm import join_ranks
+
+log = logging.getLogger("luqrun")
+
+
+def main() -> None:
+    """The `luqrun` command."""
+    limit_spinning()  # before torch loads its OpenMP
+    atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
+    logging.raiseExceptions = False  # run.log on a full disk: the error is told once, not at each line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_id", _resolve_run_id, replace=True)
+    try:
+        if "--version" in sys.argv[1:]:
+            print(f"luqrun {__version__}")
+            sys.exit()
+        sys.argv[1:] = options_first(sys.argv[1:])
+        own_configs.refuse_passed_over(sys.argv[1:])
+        try:
+            with quick_start():
+                hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        finally:
+            if sweeps.jobs:
+                print(jobs_table(sweeps.jobs), flush=True)
+        _tell_failures()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        refuse(own_configs.located(error, sys.argv[1:]))
+    except yaml.YAMLError as error:
+        located = own_configs.located(error, sys.argv[1:])
+        refuse(located if located is not error else UserError(f"a YAML file cannot be read: {error}"))
+    except BrokenPipeError:  # `luqrun --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        when = "; the same command goes on with what is missing" if sweeps.jobs else " before the run began"
+        print(f"luqrun: interrupted{when}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if "No trials are completed" in str(error):  # Optuna's, where all have failed
+            _tell_failures()
+        if not is_hydras(error):
+            raise
+        located = own_configs.located(error, sys.argv[1:])
+        if located is not error:
+            refuse(located)
+        if isinstance(error.__cause__, OSError):  # run.log cannot be opened
+            refuse(error.__cause__)
+        refuse(UserError(stumbled(error, sys.argv[1:])))
+
+
+def _tell_failures() -> None:
+    """A line for each job of a sweep that failed, and the exit code 1."""
+    failures = sweeps.failures(sweeps.jobs)
+    for line in failures:
+        print(f"luqrun: {line}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+
+
+def _resolve_run_id(*, _root_: DictConfig) -> str:
+    """${run_id:}, the name of the run folder. A config that job() will refuse gets a name too, or a sweep would end."""
+    circular = "${run_id:} follows from the settings, so that none of them can hold it"
+    if "hydra" not in _root_:  # to_config asks, for the settings that the name is made of
+        raise UserError(circular)
+    circular += "".join(f": {text}" for text in OmegaConf.to_container(_root_.hydra.overrides.task) if "$" in text)
+    if _resolving:  # a setting holds ${hydra:run.dir}
+        _resolving.append(True)
+        raise UserError(circular)
+    _resolving.append(True)
+    try:
+        return run_id(to_config(_root_))
+    except UserError as error:
+        if len(_resolving) > 1:
+            raise UserError(circular) from error
+        return "refused-" + hashlib.sha256(str(error).encode()).hexdigest()[:8]
+    finally:
+        _resolving.clear()
+
+
+_resolving: list[bool] = []  # one for each time that ${run_id:} was asked for while it was made
+
+
+def job(composed: DictConfig) -> float | None:
+    """One run, from its composed config to its run folder, or one process of it, where there are several.
+
+    Returns what a sweeper maximizes (see _objective).
+    """
+    gc.enable()
+    quieten_libraries(HydraConfig.get().verbose)
+    join_ranks()
+    folder = RunFolder(HydraConfig.get().runtime.output_dir, writes=process_group.is_first())
+    if not folder.writes:
+        _only_warn()
+    sweeps.announce()
+    summary = failure = None
+    requests = Requests()
+    try:
+        with handled() as requests, ExitStack() as held:
+            with own_configs.naming_files(HydraConfig.instance().cfg, sys.argv[1:]):
+                config = to_config(composed)
+                validate(config, folder.path)
+            if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
+                log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
+            if folder.writes and HydraConfig.get().mode == RunMode.RUN:
+                for line in overrides.repeated(HydraConfig.instance().cfg):
+                    log.warning(line)
+            process_group.join()
+            held.callback(process_group.leave)
+            summary = process_group.from_first(lambda: _begin(config, folder, held))
+            if summary is None:
+                with _marking_failure(folder):
+                    summary = _work(config, folder, requests)
+            if folder.writes:
+                print(_closing_table(config, summary, folder), flush=True)
+            requests.insist()
+    except Busy as busy:
+        if HydraConfig.get().mode == RunMode.RUN:
+            refuse(busy)
+        log.warning("luqrun: %s; left to it", busy)
+    except process_group.RefusedByFirst:
+        # In a job of submitit no error: it could end the first one before that has told its own.
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(1)
+    except Stopped as stopped:
+        found = (folder.checkpoints / "last.pt").exists()
+        then = "continues from the last checkpoint" if found else "starts over, there is no checkpoint yet"
+        if folder.summary() is not None:
+            then = "shows the result, for the run is finished,"
+        if folder.writes:
+            log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
+        handed_on = hand_on(stopped.number)
+        # A rank that leaves with an error could end the first one before that has asked Slurm to run the job again.
+        sys.exit(0 if handed_on and not process_group.is_first() else stopped.exit_code)
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            refuse(error)
+        log.error("luqrun: %s", one_line(error))
+        folder.remove_if_never_started()
+        failure = sweeps.Refused(one_line(error))
+    except Exception as error:
+        log.exception("the run failed")
+        failure = sweeps.Failed(f"{type(error).__name__}: {error}; the traceback is in {folder.path / 'run.log'}")
+        if HydraConfig.get().mode == RunMode.RUN:
+            refuse(failure)
+    if failure is not None:  # raised here, without the first error as its context: that holds the job's tensors
+        if requests.received is not None:  # asked to stop, it failed at that: the sweep ends all the same
+            sys.exit(Stopped(requests.received).exit_code)
+        raise failure
+    return _objective(summary)
+
+
+def _objective(summary: dict | None) -> float | None:
+    """The final top-1; of a diverged run 0, the worst there is; None where there is none."""
+    if summary is None:
+        return None
+    return 0.0 if "diverged" in summary else summary.get("val/top1")
+
+
+def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
+    try:
+        return closing_table(config, summary, folder.path, folder.run().get("overrides", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise folder.damaged(SUMMARY, f"{type(error).__name__}: {error}") from None
+
+
+def _only_warn() -> None:
+    """On the console, what is wrong and in which process; nothing to a file."""
+    close_logs()
+    for handler in logging.root.handlers:
+        handler.setFormatter(logging.Formatter(f"rank {process_group.rank()}: %(message)s"))
+    logging.root.setLevel(logging.WARNING)
+
+
+@contextmanager
+def _marking_failure(folder: RunFolder) -> Iterator[None]:
+    """If the run ends otherwise, run.json says why. Under the lock: without it run.json may be another's."""
+    try:
+        yield
+    except Stopped as stopped:
+        _mark_failed(folder, f"stopped by {stopped}")
+        raise
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder.path)  # a file that was open when the disk filled up
+        _mark_failed(folder, one_line(error))
+        raise
+    except Exception as error:
+        _mark_failed(folder, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
+    """Lock the folder until `held` ends; the result, where there is one already, or None for a run to be done."""
+    held.enter_context(folder.locked())
+    refuse_other_settings(config, folder)  # before anything in another run's folder is changed
+    with _marking_failure(folder):
+        summary, run = folder.summary(), folder.run()
+        if summary is not None or run.get("status") == "diverged":
+            return _ended(config, folder, summary, run)
+        write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
+        given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
+        whose = {"results": RESULTS, "world_sizes": [process_group.world_size()]}
+        folder.update_run(status="running", overrides=given, **whose, **started, **provenance())
+        begun = folder.checkpoints.exists()
+        twin = find_twin(config, folder) if config.reuse and not begun else None
+        base = diverged_base(config, folder) if twin is None and not begun else None
+        if twin is not None:
+            log.info("taken over from %s, the same run in another study (in a new study, reuse=false trains it)", twin)
+            return adopt(twin, folder)
+        if base is not None:
+            log.info("diverged as the run without fine-tuning, %s, did", base)
+            return adopt(base, folder)
+        return None
+
+
+def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -> dict:
+    """The result that is there, if it is this run's."""
+    note = refuse_another(config, folder)
+    what = "diverged before, and would again" if summary is None else "is finished"
+    by_name = folder.path.name == run_id(config)
+    elsewhere = "study=NAME" if by_name else "a folder of its own (hydra.run.dir, hydra.sweep.subdir)"
+    log.info("this run %s%s; %s runs it again elsewhere", what, note, elsewhere)
+    if config.tracking.profile_steps:
+        asked = f"tracking.profile_steps={config.tracking.profile_steps}"
+        log.warning("%s: nothing is profiled, as nothing is trained; with reuse=false %s trains it", asked, elsewhere)
+    return {"diverged": run.get("diverged_at_step")} if summary is None else summary
+
+
+def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
+    # Imported here and not above: --help and typing errors do without torch.
+    if config.task == "rounding":
+        from luqrun.train import rounding_experiment
+
+        return rounding_experiment.run(config, folder)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from luqrun.train import trainer
+
+    try:
+        with logging_redirect_tqdm():
+            return process_group.recorded(trainer.run)(config, folder, requests)
+    except (MemoryError, RuntimeError) as error:
+        if process_group.lost_another(error):
+            raise UserError(
+                "another process of this job has ended (it says why); the same command goes on from the last checkpoint"
+            ) from None
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        sizes = f"dataset.batch_size={config.dataset.batch_size}, dataset.image_size={config.dataset.image_size}"
+        raise UserError(f"there is not enough memory for model.name={config.model.name}, {sizes}") from None
+
+
+def _mark_failed(folder: RunFolder, reason: str) -> None:
+    """Say so in run.json, if a run had begun there and the disk still takes it."""
+    try:
+        if folder.writes and folder.run().get("status") == "running":
+            folder.update_run(status="failed", reason=reason, end=now())
+    except (OSError, UserError) as error:
+        log.error("run.json could not be updated: %s", one_line(error))

@@ -1,0 +1,138 @@
+"""From what Hydra composed to a checked Config: the mistakes that types cannot see, found before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from luqrun.cli.messages import one_line
+from luqrun.config import (
+    BATCH_NORMS,
+    DEVICES,
+    PRECISIONS,
+    RANGE_SCOPES,
+    TASKS,
+    Config,
+    DatasetConfig,
+    check_at_least,
+    check_at_most,
+    check_choice,
+)
+from luqrun.errors import UserError
+from luqrun.runs.folder import RunFolder
+from luqrun.runtime import process_group
+
+RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
+
+MAX_INTEGER = 2**31 - 1
+MAX_FLOAT = 1e30  # torch wants float32 of the products of two settings, too
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+MAX_PROFILED = 1000  # steps; a profile is kept in memory
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
+    values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
+        missing = OmegaConf.missing_keys(values) | OmegaConf.missing_keys(merged)  # merged: a list has its default
+        if missing:
+            raise UserError(f"not set: {', '.join(sorted(missing))}")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
+
+
+def validate(config: Config, folder: Path | None = None) -> None:
+    """Raise UserError naming the first key whose value is not allowed.
+
+    folder: of the run; where it holds a checkpoint or a result, the one that `resume` names is not needed any more.
+    """
+    _check_values(config)
+    check_choice("task", config.task, TASKS)
+    check_choice("device", config.device, DEVICES)
+    check_choice("precision", config.precision, PRECISIONS)
+    check_at_least("seed", config.seed, 0)
+    check_at_most("seed", config.seed, 2**31 - 1)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.study) or {".", ".."} & set(config.study.split("/")):
+        raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
+    if not config.resume:
+        raise UserError(f"resume= is empty; {RESUMES}")
+    if (
+        config.resume not in ("auto", "never", "base")
+        and not os.path.isfile(os.path.expanduser(config.resume))
+        and not (folder is not None and RunFolder(folder).goes_on_by_itself())
+    ):
+        raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
+    for key, value in vars(config.tracking).items():
+        check_at_least(f"tracking.{key}", value, 0)
+    check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)
+    # These pull in torch; `luqrun --help` does without.
+    from luqrun.quant.recipe import Recipe
+    from luqrun.runtime.devices import choose_device
+    from luqrun.tasks.classification.data import validate_dataset
+    from luqrun.tasks.classification.networks import MODELS, STEMS
+    from luqrun.train.schedules import validate_finetune, validate_schedule
+
+    device = choose_device(config.device)
+    check_choice("model.name", config.model.name, MODELS)
+    check_choice("model.stem", config.model.stem, STEMS)
+    Recipe.from_config(config.quant)
+    validate_dataset(config.dataset)
+    _refuse_unread(config.dataset)
+    validate_schedule(config.schedule)
+    validate_finetune(config.finetune)
+    check_choice("distributed.batch_norm", config.distributed.batch_norm, BATCH_NORMS)
+    check_choice("distributed.range", config.distributed.range, RANGE_SCOPES)
+    if process_group.world_size() > 1:
+        _validate_distributed(config, device.type)
+
+
+def _refuse_unread(config: DatasetConfig) -> None:
+    """Raise UserError for a setting that this data set does not read."""
+    from luqrun.tasks.classification.data import NAMES
+
+    others = ", ".join(name for name in NAMES if name != "glyphs")
+    if config.name == "glyphs" and config.root is not None:
+        raise UserError(
+            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
+        )
+    if config.name != "glyphs" and config.glyphs is not None:
+        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
+
+
+def _validate_distributed(config: Config, device_type: str) -> None:
+    from luqrun.tasks.loader import check_ranks  # pulls in torch
+
+    if config.task != "train":
+        raise UserError(f"task={config.task} runs in one process, without torchrun")
+    check_ranks(config.dataset, process_group.world_size())
+    if config.distributed.batch_norm == "sync" and device_type == "cpu":
+        raise UserError("distributed.batch_norm=sync needs GPUs, as torch's SyncBatchNorm does; allowed here: local")
+    if config.compile and config.distributed.range == "global":
+        raise UserError("distributed.range=global cannot be compiled; allowed with compile=true: rank")
+
+
+def _check_values(part, prefix: str = "") -> None:
+    """No number is NaN or beyond what every computation with it can take (for some there is a closer bound), and all
+    text can be written to a file and read again."""
+    for name, value in vars(part).items():
+        key = prefix + name
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{key}.")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, list | dict):
+                raise UserError(f"{key}={value} must be a list of single values")
+            if isinstance(each, float) and not (math.isfinite(each) and abs(each) <= MAX_FLOAT):
+                raise UserError(f"{key}={each} must be a finite number of at most {MAX_FLOAT:g}")
+            if isinstance(each, int) and abs(each) > MAX_INTEGER:
+                raise UserError(f"{key}={each} must be an integer of at most {MAX_INTEGER}")
+            if isinstance(each, str) and any(unicodedata.category(character) in UNPRINTABLE for character in each):
+                raise UserError(f"{key}={each!r} holds a line break, a control character or what is not Unicode")

@@ -1,0 +1,208 @@
+"""quantize_model: the walk that swaps layers, and the switches for all layers of a model."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from luqrun.errors import UserError
+from luqrun.quant.attention import QuantMultiheadAttention
+from luqrun.quant.coverage import Other, Watch, all_of, is_lazy, other_layers, tell_others
+from luqrun.quant.dataflow import Ends, find_ends
+from luqrun.quant.draws import tell_apart
+from luqrun.quant.layers import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear
+from luqrun.quant.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+# Exact types: a subclass has a forward of its own, which a swap would lose. The last one is attention's out_proj.
+TWINS = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.MultiheadAttention: QuantMultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
+}
+SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution
+
+
+def quantize_model(
+    model: nn.Module, recipe: Recipe, *, skip: Iterable[str] | None = None, seed: int = 0, example=None
+) -> nn.Module:
+    """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
+
+    Parameters, hooks and state_dict keys stay (a hindsight range adds buffers), and so do the layer objects, whoever
+    holds them. A ReLU then keeps one bit an element for its backward pass (modules.MaskedReLU), in any part of the
+    model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they draw
+    alike. Returns the model, or its replacement where the model itself is a layer.
+
+    skip: layers to leave, instead of recipe.skip; `()` quantizes every layer. `first` are the layers that the input
+    reaches through no other layer, `last` those whose output reaches the model's through no other: several where a
+    network branches, as with an auxiliary head. torch.fx traces the forward for it (and the modules' attributes are
+    restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
+    arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
+    which.
+
+    Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
+    forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no
+    layer, and for what is not a model that can be changed.
+    """
+    _check(model, recipe, skip, seed)
+    if not recipe.quantizes:
+        return model
+    found = {name: module for name, module in model.named_modules() if type(module) in TWINS}
+    others = other_layers(model, TWINS)
+    left = _skipped(model, found, others, recipe.skip if skip is None else skip, example)
+    others = {name: other for name, other in others.items() if name not in left}
+    for name, other in others.items():
+        if any(map(is_lazy, other.module.parameters(recurse=False))):
+            raise UserError(f"{name} ({other.kind}) has no shape yet: call the model once, then quantize_model")
+    patched = [name for name, module in found.items() if "forward" in vars(module) and name not in left]
+    left = left.union(patched)
+    left |= _unreached(model, left)
+    chosen = {name: module for name, module in found.items() if name not in left}
+    first_index = sum(1 for _ in quantized_layers(model))  # of an earlier call: no two layers share their draws
+    if patched:
+        text = f"the forward of {all_of(patched)} is patched, on the layer itself: left in high precision"
+        warnings.warn(text, stacklevel=2)
+    elif not chosen:
+        why = "there is no Conv2d, Linear or attention left to swap"
+        why = "its layers are quantized already" if first_index else why
+        why = "every layer is skipped, see skip=()" if found else why
+        warnings.warn(f"recipe {recipe.name}: nothing was quantized, {why}", stacklevel=2)
+    tell_others(model, others)
+    log.debug("quantizing %d of %d layers", len(chosen), len(found))
+    twins = {
+        name: TWINS[type(module)].from_module(module, recipe, seed, index)
+        for index, (name, module) in enumerate(chosen.items(), start=first_index)
+    }
+    if not twins:
+        return model
+    for name, module in chosen.items():
+        if module is not model:  # which may be kept to compare with
+            module.__class__, module.__dict__ = type(twins[name]), vars(twins[name])
+    _settle(model)
+    if model not in chosen.values():
+        Watch(model, list(chosen.items()))
+        return model
+    if twins[""]._compiled_call_impl is not None:
+        twins[""]._compiled_call_impl = None
+        text = "the layer was compiled before it was quantized: compile what quantize_model returns"
+        warnings.warn(text, stacklevel=2)
+    return twins[""]
+
+
+def _settle(model: nn.Module) -> None:
+    """Adapt what stands around quantized layers."""
+    for module in model.modules():
+        if type(module) is nn.ReLU:
+            module.__class__ = MaskedReLU  # its output is not what the next layer keeps any more
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only that path can take
+
+
+def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: int) -> None:
+    """Raise UserError where an argument of quantize_model is not what it can be."""
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"quantize_model takes a recipe, such as luqrun.recipe('luq'), not {recipe!r}")
+    if isinstance(model, type):
+        raise UserError(f"quantize_model takes a model, not its class: {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        hint = ": nn.Sequential(*layers) makes one of them" if isinstance(model, list | tuple) else ""
+        raise UserError(f"quantize_model takes a torch.nn.Module, not {type(model).__name__}{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("quantize_model cannot change a ScriptModule: quantize the model before torch.jit compiles it")
+    if not isinstance(seed, numbers.Integral):
+        raise UserError(f"seed={seed!r} must be an integer")
+    if skip is None:
+        return
+    if isinstance(skip, str) or not isinstance(skip, list | tuple | set | frozenset):
+        raise UserError(f"skip={skip!r} must be a list, such as [first, last, shortcut]")
+    for entry in skip:
+        if not isinstance(entry, str):
+            shown = entry.__name__ if isinstance(entry, type) else repr(entry)[:80]
+            raise UserError(
+                f"skip: {shown} is not a string; allowed: first, last, shortcut, or patterns of layers' names"
+            )
+
+
+def _skipped(
+    model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], skip: Sequence[str], example
+) -> set[str]:
+    """The names that the entries of `skip` mean; a pattern may name one of `others`, which is then not told."""
+    left, names, ends = set(), list(found), None
+    for entry in skip:
+        if entry in ("first", "last"):
+            ends = ends or _ends(model, found, others, example)
+            matched = ends.first if entry == "first" else ends.last
+            log.info("skip: %s is %s (%s)", entry, ", ".join(matched) or "no layer", ends.how)
+        elif entry == "shortcut":
+            matched = [name for name in names if fnmatchcase(name, SHORTCUT)]
+        else:
+            matched = [name for name in (*names, *others) if fnmatchcase(name, entry)]
+            if not matched:
+                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                allowed = f"first, last, shortcut, or patterns of {shown}"
+                raise UserError(f"skip: {entry!r} (quant.skip) matches no layer; allowed: {allowed}")
+        left.update(matched)
+    return left
+
+
+def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], example) -> Ends:
+    layers = {**found, **{name: other.module for name, other in others.items()}, **dict(quantized_layers(model))}
+    registered = {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    return find_ends(model, registered, list(found), example)
+
+
+def _unreached(model: nn.Module, left: set[str]) -> set[str]:
+    """Names of the out_proj of attention that is not swapped: it would be read there, and never called."""
+    return {
+        f"{name}.out_proj".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and (name in left or type(module) not in TWINS)
+    }
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """(name, layer) of every quantized layer, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer))
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Set the step that names the draws: with it, a resumed run needs nothing else."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    tell_apart(layers)
+    for layer in layers:
+        layer.set_step(step)
+
+
+def set_finetune(model: nn.Module, on: bool) -> None:
+    """FNT: train with INT4 weights and everything else in high precision."""
+    for _, layer in quantized_layers(model):
+        layer.finetune = on
+
+
+def set_shared_ranges(model: nn.Module, on: bool) -> None:
+    """Of several processes: activations and gradients get the range of all processes' parts of the batch."""
+    for _, layer in quantized_layers(model):
+        layer.shares_ranges = on
+
+
+def remember_ranges(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the hindsight maxima back to what they are now: then a step can be repeated exactly."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    maxima = [layer.get_buffer(f"{operand}_hindsight") for layer in layers for operand in layer.remembers]
+    before = [maximum.clone() for maximum in maxima]
+
+    def put_back() -> None:
+        for maximum, value in zip(maxima, before, strict=True):
+            maximum.copy_(value)
+
+    return put_back

@@ -1,0 +1,167 @@
+"""The GEMMs of linear layers and convolutions: in floating point, and in integers where the units are faster.
+
+fprop: a x w; dgrad: g x w; wgrad: g x a. The floating-point ones take what torch's take. The integer ones take int8
+codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luqrun.quant import kernels
+from luqrun.quant.formats import Format
+from luqrun.quant.kernels import backend_for, ops
+from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.layout import empty, is_channels_last
+
+ONE, NONE = (1, 1), (0, 0)
+# Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
+# 6035, oneDNN 3.12): the pixels that count are taken first.
+FEW_CHANNELS = 16
+LONGEST = int8.CHUNK_ROWS  # terms of a sum that int32 holds whatever the int8 codes
+
+
+_int8_devices: dict[str, bool] = {}  # see kernels._fuses
+
+
+def use_int8(device_type: str) -> bool:
+    """Whether GEMMs on two operands of codes run on int8 units."""
+    if device_type not in _int8_devices:
+        numba = device_type == "cpu" and backend_for("cpu").__name__ == "luqrun.quant.kernels.cpu.backend"
+        _int8_devices[device_type] = numba and int8.is_fast()
+    return _int8_devices[device_type]
+
+
+def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
+    """What the log and run.json say: the kernels that serve this device type, the units that multiply codes, and
+    which of `forms` have others."""
+    units, exceptions = "floating point", []
+    if use_int8(device_type):
+        units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
+    for form in dict.fromkeys(forms):
+        if not kernels.know(form):
+            exceptions.append(f"{form.name} quantized in torch operations")
+        if use_int8(device_type) and form.code_dtype != torch.int8:
+            exceptions.append(f"GEMMs with {form.name} in floating point")
+    return ", ".join([kernels.describe(device_type), f"GEMMs in {units}", *exceptions])
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """a (..., in) and w (out, in) -> (..., out). signed, in the integer GEMMs: whether a's or g's codes have a sign."""
+
+    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.linear(a, w)
+
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+        return g @ w
+
+    def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        return _rows(g).t() @ _rows(a)
+
+    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
+        return w_shape[1] <= LONGEST, w_shape[0] <= LONGEST, True
+
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        if a.shape[-1] != w.shape[1]:
+            return self.fprop(a.float(), w.float())  # which says so
+        return self._product(a, w.t(), scale, dtype, signed)
+
+    def int8_dgrad(
+        self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
+    ) -> Tensor:
+        return self._product(g, w, scale, dtype, signed)
+
+    def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        images = [_rows(g)[..., None, None] for g in grads]
+        return ops.int8_conv_wgrad(images, _rows(a)[..., None, None], ONE, ONE, NONE, ONE).view(w_shape)
+
+    def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
+        # Not a view: autograd forbids in-place work on those that leave a Function.
+        return torch.ops.aten._unsafe_view(out, [*a.shape[:-1], matrix.shape[1]])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous without elements
+
+
+@dataclass(frozen=True)
+class ConvOp:
+    """a (N, C, H, W) and w (K, C / groups, R, S) -> (N, K, H', W')."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def fprop(self, a: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+        ends = zip(a_shape[2:], g.shape[2:], w.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        left_over = [
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, kernel, stride, padding, dilation in ends
+        ]
+        return F.conv_transpose2d(g, w, None, self.stride, self.padding, left_over, self.groups, self.dilation)
+
+    def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        stride, padding = self.stride, self.padding
+        if g.is_cpu and tuple(w_shape[2:]) == ONE and stride != ONE and w_shape[1] < FEW_CHANNELS:
+            (high, wide), (height, width) = padding, g.shape[2:]
+            a = F.pad(a, (wide, wide, high, high))[:, :, :: stride[0], :: stride[1]][:, :, :height, :width]
+            stride, padding = ONE, NONE
+        # Of the weight only the shape counts; without memory of its own it would be copied into some.
+        w = empty(w_shape, _format(a, g), g.dtype, g.device)
+        how = stride, padding, self.dilation, False, NONE, self.groups
+        return torch.ops.aten.convolution_backward(g, a, w, None, *how, (False, True, False))[1]
+
+    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
+        out_channels, in_channels, *kernel = w_shape
+        taps = kernel[0] * kernel[1]
+        whole = self.groups == 1
+        return whole and in_channels * taps <= LONGEST, whole and out_channels * taps <= LONGEST, whole
+
+    def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        (height, width), (rows, columns) = a.shape[2:], w.shape[2:]
+        too_low = height + 2 * self.padding[0] <= self.dilation[0] * (rows - 1)
+        too_narrow = width + 2 * self.padding[1] <= self.dilation[1] * (columns - 1)
+        if too_low or too_narrow or a.shape[1] != w.shape[1]:
+            return self.fprop(a.float(), w.float())  # which says so
+        how = w.shape[2:], self.stride, self.padding, self.dilation
+        return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed)
+
+    def int8_dgrad(
+        self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
+    ) -> Tensor:
+        if self.stride != ONE:
+            matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
+            return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w))
+        # Without a stride the adjoint of a convolution is one with the kernel turned round.
+        (rows, columns), (high, wide) = w.shape[2:], self.dilation
+        padding = high * (rows - 1) - self.padding[0], wide * (columns - 1) - self.padding[1]
+        turned = w.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.shape[1])
+        how = (rows, columns), ONE, padding, self.dilation
+        return ops.int8_conv(g, turned, scale, *how, dtype, _format(g, w), signed)
+
+    def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)
+
+
+def _matrix(w: Tensor) -> Tensor:
+    """(K, C, R, S) as (K, R * S * C), without a copy of what is channels_last."""
+    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1)
+
+
+def _format(x: Tensor, w: Tensor) -> bool:
+    """Whether torch's convolution of x and w comes out channels_last."""
+    return is_channels_last(x) or is_channels_last(w)

@@ -1,0 +1,71 @@
+"""The kernels: one set of functions (see luqrun.quant.kernels.reference) in several backends.
+
+reference is plain torch and runs anywhere; cpu is numba; cuda is Triton. `backend_for` chooses by the tensor's
+device, once and visibly: `describe` says what a run uses. LUQRUN_KERNELS=reference forces the oracle.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+from luqrun.errors import UserError
+from luqrun.quant.formats import Format
+
+log = logging.getLogger(__name__)
+
+BACKENDS = {"cpu": "cpu", "cuda": "cuda"}  # by device; others have the reference
+MODULES = {
+    "reference": "luqrun.quant.kernels.reference",
+    "cpu": "luqrun.quant.kernels.cpu.backend",
+    "cuda": "luqrun.quant.kernels.cuda.backend",
+}
+
+
+@functools.cache
+def backend_for(device_type: str) -> ModuleType:
+    """The module that serves tensors of this device type.
+
+    UserError where LUQRUN_KERNELS names no backend or one for another device, or where triton is not installed.
+    """
+    forced = os.environ.get("LUQRUN_KERNELS")
+    if forced is not None and forced not in MODULES:
+        raise UserError(f"LUQRUN_KERNELS={forced} is not known; allowed: {', '.join(MODULES)}")
+    name = forced or BACKENDS.get(device_type, "reference")
+    interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # then it runs on CPU tensors
+    if name != "reference" and device_type != name and not interpreted:
+        raise UserError(f"LUQRUN_KERNELS={name} cannot serve tensors on {device_type}; unset it or use reference")
+    if forced is None and device_type not in BACKENDS and device_type != "meta":
+        log.warning("there are no kernels for %s: torch operations quantize there, slowly", device_type)
+    try:
+        return importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise UserError(
+            "the kernels for a GPU need triton, which is not installed: install it (pip install triton), "
+            "or set LUQRUN_KERNELS=reference to run without, slowly"
+        ) from None
+
+
+_fuses: dict[str, bool] = {}  # not functools.cache: torch.compile reads a dictionary, and cannot trace an import
+
+
+def fuses(device_type: str) -> bool:
+    """Whether this device's kernels have `quantize`, all of a quantization in one call."""
+    if device_type not in _fuses:
+        _fuses[device_type] = hasattr(backend_for(device_type), "quantize")
+    return _fuses[device_type]
+
+
+def know(form: Format) -> bool:
+    """Whether the kernels of cpu and cuda know this format. Radix 4 is there to compare with: torch's operations do."""
+    return form.radix == 2
+
+
+def describe(device_type: str) -> str:
+    """One line for the log and run.json: which kernels serve this device type."""
+    return backend_for(device_type).describe()

@@ -1,0 +1,1 @@
+"""The kernels on the CPU: numba loops, and integer GEMMs by oneDNN."""

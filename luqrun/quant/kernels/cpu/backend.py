@@ -1,0 +1,190 @@
+"""The kernels on the CPU: the torch side of luqrun.quant.kernels.cpu.quantize and loops.
+
+Same functions, signatures and codes as luqrun.quant.kernels.reference. Element order is row-major whatever the memory
+format, so a channels_last tensor needs no copy and gets the codes of its contiguous twin. `quantize` does in one call
+what Quantizer.run composes of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+
+import numba
+import torch
+from torch import Tensor
+
+from luqrun.quant.formats import Format
+from luqrun.quant.kernels.cpu import driver, loops
+from luqrun.quant.kernels.cpu import quantize as numba_quantize
+from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
+from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+
+KINDS = {
+    torch.int8: driver.INT8,
+    torch.int16: driver.INT16,
+    torch.float32: driver.FLOAT32,
+    torch.bfloat16: driver.BF16,
+}
+# What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
+# torch.device that is set around a call must not count.
+_FLOAT, _BOOL = (torch.zeros((), dtype=kind, device="cpu") for kind in (torch.float32, torch.bool))
+_NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
+RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
+
+
+def describe() -> str:
+    """What run.json records: the backend and its threads."""
+    if not driver.THREADED:
+        return f"numba {numba.__version__}, one thread: no OpenMP library (libgomp) was found"
+    return f"numba {numba.__version__}, {driver.threads_for(sys.maxsize)} thread(s)"
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x as dense float32 or bf16."""
+    x = dense(x.detach())
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int]:
+    """The layout that numba_quantize.quantize takes."""
+    images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
+    return int(x.dtype == torch.bfloat16), images, height * width, channels
+
+
+@functools.cache
+def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The form that numba_quantize.quantize takes."""
+    return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
+
+
+@functools.cache
+def _how(form: Format, rounding: str, underflow: str | None, range: int, moments: bool, pow2_scale: bool, sample: int):
+    """The `how` that numba_quantize.quantize takes: seven integers. moments: for GIVEN, whether to find the maximum."""
+    modes = MODES[rounding], MODES[underflow if form.logarithmic else None]
+    return int(form.logarithmic), *modes, range, int(moments), int(pow2_scale), sample
+
+
+def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
+    """See reference.statistics."""
+    if x.numel() == 0 or (unless is not None and unless.item() > 0):
+        return torch.zeros(4, dtype=torch.float64, device="cpu")
+    x, found = _loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
+    how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
+    address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
+    numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
+    return found[2:].clone()  # memory of its own, as the operator promises
+
+
+def quantize(
+    x: Tensor,
+    form: Format,
+    rounding: str,
+    underflow: str | None,
+    range: str,
+    pow2_scale: bool,
+    sawb: tuple[float, float],
+    hindsight: Tensor | None,
+    stream: Tensor,
+    dtype: torch.dtype,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale, signed, fields, maximum): what Quantizer.run gives, sample 0, in one call.
+
+    sawb: the coefficients of the format; hindsight: the estimate of the maximum, 0-dim, or None.
+    """
+    x, numbers = _loadable(x), (*sawb, 0.0 if hindsight is None else hindsight.item())
+    scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
+    addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
+    how = _how(form, rounding, underflow, RANGES[range], range == "sawb", pow2_scale, 0)
+    codes, fields = _encode(x, addresses, form, stream, how, numbers, dtype, packed)
+    return codes, scale, signed, fields, maximum
+
+
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    signed: Tensor,
+    form: Format,
+    rounding: str,
+    underflow: str | None,
+    stream: Tensor,
+    sample: int = 0,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    observe: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.encode."""
+    given = [scale.item(), float(signed.item()), 0, 0, 0, 0]
+    results = torch.tensor(given, dtype=torch.float64, device="cpu")
+    addresses = results.data_ptr(), (0, 0, 0)
+    how = _how(form, rounding, underflow, GIVEN, observe, False, sample)
+    dtype = dtype or form.code_dtype
+    codes, fields = _encode(_loadable(x), addresses, form, stream, how, (0.0, 0.0, 0.0), dtype, packed)
+    return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
+
+
+def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
+    """The codes and fields of numba_quantize.quantize. addresses: of results and outputs, whose tensors the caller
+    holds; the rest: as there."""
+    wanted, count, layout = dtype, x.numel(), _layout(x)
+    # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards.
+    later = packed and layout[1] > 0 and STOCHASTIC in how[1:3]
+    if later or dtype not in KINDS:
+        dtype = form.code_dtype
+    codes = torch.empty_like(x, dtype=dtype)
+    fields = (
+        torch.empty(form.field_bytes(count), dtype=torch.uint8, device="cpu")
+        if packed
+        else torch.empty_like(_NO_FIELDS)
+    )
+    if count or how[3] != GIVEN:
+        outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
+        address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)
+        numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers)
+    if later:
+        _pack(codes, fields, form)
+    return codes if dtype == wanted else codes.to(wanted), fields
+
+
+def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:
+    loops.pack(codes.numel(), codes.data_ptr(), fields.data_ptr(), _form(form, codes.dtype))
+
+
+def pack(codes: Tensor, form: Format) -> Tensor:
+    """See reference.pack."""
+    codes = dense(codes).to(form.code_dtype)
+    fields = torch.empty(form.field_bytes(codes.numel()), dtype=torch.uint8, device="cpu")
+    _pack(codes, fields, form)
+    return fields
+
+
+def unpack(
+    fields: Tensor, shape: Sequence[int], channels_last: bool, signed: Tensor, form: Format, dtype: torch.dtype
+) -> Tensor:
+    """See reference.unpack."""
+    stored = dtype if dtype in KINDS else form.code_dtype
+    codes = empty(shape, channels_last, stored, fields.device)
+    loops.unpack(math.prod(shape), fields.data_ptr(), codes.data_ptr(), int(signed.item()), _form(form, stored))
+    return codes.to(dtype)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """See reference.relu_; float32 and bf16."""
+    assert x.dtype in (torch.float32, torch.bfloat16)
+    assert dense(x) is x
+    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+    loops.rectify(x.numel(), x.data_ptr(), int(x.dtype == torch.bfloat16), mask.data_ptr())
+    return mask
+
+
+def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    """See reference.relu_backward; float32 and bf16."""
+    assert grad.dtype in (torch.float32, torch.bfloat16)
+    grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    out = torch.empty_like(grad)
+    half = int(grad.dtype == torch.bfloat16)
+    loops.apply_mask(grad.numel(), grad.data_ptr(), half, mask.data_ptr(), out.data_ptr())
+    return out

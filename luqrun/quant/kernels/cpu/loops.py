@@ -1,0 +1,216 @@
+"""The compiled loops (numba) over codes and bits: packing, the ReLU's mask, and the patches of a convolution."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from luqrun.quant.kernels.cpu import rows
+from luqrun.quant.kernels.cpu.driver import (
+    CHUNK,
+    INT8,
+    ROW,
+    accumulate,
+    copy,
+    driver,
+    fields_row,
+    floats,
+    halves,
+    int16s,
+    int32s,
+    store,
+    uint8s,
+)
+from luqrun.quant.kernels.cpu.rows import i32, row_loop
+
+
+@driver
+def pack(elements, codes, fields, form):
+    """int8 or int16 codes to their fields: see `quantize`."""
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            if form[2] != INT8:
+                rows.copy(int16s(codes + 2 * first, count), coded[:count])
+            fields_row(coded[:count], codes, fields, first, form, split, scratch)
+
+
+@driver
+def unpack(elements, fields, codes, signed, form):
+    """Fields to codes: the inverse of `pack`; signed: whether an integer format's codes have a sign."""
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        split, coded = np.empty(ROW, np.uint8), np.empty(ROW, np.int32)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            row = split[:count]
+            if form[1]:
+                rows.split(uint8s(fields + first // 2, (count + 1) // 2), row)
+            else:
+                row = uint8s(fields + first, count)
+            if form[2] == INT8 and not form[3]:
+                rows.extend_signs(row, uint8s(codes + first, count), signed, form[0])
+            else:
+                rows.from_fields(row, coded[:count], signed, form[3], form[0])
+                store(coded[:count], codes, form[2], first)
+
+
+@driver
+def rectify(elements, x, half, mask):
+    """x <- max(x, 0) in place, and a bit of the mask for each element that is not <= 0."""
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        keep = np.zeros(ROW, np.uint8)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            bits = uint8s(mask + first // 8, (count + 7) // 8)
+            if half:
+                rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF))
+            else:
+                rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF))
+
+
+@driver
+def apply_mask(elements, grad, half, mask, out):
+    """out is grad where the mask has a bit, else 0."""
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        keep = np.empty(ROW, np.uint8)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            bits = uint8s(mask + first // 8, (count + 7) // 8)
+            if half:
+                rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
+            else:
+                rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
+
+
+@row_loop()
+def _patch_line(out, a, image, row, height, width, channels, out_width, kernel, stride, padding, dilation):
+    """im2col of one output row: see `patches`."""
+    segment = kernel[1] * channels
+    to = out
+    for column in range(out_width):
+        w = column * stride[1] - padding[1]
+        for r in range(kernel[0]):
+            h = row * stride[0] - padding[0] + r * dilation[0]
+            line = a + (image * height + h) * width * channels
+            if h < 0 or h >= height:
+                copy(to, 0, segment)
+            elif dilation[1] == 1 and w >= 0 and w + kernel[1] <= width:
+                copy(to, line + w * channels, segment)
+            else:
+                for s in range(kernel[1]):
+                    column_in = w + s * dilation[1]
+                    inside = column_in >= 0 and column_in < width
+                    copy(to + s * channels, line + column_in * channels if inside else 0, channels)
+            to += segment
+
+
+@driver
+def patches(elements, out, a, first, size, out_size, kernel, stride, padding, dilation):
+    """im2col: the output rows first, first + 1, ... of all images together, as int8 (rows * W', R * S * C) at `out`.
+
+    a: the address of int8 (N, H, W, C) with size (N, H, W, C); elements: of out; out_size: (H', W').
+    """
+    _, height, width, channels = size
+    line = out_size[1] * kernel[0] * kernel[1] * channels
+    for task in prange(elements // line):
+        image, row = (first + task) // out_size[0], (first + task) % out_size[0]
+        target = out + task * line
+        _patch_line(target, a, image, row, height, width, channels, out_size[1], kernel, stride, padding, dilation)
+
+
+@driver
+def fold(elements, sums, products, out_size, size, kernel, stride, padding, dilation):
+    """col2im: each of `size` (N, H, W, C) int32 at `sums` is the sum of the `products` that `patches` took from it.
+
+    products: the address of int32 (N * H' * W', R * S * C); out_size: (H', W'); elements: of sums.
+    """
+    images, height, width, channels = size
+    depth = kernel[0] * kernel[1] * channels
+    for task in prange(images * height):
+        image, row = task // height, task % height
+        target = sums + 4 * task * width * channels
+        copy(target, 0, 4 * width * channels)
+        for r in range(kernel[0]):
+            steps = row + padding[0] - r * dilation[0]
+            line = steps // stride[0]
+            if steps % stride[0] != 0 or line < 0 or line >= out_size[0]:
+                continue
+            source = products + 4 * ((image * out_size[0] + line) * out_size[1] * depth + r * kernel[1] * channels)
+            for column in range(out_size[1]):
+                for s in range(kernel[1]):
+                    w = column * stride[1] - padding[1] + s * dilation[1]
+                    if w >= 0 and w < width:
+                        accumulate(target + 4 * w * channels, source + 4 * (column * depth + s * channels), channels)
+
+
+@driver
+def rescale(elements, sums, out, half, scale):
+    """out, float32 or (half) bf16, is int32 `sums` times the float32 at `scale`."""
+    factor = floats(scale, 1)[0]
+    for task in prange((elements + CHUNK - 1) // CHUNK):
+        exact = np.empty(ROW, np.float32)
+        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+            count = min(ROW, elements - first)
+            source = int32s(sums + 4 * first, count)
+            if half:
+                rows.rescale(source, factor, exact[:count])
+                rows.round_to_bf16(exact[:count].view(np.int32), halves(out + 2 * first, count))
+            else:
+                rows.rescale(source, factor, floats(out + 4 * first, count))
+
+
+@row_loop()
+def _shift(target, source, count, shift):
+    """So many uint8: int8 codes plus 0 or 128, and that alone for source 0."""
+    out = uint8s(target, count)
+    if source == 0:
+        for j in range(count):
+            out[j] = np.uint8(shift)
+    else:
+        codes = uint8s(source, count)
+        for j in range(count):
+            out[j] = codes[j] ^ np.uint8(shift)
+
+
+@driver
+def pad(elements, out, a, shift, size, padding, out_size):
+    """The uint8 (N, H', W', C) at `out` <- the int8 at `a` of size (N, H, W, C) plus shift, 0 or 128, and shift around
+    it. padding: above and beside, where it starts in `out`, below 0 what is cut off; out_size: (H', W')."""
+    images, height, width, channels = size
+    left = min(max(padding[1], 0), out_size[1])
+    cut = max(-padding[1], 0)
+    inside = max(min(width - cut, out_size[1] - left), 0)
+    for task in prange(images * out_size[0]):
+        image, row = task // out_size[0], task % out_size[0]
+        target, h = out + task * out_size[1] * channels, row - padding[0]
+        if h < 0 or h >= height:
+            _shift(target, 0, out_size[1] * channels, shift)
+        else:
+            _shift(target, 0, left * channels, shift)
+            source = a + ((image * height + h) * width + cut) * channels
+            _shift(target + left * channels, source, inside * channels, shift)
+            _shift(target + (left + inside) * channels, 0, (out_size[1] - left - inside) * channels, shift)
+
+
+@row_loop()
+def _rescale_shifted(values, shifts, factor, out):
+    for j in range(values.size):
+        out[j] = (values[j] - shifts[j]) * factor
+
+
+@driver
+def rescale_shifted(elements, values, shifts, channels, out, half, scale):
+    """out, float32 or (half) bf16, is float32 (pixels, channels) `values` less the float32 `shifts` of their channels,
+    times the float32 at `scale`."""
+    factor, by_channel = floats(scale, 1)[0], floats(shifts, channels)
+    pixels, step = elements // channels, max(CHUNK // channels, 1)
+    for task in prange((pixels + step - 1) // step):
+        exact = np.empty(channels, np.float32)
+        for first in range(task * step * channels, min(pixels, (task + 1) * step) * channels, channels):
+            source = floats(values + 4 * first, channels)
+            if half:
+                _rescale_shifted(source, by_channel, factor, exact)
+                rows.round_to_bf16(exact.view(np.int32), halves(out + 2 * first, channels))
+            else:
+                _rescale_shifted(source, by_channel, factor, floats(out + 4 * first, channels))

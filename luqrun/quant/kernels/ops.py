@@ -1,0 +1,222 @@
+"""The kernels as operators of torch: torch.ops.luqrun.*, with the shapes that torch.compile needs.
+
+Each runs on the backend that `backend_for` chooses for its tensor's device; see luqrun.quant.kernels.reference for what
+each computes. They are opaque to the compiler and without gradients: luqrun.quant.function has the autograd Functions.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from luqrun.errors import TensorError
+from luqrun.internals import PLAIN, has_modes, is_watched, keep_results
+from luqrun.quant.formats import SAWB, Format, get_format
+from luqrun.quant.kernels import backend_for, flops, know, reference
+from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.layout import dense, empty
+from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
+
+_library = torch.library.Library("luqrun", "DEF")
+
+
+def _operator(schema: str):
+    """Register the decorated class's `run` under `schema`, and its `fake` for tensors without data."""
+
+    def register(cls):
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, cls.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"luqrun::{name}", cls.fake, lib=_library)
+        operator = getattr(torch.ops.luqrun, name)
+
+        @functools.wraps(cls.run)
+        def call(*arguments):
+            # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
+            if is_watched() or not all(map(_is_plain, arguments)):
+                if not torch.compiler.is_compiling() and has_modes():
+                    flops.tell_counters()
+                return operator(*arguments)
+            return cls.run(*arguments)
+
+        return call
+
+    return register
+
+
+def _is_plain(argument: object) -> bool:
+    """Whether the argument, or each of a list, is a tensor with memory of its own, or none at all."""
+    if isinstance(argument, Tensor):
+        return type(argument) in PLAIN and not argument.is_meta
+    return all(map(_is_plain, argument)) if isinstance(argument, (list, tuple)) else True
+
+
+def _backend(x: Tensor, form: Format):
+    return backend_for(x.device.type) if know(form) else reference
+
+
+def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and fields of x without data."""
+    size = get_format(format).field_bytes(x.numel()) if packed else 0
+    return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
+
+
+@_operator("next_draws(Tensor(a!) streams, bool advances, bool evaluates, int rank, int redraw_every) -> Tensor")
+class next_draws:
+    """The names of a forward's draws: int64 (3, 6), see quant.draws. An operator, for a compiler may neither read the
+    names of a draw after they advanced nor run this twice.
+
+    advances: the next forward gets other names. evaluates: the names are those of every evaluation. rank: of this
+    process, in the names of what is its own: activations and gradients, not weights. redraw_every: see Quantizer.
+    """
+
+    def run(streams, advances, evaluates, rank, redraw_every):
+        names = streams.clone()
+        if evaluates:
+            names[:, STEP].fill_(EVALUATION_STEP)
+            names[:, MICRO_STEP].zero_()
+            return names
+        if rank:
+            names[1:, RANK].fill_(rank)
+        if redraw_every > 1:
+            names[2, STEP : MICRO_STEP + 1].div_(redraw_every, rounding_mode="floor")
+        if advances:
+            streams[:, MICRO_STEP].add_(1)
+        return names
+
+    def fake(streams, advances, evaluates, rank, redraw_every):
+        return torch.empty_like(streams)
+
+
+# Compiled, activation checkpointing would read the names again in the backward pass, after they advanced.
+keep_results("luqrun::next_draws", _library)
+
+
+@_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
+class statistics:
+    def run(x, moments, unless=None):
+        return backend_for(x.device.type).statistics(x, moments, unless)
+
+    def fake(x, moments, unless=None):
+        return x.new_empty(4, dtype=torch.float64)
+
+
+@_operator(
+    "encode(Tensor x, Tensor scale, Tensor signed, str format, str rounding, str? underflow, Tensor stream, "
+    "int sample, ScalarType dtype, bool packed=False, bool observe=False) -> (Tensor, Tensor, Tensor)"
+)
+class encode:
+    def run(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
+        form = get_format(format)
+        backend = _backend(x, form)
+        return backend.encode(x, scale, signed, form, rounding, underflow, stream, sample, dtype, packed, observe)
+
+    def fake(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
+        return *_coded(x, format, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)
+
+
+@_operator(
+    "quantize(Tensor x, str format, str rounding, str? underflow, str range, bool pow2_scale, "
+    "Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+class quantize:
+    """Measure, scale and encode in one call; kernels that lack it (the reference's) leave it to Quantizer.run."""
+
+    def run(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
+        form = get_format(format)
+        sawb = SAWB[form.bits] if range == "sawb" else (0.0, 0.0)
+        how = form, rounding, underflow, range, pow2_scale, sawb, hindsight
+        return backend_for(x.device.type).quantize(x, *how, stream, dtype, packed)
+
+    def fake(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
+        codes, fields = _coded(x, format, dtype, packed)
+        scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
+        return codes, scale, signed, fields, maximum
+
+
+@_operator(
+    "unpack(Tensor fields, SymInt[] shape, bool channels_last, Tensor signed, str format, ScalarType dtype) -> Tensor"
+)
+class unpack:
+    def run(fields, shape, channels_last, signed, format, dtype):
+        form = get_format(format)
+        return _backend(fields, form).unpack(fields, shape, channels_last, signed, form, dtype)
+
+    def fake(fields, shape, channels_last, signed, format, dtype):
+        return empty(shape, channels_last, dtype, fields.device)
+
+
+@_operator("relu_(Tensor(a!) x) -> Tensor")
+class relu_:
+    def run(x):
+        return backend_for(x.device.type).relu_(x)
+
+    def fake(x):
+        return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@_operator("relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor")
+class relu_backward:
+    def run(grad, mask, channels_last):
+        return backend_for(grad.device.type).relu_backward(grad, mask, channels_last)
+
+    def fake(grad, mask, channels_last):
+        return empty(grad.shape, channels_last, grad.dtype, grad.device)
+
+
+@_operator(
+    "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "ScalarType dtype, bool channels_last, Tensor signed) -> Tensor"
+)
+class int8_conv:
+    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
+        return int8.conv(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed)
+
+    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
+        ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
+        size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
+        return empty(size, channels_last, dtype, a.device)
+
+
+@_operator(
+    "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, SymInt[] shape, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation, ScalarType dtype, bool channels_last) -> Tensor"
+)
+class int8_conv_dgrad:
+    def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
+        return int8.conv_dgrad(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last)
+
+    def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
+        return empty(shape, channels_last, dtype, g.device)
+
+
+@_operator(
+    "int8_conv_wgrad(Tensor[] grads, Tensor a, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+)
+class int8_conv_wgrad:
+    def run(grads, a, kernel, stride, padding, dilation):
+        return int8.conv_wgrad(grads, a, kernel, stride, padding, dilation)
+
+    def fake(grads, a, kernel, stride, padding, dilation):
+        shape = (grads[0].shape[1], a.shape[1], *kernel)
+        return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@_operator("forward_only(Tensor x, Tensor activation, Tensor weight) -> Tensor")
+class forward_only:
+    """x as a result of activation and weight that has no derivative, and says so."""
+
+    def run(x, activation, weight):
+        return x.clone()
+
+    def fake(x, activation, weight):
+        return torch.empty_like(x)
+
+
+def _refuse_backward(*_):
+    raise TensorError("what torch.jit.trace made of a quantized layer has no gradient: train the model itself")
+
+
+torch.library.register_autograd("luqrun::forward_only", _refuse_backward, lib=_library)

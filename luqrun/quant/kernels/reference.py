@@ -1,0 +1,145 @@
+"""The kernels in plain torch operations: slow, on any device, and the oracle of all the others.
+
+Every backend has these functions with these signatures and returns the same codes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luqrun.quant.formats import Format
+from luqrun.quant.formats import pack as pack_fields
+from luqrun.quant.formats import unpack as unpack_fields
+from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order
+from luqrun.quant.kernels.philox import random_words
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
+    """What ranges need of x (any shape, floating): float64 tensor (4,) of max|x|, any negative, sum|x|, sum x^2.
+
+    A NaN in x makes the maximum NaN, an Inf makes it Inf. Without `moments` the two sums are 0. Empty: zeros.
+    unless: a 0-dim float; where it is positive nothing is read, and zeros come back.
+    """
+    zeros = torch.zeros(4, dtype=torch.float64, device=x.device)
+    if x.numel() == 0:
+        return zeros
+    x = x.detach().float()
+    magnitude = x.abs()
+    sums = (magnitude.sum(dtype=torch.float64), x.double().square().sum()) if moments else (zeros[2], zeros[3])
+    found = torch.stack([magnitude.max().double(), (x < 0).any().double(), *sums])
+    return found if unless is None else torch.where(unless > 0, zeros, found)
+
+
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    signed: Tensor,
+    form: Format,
+    rounding: str,
+    underflow: str | None,
+    stream: Tensor,
+    sample: int = 0,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    observe: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, fields, maximum): the codes of x / scale in `form`, and what else one pass over x can give.
+
+    codes: x's shape and memory format, as `dtype` (default form.code_dtype; every floating type holds them exactly
+    down to bf16). fields: with `packed`, `pack(codes)`, else empty. maximum: with `observe`, max|x| as 0-dim float32
+    (NaN where x has a NaN), else empty.
+
+    scale: 0-dim float32; 0 and NaN give zero codes, so the values become 0 and NaN. signed: 0-dim bool, for
+    integer formats. rounding: nearest (linear domain; ties to even for integers, away from zero for powers of two,
+    Eq. 14) or stochastic (Eq. 12). underflow, for logarithmic formats below 1: flush, nearest or stochastic
+    (Eq. 10). stream, sample: see kernels.philox; read only where something is stochastic. Values beyond the
+    largest code are clipped to it, non-finite ones get code 0: the quantizer makes their scale NaN.
+    """
+    x = dense(x.detach()).float()
+    draws = None
+    if "stochastic" in (rounding, underflow if form.logarithmic else None):
+        draws = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
+    usable = (x.abs() <= FLOAT32_MAX) & (scale > 0)
+    if form.logarithmic:
+        magnitude = torch.where(usable, x.abs() / scale, 0.0).clamp(max=form.limit)
+        magnitude = _log_magnitude(magnitude, form.radix, rounding, underflow, draws)
+        codes = torch.where(x < 0, -magnitude, magnitude)
+    else:
+        limit = torch.where(signed, form.limit, form.unsigned_limit)
+        ratio = torch.where(usable, x / scale, 0.0).clamp(torch.where(signed, -limit, 0), limit)
+        codes = ratio.round() if rounding == "nearest" else _stochastic_round(ratio, draws)
+    codes = codes.to(form.code_dtype)
+    fields = pack(codes, form) if packed else torch.empty(0, dtype=torch.uint8, device=x.device)
+    maximum = statistics(x, False)[0].float() if observe else x.new_empty(0)
+    return codes.to(dtype or form.code_dtype), fields, maximum
+
+
+def pack(codes: Tensor, form: Format) -> Tensor:
+    """Codes (any floating or integer dtype) as fields of form.field_bits bits, in memory order: flat uint8.
+
+    At 4 bits the first of two neighbours is the low half of its byte; the last byte is filled up with a zero.
+    """
+    return pack_fields(form.to_fields(in_memory_order(codes).reshape(-1)), form.field_bits)
+
+
+def unpack(
+    fields: Tensor, shape: Sequence[int], channels_last: bool, signed: Tensor, form: Format, dtype: torch.dtype
+) -> Tensor:
+    """The codes of `pack`, as `dtype`, in this shape and memory format. signed: as in `encode`."""
+    flat = form.from_fields(unpack_fields(fields, form.field_bits, math.prod(shape)), signed)
+    return from_memory_order(flat.to(dtype), shape, channels_last)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """x <- max(x, 0) in place, for x dense in contiguous or channels_last memory; returns the mask for its backward.
+
+    The mask has a bit for each element in memory order, 0 where x <= 0: flat uint8, bit i being bit i % 8 of byte
+    i // 8. NaN stays NaN and has bit 1.
+    """
+    mask = pack_fields((~(in_memory_order(x) <= 0)).to(torch.int32), 1)
+    x.copy_(torch.where(x <= 0, 0, x))
+    return mask
+
+
+def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    """grad where the mask of `relu_` has a bit, 0 elsewhere; the mask is of a tensor in that memory format."""
+    bits = from_memory_order(unpack_fields(mask, 1, grad.numel()), grad.shape, channels_last)
+    return torch.where(bits > 0, grad, 0)
+
+
+def _log_magnitude(ratio: Tensor, radix: int, rounding: str, underflow: str, draws: Tensor | None) -> Tensor:
+    """|x| / scale >= 0 to 0 or a power of the radix, by arithmetic on the float32 bit pattern."""
+    bits = ratio.contiguous().view(torch.int32)
+    if radix == 4:
+        # The exponent's lowest bit is odd for even powers (its bias is 127): the power of four below.
+        low = (((bits >> 23) - 1 | 1) << 23).view(torch.float32)
+        position = (ratio / low - 1) / 3
+        up = (draws >> 1) < (position * 2.0**31).to(torch.int64) if rounding == "stochastic" else ratio >= 2.5 * low
+        power = torch.where(up, 4 * low, low)
+    else:
+        # 23 random bits (or one half) added to the mantissa carry into the exponent as often as they should.
+        carry = (draws & 0x7FFFFF).to(torch.int32) if rounding == "stochastic" else 0x400000
+        power = ((bits + carry) & 0x7F800000).view(torch.float32)
+    if underflow == "stochastic":
+        below = ((draws >> 1) < (ratio * 2.0**31).to(torch.int64)).float()
+    else:
+        below = (ratio >= 0.5).float() if underflow == "nearest" else torch.zeros_like(ratio)
+    return torch.where(ratio >= 1, power, below)
+
+
+def _stochastic_round(ratio: Tensor, draws: Tensor) -> Tensor:
+    """Away from zero with probability equal to the fraction, to 31 bits (all that fit a signed comparison)."""
+    magnitude = ratio.abs()
+    floor = magnitude.floor()  # of the magnitude: there the fraction is exact, also for a tiny negative ratio
+    return (floor + ((draws >> 1) < ((magnitude - floor) * 2.0**31).to(torch.int64))).copysign(ratio)
+
+
+def describe() -> str:
+    """What run.json records."""
+    return f"reference (torch {torch.__version__} operations, slow)"

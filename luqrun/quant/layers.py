@@ -1,0 +1,293 @@
+"""Layers whose three GEMMs run on codes: linear and conv2d (luqrun.quant.attention has the third kind).
+
+Each is its torch twin with the same parameters and state_dict keys; `QuantLayer` adds the recipe and the draws.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from luqrun.errors import TensorError, UserError
+from luqrun.internals import (
+    PLAIN,
+    has_dispatch,
+    has_modes,
+    has_tangent,
+    is_transformed,
+    outermost_module,
+    repeats_forward,
+    run_while_traced,
+)
+from luqrun.quant.draws import Kin, first_streams, tell_apart
+from luqrun.quant.function import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
+from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
+from luqrun.quant.kernels import fuses, ops
+from luqrun.quant.kernels.layout import dense
+from luqrun.quant.kernels.philox import MICRO_STEP, STEP
+from luqrun.quant.quantizer import update_hindsight
+from luqrun.quant.recipe import OPERANDS, Recipe
+
+
+class QuantLayer(nn.Module):
+    """What a quantized layer has beyond its twin.
+
+    Draws: `streams`, a row an operand, name the next forward whose gradient is wanted, in training or evaluation mode;
+    each one advances their micro_step, and `set_step` restarts it. Other forwards always draw the same (of recipes with
+    a stochastic forward). finetune: gradients are not quantized and, in training mode, activations neither (FNT);
+    evaluation is the recipe's all the same. health: a dict to be filled by the next training pass, or None.
+    shares_ranges: in training, ranges of activations and gradients are those of all processes. computed: whether it
+    ever did, outside of compiled code; in a list, which replicas share.
+    """
+
+    recipe: Recipe
+    streams: Tensor
+    kin: Kin
+    finetune: bool
+    health: dict | None
+    shares_ranges: bool
+    computed: list[bool]
+
+    @classmethod
+    def from_module(cls, module: nn.Module, recipe: Recipe, seed: int, index: int):
+        """A layer with the parameters, buffers and hooks of `module`, which it replaces."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = dict(module.__dict__)
+        layer.__dict__["_buffers"] = dict(module._buffers)
+        layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
+        layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
+        layer.computed = [False]
+        layer._settle()
+        quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
+        layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
+        for operand in layer.remembers:
+            with torch.inference_mode(False):
+                maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
+            layer.register_buffer(f"{operand}_hindsight", maximum)
+        return layer
+
+    def _apply(self, fn, recurse: bool = True):
+        unmade = [key for key, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
+        super()._apply(fn, recurse)
+        for key, buffer in self._buffers.items():
+            if key.endswith("_hindsight"):  # float32 also in a half-precision model: gradients leave fp16's range
+                self._buffers[key] = buffer.float()
+                if key in unmade and not buffer.is_meta:  # to_empty: no parameter initialisation reaches it
+                    self._buffers[key].zero_()
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
+        kernels, and would compile once more for streams that move in the first forward."""
+        device = self._device()
+        if device.type != "meta":  # there the names of the draws would be lost
+            use_int8(device.type), fuses(device.type)
+            self._move_streams(device)
+
+    def _move_streams(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # what is made within can never be changed outside
+            self.streams = self.streams.to(device)
+
+    def _device(self) -> torch.device:
+        # A frozen weight may be a buffer, or an attribute.
+        return next(chain(self.parameters(), self.buffers(), [getattr(self, "weight", None)])).device
+
+    def set_step(self, step: int) -> None:
+        """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
+        self.streams[:, STEP] = step
+        self.streams[:, MICRO_STEP] = 0
+
+    def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """op(activation, weight) + bias with this layer's recipe, in the dtype autocast asks for."""
+        if not torch.compiler.is_compiling():
+            self.computed[0] = True
+        device_type = activation.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        activation, weight = checked(activation, weight, autocast)
+        if bias is not None and not autocast and bias.dtype != weight.dtype:
+            raise TensorError(f"a quantized layer has a {bias.dtype} bias beside {weight.dtype} weights")
+        casts = autocast and activation.dtype != torch.float64  # which autocast leaves as it is
+        dtype = torch.get_autocast_dtype(device_type) if casts else activation.dtype
+        gemm = traced_gemm if torch.jit.is_tracing() else QuantizedGemm.apply
+        output = gemm(activation, weight, op, self._plan(activation, weight), dtype)
+        if bias is None:
+            return output
+        return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
+
+    def _plan(self, activation: Tensor, weight: Tensor) -> Plan:
+        compiling = torch.compiler.is_compiling()  # a compiled layer has no memory in Python
+        wanted = torch.is_grad_enabled() and (activation.requires_grad or weight.requires_grad)
+        wanted = wanted and not torch.jit.is_tracing()  # which repeats what it traces, and expects the same
+        repeated, counts = (False, True) if compiling or not wanted else repeats_forward()
+        if repeated:
+            self._refuse_to_repeat()
+        learning = wanted and counts
+        high_precision = self.training and self.finetune
+        if high_precision and learning and "activation" in self.remembers:  # evaluation will need it
+            self._observe("activation", ops.statistics(activation, False)[0].float())
+        return Plan(
+            weight=self.recipe.weight,
+            activation=None if high_precision else self.recipe.activation,
+            gradient=None if self.finetune else self.recipe.gradient,
+            streams=self._streams(activation.device, wanted, learning),
+            hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
+            observe=self._observe if learning else None,
+            health=self.health if learning and not compiling else None,
+            keep=torch.is_grad_enabled(),
+            share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
+        )
+
+    def _refuse_to_repeat(self) -> None:
+        """Raise UserError where activation checkpointing would repeat a forward with other codes."""
+        for operand in ("weight", "activation"):
+            quantizer = getattr(self.recipe, operand)
+            if quantizer is not None and not quantizer.repeats:
+                raise UserError(
+                    f"activation checkpointing cannot repeat {operand}={quantizer}; "
+                    "it needs a forward with rounding=nearest and no hindsight range"
+                )
+
+    def _streams(self, device: torch.device, wanted: bool, learning: bool) -> dict[str, Tensor]:
+        """By operand, the names of this forward's draws."""
+        if device.type == "meta":  # there they would be lost
+            return dict(zip(OPERANDS, self.streams.to(device).unbind(), strict=True))
+        if self.streams.device != device:
+            self._move_streams(device)
+        if self.kin.has_copies:
+            self._tell_apart()
+        names = self.streams
+        if wanted or self.recipe.has_stochastic_forward:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            redraw_every = 1 if self.recipe.gradient is None else self.recipe.gradient.redraw_every
+            names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
+        return dict(zip(OPERANDS, names.unbind(), strict=True))
+
+    @run_while_traced
+    def _tell_apart(self) -> None:
+        model = outermost_module()
+        if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):
+            tell_apart(module for module in model.modules() if isinstance(module, QuantLayer))
+            self.told_apart_in = weakref.ref(model)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "told_apart_in": None}
+
+    def _observe(self, operand: str, maximum: Tensor) -> None:
+        if operand != "gradient" and not self.training:  # as batch norm's statistics; but a backward pass is training
+            return
+        # One maximum for all ranks: their copies of the buffer stay equal.
+        if dist.is_available() and dist.is_initialized():
+            maximum = maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        momentum = getattr(self.recipe, operand).hindsight_momentum
+        update_hindsight(self._buffers[f"{operand}_hindsight"], maximum, momentum)
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (super().extra_repr(), str(self.recipe)) if part)
+
+
+def checked(activation: Tensor, weight: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+    """Both as plain tensors. TensorError for what torch refuses too, and for tensors without memory of their own."""
+    if not torch.compiler.is_compiling():
+        if is_transformed():
+            raise TensorError("quantized layers do not work inside torch.func's transforms (grad, vmap, jvp, ...)")
+        for x in (activation, weight):
+            if has_dispatch(x) or x.is_nested or x.layout != torch.strided:
+                kind = type(x).__name__ if type(x) not in PLAIN else str(x.layout).removeprefix("torch.")
+                raise TensorError(f"quantized layers take plain dense tensors, not a {kind}: its memory is elsewhere")
+            if has_tangent(x):
+                raise TensorError("quantized layers do not work in forward-mode differentiation")
+        activation, weight = (x if type(x) in PLAIN else x.as_subclass(Tensor) for x in (activation, weight))
+    fit = activation.is_floating_point() and weight.is_floating_point()
+    if autocast:  # which leaves float64 as it is
+        fit = fit and (activation.dtype == torch.float64) == (weight.dtype == torch.float64)
+    else:
+        fit = fit and activation.dtype == weight.dtype
+    if not fit:
+        raise TensorError(
+            f"a quantized layer with {weight.dtype} weights takes floating tensors of the same dtype, "
+            f"not {activation.dtype}".replace("torch.", "")
+        )
+    return activation, weight
+
+
+def as_leaf(layer: nn.Module, *inputs, **keywords):
+    """While torch.fx traces: the call of `layer` as one node of the graph, as of torch's own layers; else None."""
+    for each in (*inputs, *keywords.values()):
+        if isinstance(each, Proxy):
+            tracer = each.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, keywords)
+    return None
+
+
+def over_processes(statistics: Tensor) -> Tensor:
+    """The statistics (float64 (4,), see Quantizer.measure) of one part a process as those of all: maxima, mean sums."""
+    parts = statistics.new_empty(dist.get_world_size() * 4)
+    dist.all_gather_into_tensor(parts, statistics)
+    parts = parts.view(-1, 4)
+    return torch.cat([parts[:, :2].amax(0), parts[:, 2:].mean(0)])
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """nn.Linear on codes: (..., in_features) -> (..., out_features)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if input.dim() == 0:
+            raise TensorError("a quantized Linear takes tensors of one dimension at least, not a single number")
+        return self.quantized_gemm(LinearOp(), input, self.weight, self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """nn.Conv2d on codes: any stride, padding, padding mode, dilation and groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if input.dim() not in (3, 4):
+            raise TensorError(
+                f"a quantized Conv2d takes (N, C, H, W) or (C, H, W), batched or unbatched, not {tuple(input.shape)}"
+            )
+        batched = input if input.dim() == 4 else input.unsqueeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            # Modes and the uneven `same` are a pass of their own, before quantization.
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            batched = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        op = ConvOp(self.stride, padding, self.dilation, self.groups)
+        output = self.quantized_gemm(op, batched, self.weight, self.bias)
+        return output if input.dim() == 4 else output.squeeze(0)
+
+
+class MaskedReLU(nn.ReLU):
+    """nn.ReLU that keeps one bit an element for its backward pass, where nn.ReLU keeps its output.
+
+    The layer after it keeps packed codes instead of that output, so nothing else would hold it. Compiled, it is
+    nn.ReLU: there the compiler fuses it with its neighbours and chooses what to keep.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:
+            return super().forward(input)
+        if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
+            return super().forward(input)
+        # Who keeps the clone would find it changed; or it is no plain tensor.
+        if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
+            return super().forward(input)
+        if self.inplace and (input._is_view() or dense(input) is not input):
+            return super().forward(input)
+        return MaskedReLUFunction.apply(input, self.inplace)

@@ -1,0 +1,1 @@
+"""The run folder: identity, files, checkpoints, and where a run starts from."""

@@ -1,0 +1,1 @@
+"""The process: its group, signals, devices, threads and seeds."""

@@ -1,0 +1,1 @@
+"""What networks learn: data, network, loss and metrics."""

@@ -1,0 +1,98 @@
+"""Image data sets by name, and the loaders that serve them.
+
+    data = build_dataset(config)
+    for images, labels in train_loader(data, config, seed=0, epoch=0): ...      # luqrun.tasks.loader
+
+Nothing heavy is imported before a data set is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
+from luqrun.errors import UserError
+from luqrun.tasks.fingerprint import Found
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
+SUBSET_SEED = 2112
+MAX_IMAGE_SIZE = 4096
+MAX_WORKERS = 256  # each is a process
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a validation set of images (channels, image_size, image_size) in the same classes.
+
+    found: what they were made from; by default what these sets themselves say.
+    """
+
+    train: Dataset
+    val: Dataset
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+    found: Found | None = None
+
+    def __post_init__(self):
+        if self.found is None:
+            counts = len(self.classes), len(self.train), len(self.val)
+            object.__setattr__(self, "found", Found(None, *counts, digest=""))
+
+    def told(self) -> str:
+        """Such as "10,000 training and 4,000 validation images of 94 classes"."""
+        of = f" of {self.found.train:,}" if self.found.train != len(self.train) else ""
+        left_out = f"; left out: {self.found.left_out}" if self.found.left_out else ""
+        images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
+        return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
+
+
+def validate_dataset(config: DatasetConfig) -> None:
+    """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
+    check_choice("dataset.name", config.name, NAMES)
+    check_at_least("dataset.image_size", config.image_size, 8)
+    check_at_most("dataset.image_size", config.image_size, MAX_IMAGE_SIZE)
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    check_at_least("dataset.workers", config.workers, 0)
+    check_at_most("dataset.workers", config.workers, MAX_WORKERS)
+    if config.limit is not None:
+        check_at_least("dataset.limit", config.limit, 1)
+    if config.name == "glyphs":
+        glyphs = config.glyphs or GlyphsConfig()
+        check_at_least("dataset.glyphs.train_images", glyphs.train_images, 1)
+        check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
+        if not 0 <= glyphs.noise < float("inf"):
+            raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
+
+
+def build_dataset(config: DatasetConfig) -> Data:
+    """The data set that `config` names: the same images, and the same subset of `dataset.limit`, in every run.
+
+    Raises UserError naming the key, or the file, that is wrong.
+    """
+    validate_dataset(config)
+    if config.name == "glyphs":
+        from luqrun.tasks.classification.glyphs import build_glyphs as build
+    else:
+        from luqrun.tasks.classification.images import build_images as build
+    data = build(config)
+    from luqrun.tasks.loader import batches_per_epoch
+
+    batches_per_epoch(data, config)  # a batch that is too large fails here, before a model is built
+    return data
+
+
+def subset(count: int, limit: int | None) -> np.ndarray:
+    """Indices (int64, ascending) of the training images that `dataset.limit` keeps; smaller limits are nested."""
+    if limit is None:
+        return np.arange(count)
+    if limit > count:
+        raise UserError(f"dataset.limit={limit} is more than the {count} training images there are")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
+    return np.sort(rng.permutation(count)[:limit])

@@ -1,0 +1,177 @@
+"""Real images: CIFAR as its authors pack it, ImageNet and anyone's class folders as image files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from luqrun.config import DatasetConfig
+from luqrun.errors import UserError
+from luqrun.tasks.classification.data import Data, subset
+from luqrun.tasks.classification.folders import Split, scan, split_digest, told
+from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
+from luqrun.tasks.fingerprint import Found, digest, sampled, whole_root
+
+# Mean and standard deviation of the training pixels. Class folders get ImageNet's, whatever is in them.
+CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+SMALL = 64  # up to this image_size: shifts and mirror images; above: random resized crops
+KEEP_BYTES = 1 << 30  # decoded small images of one split are kept in memory if they take no more
+
+LAYOUTS = {
+    "cifar10": "ROOT/cifar-10-batches-py with data_batch_1 to data_batch_5, test_batch and batches.meta",
+    "cifar100": "ROOT/cifar-100-python with train, test and meta",
+    "imagenet": "ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG",
+    "folder": "ROOT/train/CLASS/* and ROOT/val/CLASS/* (or test), images as " + " ".join(IMG_EXTENSIONS),
+}
+
+
+def build_images(config: DatasetConfig) -> Data:
+    """cifar10, cifar100, imagenet or folder: RGB images (3, image_size, image_size), whatever the files hold.
+
+    Augmentation (`dataset.augment`): up to image_size 64, zero padding by an eighth, random crop and mirror image;
+    above, RandomResizedCrop and mirror image. Evaluation: up to 64 the images are only brought to size; above, the
+    shorter side becomes image_size * 256 / 224 and the centre is cut out.
+
+    Raises UserError naming dataset.root, what is wrong there and the layout that is expected.
+    """
+    root = _root(config)
+    if config.name.startswith("cifar"):
+        return _cifar(config, root)
+    return _folders(config, root)
+
+
+def _root(config: DatasetConfig) -> Path:
+    if config.root is None:
+        raise UserError(f"dataset.root is not given; dataset={config.name} expects {LAYOUTS[config.name]}")
+    root = Path(os.path.expanduser(config.root))
+    if not os.path.isdir(root):
+        raise _wrong(config, "there is no such folder")
+    if not any(root.iterdir()):
+        raise _wrong(config, "the folder is empty")
+    return root
+
+
+def _wrong(config: DatasetConfig, problem: str) -> UserError:
+    return UserError(f"dataset.root={config.root}: {problem}; expected {LAYOUTS[config.name]}")
+
+
+def _cifar(config: DatasetConfig, root: Path) -> Data:
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.name]
+    try:
+        train, val = kind(root, train=True, download=False), kind(root, train=False, download=False)
+    except RuntimeError:  # what torchvision raises for a missing file and for a wrong checksum
+        raise _wrong(config, f"the files of {kind.__name__} are not there, or damaged") from None
+    chosen = subset(len(train), config.limit)
+    parts = [" ".join(train.classes).encode()]
+    for each in (train, val):
+        parts += [bytes(str(each.targets), "ascii"), each.data[sampled(len(each))].tobytes()]
+    found = Found(whole_root(config), len(train.classes), len(train), len(val), digest(parts))
+    return Data(
+        train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
+        val=_arrays(val.data, np.array(val.targets), config, False),
+        classes=tuple(train.classes),
+        channels=3,
+        image_size=config.image_size,
+        found=found,
+    )
+
+
+def _arrays(pixels: np.ndarray, labels: np.ndarray, config: DatasetConfig, augment: bool) -> Images:
+    if pixels.shape[1:3] == (config.image_size, config.image_size):
+        return MemoryImages(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels, *CIFAR_STATISTICS, augment)
+    return _served(partial(_from_array, pixels), labels, config.image_size, CIFAR_STATISTICS, augment)
+
+
+def _folders(config: DatasetConfig, root: Path) -> Data:
+    evaluation = "test" if config.name == "folder" and not (root / "val").is_dir() else "val"
+    train, val = _scan(config, root / "train"), _scan(config, root / evaluation)
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))
+        raise _wrong(config, f"train and {evaluation} must hold the same classes, {_some(differing)} is in only one")
+    chosen = subset(len(train.paths), config.limit)
+    counts = len(train.classes), len(train.paths), len(val.paths)
+    left_out = told(train.left_out + val.left_out)
+    return Data(
+        train=_files(train, chosen, config.image_size, config.augment),
+        val=_files(val, range(len(val.paths)), config.image_size, False),
+        classes=tuple(train.classes),
+        channels=3,
+        image_size=config.image_size,
+        found=Found(whole_root(config), *counts, split_digest(train, val), left_out),
+    )
+
+
+def _scan(config: DatasetConfig, folder: Path) -> Split:
+    if not folder.is_dir():
+        raise _wrong(config, f"there is no folder {folder}")
+    found = scan(folder)
+    if not found.classes:
+        raise _wrong(config, f"there are no class folders in {folder}")
+    filled = set(found.labels)
+    empty = [str(folder / name) for label, name in enumerate(found.classes) if label not in filled]
+    if empty:
+        there = f" (left out of {folder}: {told(found.left_out)})" if found.left_out else ""
+        raise _wrong(config, f"there are no images in {_some(empty)}{there}")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _files(split: Split, chosen: Iterable[int], size: int, augment: bool) -> Images:
+    # One array, not a million strings: reading those would copy their pages into every worker.
+    paths = np.array([os.fsencode(split.paths[index]) for index in chosen])
+    labels = np.array([split.labels[index] for index in chosen])
+    return _served(partial(_from_file, paths), labels, size, IMAGENET_STATISTICS, augment)
+
+
+def _served(read: Callable[[int], Image.Image], labels, size: int, statistics, augment: bool) -> Images:
+    if size <= SMALL:
+        fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+        return KeptImages(partial(_small, read, fit, size), (3, size, size), labels, *statistics, augment, KEEP_BYTES)
+    if augment:
+        cut = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    else:
+        cut = [transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)]
+    return TransformedImages(read, transforms.Compose(cut), labels, *statistics, augment)
+
+
+def _small(read: Callable[[int], Image.Image], fit: Callable, size: int, index: int) -> np.ndarray:
+    image = read(index)
+    if image.size != (size, size):
+        image = fit(image)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
+
+
+def _from_file(paths: np.ndarray, index: int) -> Image.Image:
+    path = os.fsdecode(paths[index])
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            return _rgb(image)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        problem = " ".join(f"{error}".split()) or type(error).__name__
+        raise UserError(f"dataset.root: cannot read the image {path} ({problem})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known white")
+    # Pillow would clip 16-bit grey to 255, where its 16-bit colour is scaled: scale both.
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

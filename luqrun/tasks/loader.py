@@ -1,0 +1,179 @@
+"""The loaders: which image comes when, on which rank, with which augmentation.
+
+The order of an epoch is a pure function of (seed, epoch), the augmentation of an image one of (seed, epoch, index).
+Neither depends on the number of workers or ranks, nor on where the epoch was entered, so that a resumed run sees
+what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from ctypes import c_bool
+from multiprocessing.sharedctypes import RawValue
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from luqrun.config import DatasetConfig, check_at_least
+from luqrun.errors import UserError
+from luqrun.runtime.seeds import AUGMENT, ORDER, mix
+from luqrun.runtime.signals import ASKING
+from luqrun.tasks.classification.data import Data
+from luqrun.tasks.classification.pixels import Images, seeded
+
+
+def train_loader(
+    data: Data, config: DatasetConfig, seed: int, epoch: int, first_batch: int = 0, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """One epoch of shuffled training batches: float32 (n, C, H, W) and int64 (n,), n = batch_size / world_size.
+
+    `config.batch_size` counts the images of all ranks; rank r takes every world_size-th of them from the r-th on.
+    The last, incomplete batch is left out. `first_batch` batches are skipped without being loaded.
+    Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable image.
+    """
+    batches = batches_per_epoch(data, config)
+    check_ranks(config, world_size)
+    rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
+    order = rng.permutation(len(data.train))
+    schedule = [
+        order[start : start + config.batch_size][rank::world_size]
+        for start in range(first_batch * config.batch_size, batches * config.batch_size, config.batch_size)
+    ]
+    return _loader(data.train, config, seed, epoch, schedule)
+
+
+def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """The validation set in order, each image exactly once over all ranks; the last batch may be smaller.
+
+    Rank r takes every world_size-th batch of `config.batch_size` images from the r-th on, whole: what is computed from
+    a batch, the range of its activations say, must not depend on the number of ranks. The ranks may differ by one in
+    the number of batches: add up counts after the loop, not in it.
+    """
+    check_ranks(config, world_size)
+    images = np.arange(len(data.val))
+    batches = [images[start : start + config.batch_size] for start in range(0, len(images), config.batch_size)]
+    return _loader(data.val, config, 0, 0, batches[rank::world_size])
+
+
+def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
+    """Whole batches in the training set. Raises UserError if there is not even one."""
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    if config.batch_size > len(data.train):
+        raise UserError(
+            f"dataset.batch_size={config.batch_size} is more than the {len(data.train)} training images "
+            "(all, or what dataset.limit leaves)"
+        )
+    return len(data.train) // config.batch_size
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches. Close it when leaving it early: its workers end then, also one that is blocked in a read."""
+        unwanted, others = RawValue(c_bool, False), set(multiprocessing.active_children())
+        self.worker_init_fn = functools.partial(_undisturbed, unwanted)
+        batches, served = super().__iter__(), 0
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                served += 1
+                yield batch
+        finally:
+            unwanted.value = True
+            if served < len(self):
+                _end(workers)
+
+
+class _Served(Dataset):
+    """One epoch of a data set: turns a batch of indices, int64 (n,), into a batch of images and labels."""
+
+    def __init__(self, dataset: Dataset, seed: int, epoch: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: np.ndarray):
+        keys = mix(self.seed, AUGMENT, self.epoch, indices)
+        try:
+            if isinstance(self.dataset, Images):
+                return self.dataset.batch(indices, keys)
+            return tuple(default_collate(seeded(self.dataset.__getitem__, indices, keys)))
+        except UserError as error:
+            # Raised in a worker it would arrive as another error, its text a traceback.
+            return error
+
+
+def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, schedule: list[np.ndarray]) -> DataLoader:
+    check_at_least("dataset.workers", config.workers, 0)
+    return _Loader(
+        _Served(dataset, seed, epoch),
+        batch_sampler=schedule,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=config.workers > 0 and torch.cuda.is_available(),
+        generator=torch.Generator(),  # else starting the loader would draw from torch's own generator
+    )
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _end(workers: Iterable[multiprocessing.Process]) -> None:
+    """End workers at once: torch would wait five seconds for each that is blocked, and then for ever."""
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + 2
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        if worker.is_alive():  # in the kernel: on a network disk that is gone
+            with suppress(RuntimeError):  # torch's, that a worker was killed
+                worker.kill()
+                worker.join(1)
+
+
+def _undisturbed(unwanted: RawValue, worker: int) -> None:
+    """Signals often go to the whole group of processes: the run needs its workers until its step is done. `unwanted` is
+    true when it does not any more."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+    # A handler, unlike what is ignored, is run inside of a read that does not end. Code 0: torch takes no offence.
+    signal.signal(signal.SIGTERM, lambda *what: os._exit(0) if unwanted.value else None)
+
+
+def told_of_workers(error: RuntimeError, config: DatasetConfig) -> str:
+    """What to do about a loader worker that has died, in one line; "" for any other error."""
+    text = str(error)
+    fewer = f"lower dataset.workers={config.workers}, and the run goes on from the last checkpoint"
+    fewer += f" (with a smaller dataset.batch_size={config.batch_size} it is another run)"
+    if config.workers == 0:
+        return ""
+    if re.search("DataLoader worker.*Bus error|/torch_", text):  # that is what torch's shared memory is called
+        return f"the loader's workers had too little shared memory: enlarge /dev/shm, or {fewer}"
+    if "Too many open files" in text or "received 0 items of ancdata" in text:
+        return f"the loader's workers had too few open files: raise ulimit -n, or {fewer}"
+    if found := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
+        how = found[1].strip().replace("is killed", "was killed")
+        return f"a loader worker {how}, as happens when memory is short: {fewer}"
+    return ""
+
+
+def check_ranks(config: DatasetConfig, world_size: int) -> None:
+    """Raise UserError unless `world_size` processes can share a batch equally."""
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    if config.batch_size % world_size:
+        raise UserError(f"dataset.batch_size={config.batch_size} must be a multiple of the {world_size} processes")

@@ -1,0 +1,68 @@
+"""From a config to the network that trains: model, recipe, device; and around it the compiler and the processes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from luqrun.config import Config
+from luqrun.quant.convert import quantize_model, set_shared_ranges
+from luqrun.quant.recipe import Recipe
+from luqrun.runtime import process_group
+from luqrun.tasks.classification.data import Data
+from luqrun.tasks.classification.networks import build_model
+
+log = logging.getLogger(__name__)
+
+
+def build(config: Config, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
+    """The model of a run for the images of `data`, quantized, its weights drawn from config.seed."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(data.classes), data.channels, data.image_size)
+    model = quantize_model(model, recipe, seed=config.seed)
+    if process_group.world_size() > 1:
+        set_shared_ranges(model, config.distributed.range == "global")
+        if config.distributed.batch_norm == "sync":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """What is called in place of `model`: itself, compiled, or averaging its gradients over the processes."""
+    network = model
+    if config.compile:
+        # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        network = torch.compile(model)
+        log.info("compile=true: the first step compiles, for a minute or so, and is no part of the time of training")
+    if process_group.world_size() == 1:
+        return network
+    # Buffers are not sent at each step: share_buffers does it where they are read. (Newer torch calls it otherwise.)
+    known = inspect.signature(DistributedDataParallel).parameters
+    each_step = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    devices = [device] if device.type == "cuda" else None
+    # DDP would sort its buckets anew after a process' first step. What more than two processes add up depends on it in
+    # the last bit, so that a resumed run would differ. This keeps them (torch warns that none is unused: harmless).
+    fixed = {"find_unused_parameters": True, each_step: False}
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **fixed)
+
+
+def synchronizing(network: nn.Module, on: bool) -> AbstractContextManager:
+    """Around a micro-batch: whether its backward pass averages gradients over the processes, as a step's last does."""
+    return nullcontext() if on or not isinstance(network, DistributedDataParallel) else network.no_sync()
+
+
+def eager(on: bool) -> AbstractContextManager:
+    """In here nothing compiled runs, if `on`."""
+    return torch.compiler.set_stance("force_eager") if on else nullcontext()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's running statistics: each has those of its own images."""
+    process_group.take_from_first(model.buffers())

@@ -1,0 +1,60 @@
+"""The closing table: every number of the summary, and where to look next."""
+
+import re
+
+from running import tiny
+
+from luqrun.cli.results import closing_table
+
+
+def result(top1):
+    return {"val/top1": top1, "val/top5": top1 + 10, "val/loss": top1 / 100}
+
+
+SUMMARY = {
+    "before_finetune": result(71.25),
+    "finetune": [{"epoch": 2, **result(73.5)}, {"epoch": 3, **result(75.0)}],
+    "images_per_second": 1234.4,
+    "train_seconds": 61.7,
+    "peak_memory_bytes": 5 * 2**20,
+}
+
+
+def test_accuracies_before_and_after_each_fine_tune_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = closing_table(tiny("finetune=fnt2"), SUMMARY, tmp_path / "outputs" / "study" / "run").splitlines()
+    rows = [re.split(r"  +", line) for line in lines if re.search(r"\d\.\d\d  ", line)]
+    assert rows == [
+        ["1 epoch, quant=luq", "71.25", "81.25", "0.713"],
+        ["+ 1 fine-tune epoch", "73.50", "83.50", "0.735"],
+        ["+ 2 fine-tune epochs", "75.00", "85.00", "0.750"],
+    ]
+    assert "resnet8 on glyphs, evaluated with INT4 weights and INT4 activations" in lines
+    assert "1234 images/s in training, 62 s of it, peak memory 5 MiB" in lines
+    assert lines[-2].endswith("outputs/study/run")
+    assert lines[-1].endswith("tensorboard --logdir outputs")
+
+
+def test_columns_line_up_whatever_the_lengths(tmp_path):
+    lines = closing_table(tiny("finetune=fnt2"), SUMMARY, tmp_path).splitlines()
+    table = [line for line in lines if re.search(r"\d\.\d\d  |top-1 %", line)]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_full_precision_says_so(tmp_path):
+    assert "evaluated with full precision" in closing_table(tiny("quant=fp32"), {**SUMMARY, "finetune": []}, tmp_path)
+
+
+def test_a_diverged_run_has_no_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = closing_table(tiny(), {"diverged": 17}, tmp_path / "outputs" / "fig2" / "run")
+    assert "luq diverged at step 17" in text
+    assert "study outputs/fig2" in text
+    assert "top-1" not in text
+
+
+def test_folders_elsewhere_are_shown_whole(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = tmp_path / "there" / "study" / "run"
+    assert str(folder) in closing_table(tiny(), SUMMARY, folder)

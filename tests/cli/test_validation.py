@@ -1,0 +1,102 @@
+"""Mistakes that are found before anything starts: one line that names the key and what would be right."""
+
+import pytest
+from omegaconf import OmegaConf
+from running import TINY, composed, tiny
+
+from luqrun.cli.validation import to_config, validate
+from luqrun.config import Config
+from luqrun.errors import UserError
+
+
+@pytest.mark.parametrize("there", ["checkpoints/last.pt", "checkpoints/previous.pt", "summary.json"])
+def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_path, there):
+    config = tiny(f"resume={tmp_path / 'gone.pt'}")
+    with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+        validate(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / there).write_text("{}")
+    validate(config, tmp_path)
+    with pytest.raises(UserError, match=r"gone\.pt: no such file"):
+        validate(config)
+
+
+# The override, and what the message must name: the key, and what is allowed.
+REFUSED = [
+    ("+sead=1", "sead", ()),
+    ("+schedule.epoch=3", "schedule", ("epoch",)),
+    ("+quant.gradient.sample=2", "sample", ()),
+    ("schedule.epochs=0", "schedule.epochs=0", ("at least 1",)),
+    ("schedule.epochs=-3", "schedule.epochs=-3", ("at least 1",)),
+    ("finetune.epochs=-1", "finetune.epochs=-1", ("at least 0",)),
+    ("dataset.batch_size=0", "dataset.batch_size=0", ("at least 1",)),
+    ("dataset.batch_size=-8", "dataset.batch_size=-8", ("at least 1",)),
+    ("dataset.workers=-1", "dataset.workers=-1", ("at least 0",)),
+    ("dataset.limit=0", "dataset.limit=0", ("at least 1",)),
+    ("dataset.glyphs.train_images=0", "dataset.glyphs.train_images=0", ("at least 1",)),
+    ("dataset.name=mnist", "dataset.name=mnist", ("glyphs", "cifar10", "imagenet")),
+    ("quant.gradient.samples=0", "quant.gradient.samples=0", ("at least 1",)),
+    ("quant.gradient.samples=-2", "quant.gradient.samples=-2", ("at least 1",)),
+    ("quant.gradient.samples_scope=all", "quant.gradient.samples_scope=all", ("wgrad", "both")),
+    ("quant.weight.format=int9", "quant.weight.format=int9", ("int4", "e3m0")),
+    ("quant.weight.range=median", "quant.weight.range=median", ("absmax", "sawb", "hindsight")),
+    ("quant.gradient.rounding=up", "quant.gradient.rounding=up", ("nearest", "stochastic")),
+    ("quant.gradient.underflow=never", "quant.gradient.underflow=never", ("flush", "stochastic")),
+    ("quant.gradient.range=sawb", "quant.gradient.range=sawb", ("int4",)),
+    ("quant.weight.hindsight_momentum=1.0", "quant.weight.hindsight_momentum=1.0", ("eta < 1",)),
+    ("precision=fp8", "precision=fp8", ("fp32", "bf16")),
+    ("device=tpu", "device=tpu", ("auto", "cpu", "cuda")),
+    ("seed=-1", "seed=-1", ("at least 0",)),
+    ("seed=2147483648", "seed=2147483648", ("at most 2147483647",)),
+    ("study=../up", "study=../up", ("folder name",)),
+    ("study=/tmp/up", "study=/tmp/up", ("folder name",)),
+    ("study=", "study=", ("folder name",)),
+    ("tracking.log_every=-1", "tracking.log_every=-1", ("at least 0",)),
+    ("schedule.name=linear", "schedule.name=linear", ("step", "cosine", "onecycle")),
+    ("schedule.lr=0", "schedule.lr=0", ("above 0",)),
+    ("schedule.lr=nan", "schedule.lr=nan", ("finite",)),
+    ("schedule.accumulate=0", "schedule.accumulate=0", ("at least 1",)),
+]
+
+
+@pytest.mark.parametrize(("override", "named", "allowed"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_a_mistake_is_named_with_what_is_allowed(override, named, allowed):
+    with pytest.raises(UserError) as refusal:
+        validate(to_config(composed(*TINY, override)))
+    text = str(refusal.value)
+    assert named in text
+    for word in allowed:
+        assert word in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("override", ["+sead=1", "+schedule.epoch=3"])
+def test_an_unknown_key_is_answered_with_the_keys_there_are(override):
+    with pytest.raises(UserError, match="epochs" if "schedule" in override else "seed"):
+        to_config(composed(*TINY, override))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("schedule.epochs", "many"), ("schedule.epochs", 1.5), ("dataset.augment", "perhaps"), ("schedule.lr", "fast")],
+)
+def test_a_wrong_type_is_named_with_the_right_one(key, value):
+    config = OmegaConf.create(OmegaConf.to_container(composed(*TINY)))  # without types: Hydra checks only its own
+    OmegaConf.update(config, key, value)
+    with pytest.raises(UserError) as refusal:
+        to_config(config)
+    assert key in str(refusal.value)
+    assert str(value) in str(refusal.value)
+
+
+def test_a_key_that_nobody_set_is_named():
+    with pytest.raises(UserError, match=r"model\.name"):
+        to_config(composed(*TINY, "model.name=???"))
+
+
+def test_a_composed_config_becomes_the_dataclasses():
+    config = tiny("schedule.lr=0.25", "dataset.limit=100")
+    assert isinstance(config, Config)
+    assert (config.schedule.lr, config.dataset.limit, config.quant.gradient.format) == (0.25, 100, "e3m0")
+    assert config.finetune.lr_base == config.schedule.finetune_lr  # interpolations are resolved
+    validate(config)

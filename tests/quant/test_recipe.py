@@ -1,0 +1,147 @@
+"""Recipes: the YAML files, overrides as keywords, and what an import loads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import luqrun
+from luqrun.errors import UserError
+from luqrun.quant.quantizer import Quantizer
+from luqrun.quant.recipe import OPERANDS, Recipe, conf_dir
+
+NAMES = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
+INT4 = Quantizer("int4", range="sawb")
+
+
+def test_the_schemes_of_the_paper_are_there():
+    assert set(NAMES) >= {"luq", "luq_smp2", "biased_log", "fp4_sr", "fp4_su", "uniform_sr", "fp32"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_loads_names_itself_and_says_how_to_run_it(name):
+    recipe = luqrun.recipe(name)
+    assert recipe.name == name
+    assert recipe.skip == ("first", "last", "shortcut")
+    first_line = (conf_dir() / "quant" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first_line.startswith("# ")
+    assert first_line.endswith(f"luqrun quant={name}")
+    layer = luqrun.quantize_model(nn.Linear(4, 3), recipe, skip=())
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [
+        ("luq", Quantizer("e3m0", rounding="stochastic", underflow="stochastic")),
+        ("luq_smp2", Quantizer("e3m0", rounding="stochastic", underflow="stochastic", samples=2)),
+        ("luq_pow2", Quantizer("e3m0", rounding="stochastic", underflow="stochastic", pow2_scale=True)),
+        ("luq_hindsight", Quantizer("e3m0", range="hindsight", rounding="stochastic", underflow="stochastic")),
+        ("biased_log", Quantizer("e3m0", rounding="nearest", underflow="flush")),
+        ("fp4_sr", Quantizer("e3m0", rounding="stochastic", underflow="flush")),
+        ("fp4_su", Quantizer("e3m0", rounding="nearest", underflow="stochastic")),
+        ("uniform_sr", Quantizer("int4", rounding="stochastic")),
+        ("forward_only", None),
+    ],
+)
+def test_the_recipes_of_the_paper(name, gradient):
+    assert luqrun.recipe(name) == Recipe(name, INT4, INT4, gradient)
+
+
+def test_recipes_of_parts():
+    assert not luqrun.recipe("fp32").quantizes
+    backward = luqrun.recipe("backward_only")
+    assert (backward.weight, backward.activation) == (None, None)
+    assert backward.gradient == luqrun.recipe("luq").gradient
+    assert luqrun.recipe("forward_sr").weight.rounding == "stochastic"
+
+
+def test_overrides_as_keywords():
+    plain = luqrun.recipe("luq")
+    assert luqrun.recipe("luq", samples=2) == luqrun.recipe("luq", gradient={"samples": 2})
+    assert luqrun.recipe("luq", samples=2).gradient.samples == 2
+    assert luqrun.recipe("luq", samples=2, samples_scope="both").gradient.samples_scope == "both"
+    both = luqrun.recipe("luq", samples=3, gradient={"format": "e2m0"})
+    assert (both.gradient.samples, both.gradient.format, both.gradient.rounding) == (3, "e2m0", "stochastic")
+    assert luqrun.recipe("luq", skip=()).skip == ()
+    assert luqrun.recipe("luq", skip=["fc"]).skip == ("fc",)
+    assert luqrun.recipe("luq", activation=None).activation is None
+    assert luqrun.recipe("luq", activation=None).weight == plain.weight
+    assert luqrun.recipe("luq", gradient={"format": "int4", "underflow": None}).gradient.form.name == "int4"
+    assert luqrun.recipe("fp32", weight={"format": "int4"}).weight == Quantizer("int4")
+    assert luqrun.recipe("luq", weight={"range": "absmax"}).weight == Quantizer("int4")
+    assert luqrun.recipe("luq") == plain  # nothing sticks
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "named"),
+    [
+        ("lucky", {}, r"lucky.*biased_log.*luq"),
+        ("luq", {"gradients": None}, "gradients"),
+        ("luq", {"gradient": {"formt": "e2m0"}}, "formt"),
+        ("luq", {"weight": {"samples": 2}}, "samples"),
+        ("luq", {"gradient": {"format": "e9m0"}}, r"quant\.gradient\.format=e9m0.*e3m0"),
+        ("luq", {"weight": {"range": "minmax"}}, r"quant\.weight\.range=minmax.*sawb"),
+        ("luq", {"activation": {"rounding": "up"}}, r"quant\.activation\.rounding=up.*nearest"),
+        ("luq", {"gradient": {"format": "int4"}}, r"quant\.gradient\.underflow"),
+        ("luq", {"samples": 0}, r"quant\.gradient\.samples=0"),
+        ("luq", {"samples": "many"}, "many"),
+        ("luq", {"samples": 2, "samples_scope": "dgrad"}, r"quant\.gradient\.samples_scope=dgrad"),
+        ("luq", {"weight": 4}, "weight|4"),
+        ("biased_log", {"samples": 2}, r"quant\.gradient\.samples=2"),
+        ("fp32", {"samples": 2}, r"fp32.*format"),
+        ("luq", {"gradient": None, "samples": 2}, "samples"),
+        ("luq", {"skip": "first"}, "skip"),
+        ("luq", {"skip": None}, "skip"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(name, overrides, named):
+    with pytest.raises(UserError, match=named):
+        luqrun.recipe(name, **overrides)
+
+
+def test_overrides_are_not_changed():
+    gradient = {"format": "e2m0"}
+    luqrun.recipe("luq", gradient=gradient, samples=2)
+    assert gradient == {"format": "e2m0"}
+
+
+def test_str_names_every_operand():
+    text = str(luqrun.recipe("forward_only"))
+    assert all(operand in text for operand in OPERANDS)
+    assert "gradient=high precision" in text
+
+
+def loaded_after(code):
+    """Which of the heavy packages a fresh interpreter has after this code."""
+    heavy = "torch, torchvision, triton, numba, tensorboard"
+    script = f"{code}\nimport sys\nprint(*[name for name in {heavy.split(', ')} if name in sys.modules])"
+    return set(
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    )
+
+
+def test_import_is_light():
+    assert loaded_after("import luqrun") == set()
+
+
+def test_quantizing_a_model_loads_only_torch_and_its_kernels():
+    code = """
+import luqrun
+from torch import nn
+model = luqrun.quantize_model(nn.Sequential(nn.Linear(2, 2)), luqrun.recipe("luq"), skip=())
+"""
+    assert loaded_after(code) == {"torch", "numba"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [({"gradient": {"samples": "two"}}, "gradient.samples"), ({"weight": {"pow2_scale": "x"}}, "weight.pow2_scale")],
+)
+def test_a_wrong_type_is_named_with_its_key(overrides, key):
+    with pytest.raises(UserError, match=key):
+        luqrun.recipe("luq", **overrides)

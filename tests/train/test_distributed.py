@@ -1,0 +1,119 @@
+"""luqrun under torchrun: whole jobs that stop, lose a process, and go on, with as many processes or others."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from jobs import LIMIT, STEPS, finish, processes_of, reached, run_folder, start
+from running import assert_same_tensors, last, metrics
+
+from luqrun.runs.folder import RunFolder
+
+PROCESSES = 3  # of more than two the sums depend on their order
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    for part in ("model", "optimizer"):
+        assert_same_tensors(last(one)[part], last(other)[part])
+    assert metrics(one) == metrics(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a job that was left alone."""
+    cwd = tmp_path_factory.mktemp("whole")
+    code, console = finish(start(cwd, PROCESSES), cwd)
+    assert code == 0, console
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a job that was asked to stop, and its console."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    job = start(cwd, PROCESSES)
+    reached(cwd, 4)
+    job.send_signal(signal.SIGTERM)
+    code, console = finish(job, cwd)
+    assert code != 0
+    return cwd, console
+
+
+def test_a_second_job_on_the_same_run_is_refused(uninterrupted):
+    with run_folder(uninterrupted).locked():  # as the first process of another job does
+        code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
+    assert code != 0
+    assert console.count("luqrun (rank 0)") == console.count("is being run by another process") == 1
+    assert "luqrun (rank 1)" not in console
+
+
+def test_a_finished_run_is_shown_once(uninterrupted):
+    before = sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*"))
+    code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
+    assert code == 0
+    assert console.count("this run is finished") == console.count("top-1 %") == 1
+    assert sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*")) == before
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(uninterrupted, stopped, tmp_path, processes):
+    """With as many as before, bit-identically."""
+    before, console = stopped
+    assert console.count("stopped by SIGTERM; the same command continues from the last checkpoint") == 1
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
+    done = last(run_folder(tmp_path))["progress"]["step"]
+    assert 4 <= done < STEPS
+    code, console = finish(start(tmp_path, processes), tmp_path)
+    assert code == 0, console
+    assert console.count(f"step {done}\n") == 1
+    folder = run_folder(tmp_path)
+    assert last(folder)["progress"]["step"] == STEPS
+    assert (folder.run()["world_size"], folder.run()["status"]) == (processes, "finished")
+    if processes == PROCESSES:
+        assert_same_run(folder, run_folder(uninterrupted))
+
+
+def test_a_process_that_dies_ends_the_job(stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    job = start(tmp_path, 2)
+    reached(tmp_path, 8)
+    os.kill(processes_of(job)[1], signal.SIGKILL)
+    code, console = finish(job, tmp_path)
+    assert code != 0
+    assert "exitcode: -9" in console
+    assert run_folder(tmp_path).summary() is None
+
+
+def test_with_a_restart_the_job_goes_on_bit_identically(uninterrupted, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
+    job = start(tmp_path, PROCESSES, options=("--max-restarts=1",))
+    reached(tmp_path, 8)
+    os.kill(processes_of(job)[0], signal.SIGKILL)
+    code, console = finish(job, tmp_path)
+    assert code == 0, console
+    assert console.count("continuing from") == 2
+    assert_same_run(run_folder(tmp_path), run_folder(uninterrupted))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux alone tells a process that its parent died")
+def test_without_torchrun_the_processes_write_a_checkpoint_and_end(tmp_path):
+    """SIGUSR1 ends torchrun itself, if it is not told to pass it on."""
+    job = start(tmp_path, 2, "schedule.epochs=100")
+    reached(tmp_path, 4)
+    processes = processes_of(job)
+    job.send_signal(signal.SIGUSR1)
+    finish(job, tmp_path)
+    deadline = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "stopped by SIGTERM; the same command continues" in (tmp_path / "console").read_text()
+
+
+def test_what_a_process_refuses_is_on_the_console(tmp_path):
+    code, console = finish(start(tmp_path, 2, "dataset.batch_size=23"), tmp_path)
+    assert code != 0
+    assert "luqrun (rank 1): dataset.batch_size=23 must be a multiple of the 2 processes" in console
+    assert not (tmp_path / "outputs").exists()
