@@ -276,7 +276,7 @@ def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     # Imported here and not above: --help and typing errors do without torch.
-    if config.task == "rounding":
+    if config.job == "rounding":
         from luqrun.train import rounding_experiment
 
         return rounding_experiment.run(config, folder)

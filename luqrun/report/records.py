@@ -33,7 +33,7 @@ class Record:
     """One finished or diverged run that says which cell of which table it is.
 
     top1, top5: per cent, of the last evaluation, and its loss (None where the run diverged, or did not train). curve:
-    val/top1 after each epoch, of a diverged run up to there. rounding: what task=rounding measured. config: YAML. run:
+    val/top1 after each epoch, of a diverged run up to there. rounding: what job=rounding measured. config: YAML. run:
     what run.json says. train_seconds: without evaluations.
     """
 
@@ -229,7 +229,7 @@ def make_record(
         raise Unusable(f"{source} is damaged")
     measured = cell["table"] in MEASURED
     if bool(rounding) != measured or (measured and run["status"] == "diverged"):
-        holds = "what task=rounding measures" if measured else "results of trainings"
+        holds = "what job=rounding measures" if measured else "results of trainings"
         raise Unusable(f"{cell['table']} holds {holds}, which this is not")
     if run["status"] == "finished" and not rounding and top1 is None:
         raise Unusable(f"{source} has no val/top1")

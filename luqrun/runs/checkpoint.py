@@ -19,10 +19,10 @@ from luqrun.config import Config
 from luqrun.errors import UserError
 from luqrun.runs.folder import what_decides_the_result, write_atomically
 from luqrun.runs.identity import other_results
-from luqrun.tasks.classification.data import Data
 
-VERSION = 3
-KEYS = {"version", "results", "config", "num_classes", "num_images", "data", "model", "optimizer", "progress"}
+VERSION = 4
+KEYS = {"version", "results", "config", "data", "model", "optimizer", "progress"}
+NOT_COMPARED = ("root", "left_out")  # of the data's identity: where they lie, and what was passed over
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
@@ -34,16 +34,17 @@ class Damaged(UserError):
 
 
 def save(
-    path: Path, config: Config, data: Data, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
+    path: Path, config: Config, data: dict, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
 ) -> None:
-    """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt."""
+    """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt.
+
+    data: by which other data are told from these, as plain numbers and strings (luqrun.tasks.task.Data.identity).
+    """
     content = {
         "version": VERSION,
         "results": RESULTS,
         "config": what_decides_the_result(config),
-        "num_classes": len(data.classes),
-        "num_images": [len(data.train), len(data.val)],
-        "data": data.found.digest,
+        "data": data,
         "model": model,
         "optimizer": optimizer,
         "progress": progress,
@@ -97,29 +98,22 @@ def read(path: Path) -> dict:
     return content
 
 
-def load(path: Path, config: Config, data: Data) -> dict:
+def load(path: Path, config: Config, data: dict) -> dict:
     """The content of a checkpoint that belongs to a run with this config and data.
 
     Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one; and the number of
     processes. Raises Damaged, or UserError for a foreign one, naming the file.
     """
-    num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     content = read(path)
     if why := other_results(content["results"]):
         raise UserError(f"checkpoint {path} is {why}; {ADVICE}")
-    if content["num_classes"] != num_classes:
-        raise UserError(
-            f"checkpoint {path} has {content['num_classes']} classes, dataset={config.dataset.name} has {num_classes}; "
-            f"{ADVICE}"
-        )
-    if content["num_images"] != num_images:
-        theirs, ours = ("{} training and {} validation images".format(*n) for n in (content["num_images"], num_images))
-        raise UserError(
-            f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {ADVICE}"
-        )
-    if content["data"] != data.found.digest:
-        other = f"dataset.root={config.dataset.root} holds others, or of other names"
-        raise UserError(f"checkpoint {path} was trained on other images: {other}; {ADVICE}")
+    for key, (theirs, ours) in _differences(content["data"], data).items():
+        if key == "digest":
+            other = f"dataset.root={config.dataset.root} holds others, or of other names"
+            raise UserError(f"checkpoint {path} was trained on other data: {other}; {ADVICE}")
+        if key not in NOT_COMPARED:
+            ours = f"dataset={config.dataset.name} has {ours}"
+            raise UserError(f"checkpoint {path} was trained on data with {key}: {theirs}, {ours}; {ADVICE}")
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():

@@ -52,8 +52,8 @@ def what_decides_the_result(config: Config) -> dict:
 
 def of_the_result(config: dict) -> dict:
     """`what_decides_the_result` of a config read from a file, of which any part may be missing or damaged."""
-    if config.get("task") == "rounding":  # nothing is trained
-        return {name: config.get(name) for name in ("task", "quant", "seed")}
+    if config.get("job") == "rounding":  # nothing is trained
+        return {name: config.get(name) for name in ("job", "quant", "seed")}
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     parts = {part: values.get(part) if isinstance(values.get(part), dict) else {} for part in ("dataset", "finetune")}
     root = parts["dataset"].get("root")
@@ -82,8 +82,8 @@ def run_id(config: Config) -> str:
     """Such as resnet8-glyphs-luq-fnt3-seed0-1f2e3d4c: the parts' names, and 8 digits of the hash."""
     text = json.dumps(what_decides_the_result(config), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    if config.task == "rounding":
-        names = [config.task, config.quant.name]
+    if config.job == "rounding":
+        names = [config.job, config.quant.name]
     else:
         names = [config.model.name, config.dataset.name, config.quant.name]
         names += [config.finetune.name] if config.finetune.epochs else []

@@ -57,7 +57,7 @@ def _first_difference(theirs: dict, ours: dict) -> str | None:
     """In the schema's order, in which a part's name comes first; before all others what kind of run it is."""
     missing = object()
     keys = [key for key in [*ours, *theirs] if ours.get(key, missing) != theirs.get(key, missing)]
-    rank = {"task": 0, "dataset.root": 2}
+    rank = {"job": 0, "dataset.root": 2}
     return min(keys, key=lambda key: rank.get(key, 1), default=None)
 
 
@@ -129,7 +129,7 @@ def _found(config: Config) -> Found:
 
 def _reads_files(config: Config) -> bool:
     """Glyphs follow from the settings."""
-    return config.task == "train" and config.dataset.name != "glyphs"
+    return config.job == "train" and config.dataset.name != "glyphs"
 
 
 def other_results(theirs: object) -> str:

@@ -12,7 +12,6 @@ from luqrun.errors import UserError
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.twins import base_checkpoint
-from luqrun.tasks.classification.data import Data
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +24,8 @@ class Start(NamedTuple):
     own: bool
 
 
-def find_start(config: Config, folder: RunFolder, data: Data) -> Start | None:
-    """The checkpoint that `resume` and the folder ask for; None for a run that begins.
+def find_start(config: Config, folder: RunFolder, data: dict[str, object]) -> Start | None:
+    """The checkpoint that `resume` and the folder ask for; None for a run that begins. data: as checkpoint.load's.
 
     Of a damaged last checkpoint the previous one takes the place, with a warning. Raises UserError, naming the file.
     """

@@ -40,7 +40,7 @@ SAME_RESULT = [
     "tracking.checkpoint_every=1",
 ]
 OTHER_RESULT = [
-    "task=rounding",
+    "job=rounding",
     "seed=1",
     "precision=bf16",
     "model=resnext8",
@@ -110,7 +110,7 @@ def test_what_decides_the_result_is_plain_json():
     assert json.loads(json.dumps(values)) == values
 
 
-@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("task=rounding",), ("distributed.range=global",)])
+@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("job=rounding",), ("distributed.range=global",)])
 def test_what_decides_the_result_is_the_same_of_a_config_read_again(overrides):
     config = tiny(*overrides)
     assert of_the_result(yaml.safe_load(yaml.safe_dump(asdict(config)))) == what_decides_the_result(config)

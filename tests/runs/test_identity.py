@@ -58,9 +58,9 @@ def test_a_run_of_other_settings_is_named_with_both_values(tmp_path, state):
 
 
 def test_a_measurement_is_not_a_training(tmp_path):
-    folder = hold(tmp_path, tiny("task=rounding"), name="0")
-    assert "task=rounding" in refusal(refuse_other_settings, tiny(), folder)
-    assert "quant.name=luq" in refusal(refuse_other_settings, tiny("task=rounding", "quant=forward_sr"), folder)
+    folder = hold(tmp_path, tiny("job=rounding"), name="0")
+    assert "job=rounding" in refusal(refuse_other_settings, tiny(), folder)
+    assert "quant.name=luq" in refusal(refuse_other_settings, tiny("job=rounding", "quant=forward_sr"), folder)
 
 
 def test_what_never_trained_a_step_is_nobodys(tmp_path):

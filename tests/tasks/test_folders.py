@@ -113,9 +113,9 @@ def test_what_was_found_is_told(train, tmp_path):
         put(tmp_path / "val" / name)
     (tmp_path / "val/a/0.gif").write_text("")
     config = DatasetConfig(name="folder", root=str(tmp_path), image_size=8, batch_size=2)
-    assert build_dataset(config).told() == "6 training and 3 validation images of 2 classes; left out: 1 .gif"
+    assert build_dataset(config).describe() == "6 training and 3 validation images of 2 classes; left out: 1 .gif"
     config.limit = 4
-    assert build_dataset(config).told().startswith("4 of 6 training and 3 validation images")
+    assert build_dataset(config).describe().startswith("4 of 6 training and 3 validation images")
     for path in (tmp_path / "train/a").rglob("*.*"):
         if path.is_file():
             path.rename(path.with_suffix(".gif"))

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import Data, subset
+from luqrun.tasks.classification.data import ImageData, subset
 from luqrun.tasks.classification.folders import Split, scan, split_digest, told
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.tasks.fingerprint import Found, digest, sampled, whole_root
@@ -35,7 +35,7 @@ LAYOUTS = {
 }
 
 
-def build_images(config: DatasetConfig) -> Data:
+def build_images(config: DatasetConfig) -> ImageData:
     """cifar10, cifar100, imagenet or folder: RGB images (3, image_size, image_size), whatever the files hold.
 
     Augmentation (`dataset.augment`): up to image_size 64, zero padding by an eighth, random crop and mirror image;
@@ -65,7 +65,7 @@ def _wrong(config: DatasetConfig, problem: str) -> UserError:
     return UserError(f"dataset.root={config.root}: {problem}; expected {LAYOUTS[config.name]}")
 
 
-def _cifar(config: DatasetConfig, root: Path) -> Data:
+def _cifar(config: DatasetConfig, root: Path) -> ImageData:
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.name]
     try:
         train, val = kind(root, train=True, download=False), kind(root, train=False, download=False)
@@ -76,7 +76,7 @@ def _cifar(config: DatasetConfig, root: Path) -> Data:
     for each in (train, val):
         parts += [bytes(str(each.targets), "ascii"), each.data[sampled(len(each))].tobytes()]
     found = Found(whole_root(config), len(train.classes), len(train), len(val), digest(parts))
-    return Data(
+    return ImageData(
         train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
         val=_arrays(val.data, np.array(val.targets), config, False),
         classes=tuple(train.classes),
@@ -92,7 +92,7 @@ def _arrays(pixels: np.ndarray, labels: np.ndarray, config: DatasetConfig, augme
     return _served(partial(_from_array, pixels), labels, config.image_size, CIFAR_STATISTICS, augment)
 
 
-def _folders(config: DatasetConfig, root: Path) -> Data:
+def _folders(config: DatasetConfig, root: Path) -> ImageData:
     evaluation = "test" if config.name == "folder" and not (root / "val").is_dir() else "val"
     train, val = _scan(config, root / "train"), _scan(config, root / evaluation)
     if train.classes != val.classes:
@@ -101,7 +101,7 @@ def _folders(config: DatasetConfig, root: Path) -> Data:
     chosen = subset(len(train.paths), config.limit)
     counts = len(train.classes), len(train.paths), len(val.paths)
     left_out = told(train.left_out + val.left_out)
-    return Data(
+    return ImageData(
         train=_files(train, chosen, config.image_size, config.augment),
         val=_files(val, range(len(val.paths)), config.image_size, False),
         classes=tuple(train.classes),
