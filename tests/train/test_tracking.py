@@ -17,11 +17,13 @@ from luqrun.quant.convert import quantized_layers
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime.signals import Requests, Stopped
+from luqrun.tasks.classification.task import Classification
 from luqrun.train.events import EventFile
 from luqrun.train.tracking import Tracker
 from luqrun.train.trainer import Trainer
 from luqrun.train.trainer import run as run_training
 
+FINAL_METRICS = [metric.name for metric in Classification.metrics]
 LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
 OPERANDS = ("weight", "activation", "gradient")
 SHARES = tuple(f"quantization/{name}" for name in ("clipped_share", "underflow_share", "relative_error"))
