@@ -40,7 +40,7 @@ class Labelling:
         self.data = SimpleNamespace(
             train=Words(64, seed=0),
             val=Words(45, seed=1),
-            identity={"classes": CLASSES, "train": 64, "val": 45},
+            fingerprint={"classes": CLASSES, "train": 64, "val": 45},
             describe=lambda: "64 training and 45 validation words",
         )
 

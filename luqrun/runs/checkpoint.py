@@ -22,7 +22,7 @@ from luqrun.runs.identity import other_results
 
 VERSION = 4
 KEYS = {"version", "results", "config", "data", "model", "optimizer", "progress"}
-NOT_COMPARED = ("root", "left_out")  # of the data's identity: where they lie, and what was passed over
+NOT_COMPARED = ("root", "left_out")  # of the data's fingerprint: where they lie, and what was passed over
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
@@ -38,7 +38,7 @@ def save(
 ) -> None:
     """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt.
 
-    data: by which other data are told from these, as plain numbers and strings (luqrun.tasks.task.Data.identity).
+    data: by which other data are told from these, as plain numbers and strings (luqrun.tasks.task.Data.fingerprint).
     """
     content = {
         "version": VERSION,

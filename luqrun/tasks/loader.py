@@ -172,8 +172,8 @@ def explain_dead_worker(error: RuntimeError, config: DatasetConfig) -> str:
         return f"the loader's workers had too little shared memory: enlarge /dev/shm, or {fewer}"
     if "Too many open files" in text or "received 0 items of ancdata" in text:
         return f"the loader's workers had too few open files: raise ulimit -n, or {fewer}"
-    if found := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
-        how = found[1].strip().replace("is killed", "was killed")
+    if death := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
+        how = death[1].strip().replace("is killed", "was killed")
         return f"a loader worker {how}, as happens when memory is short: {fewer}"
     return ""
 

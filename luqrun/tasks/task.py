@@ -21,7 +21,7 @@ class Metric:
     higher_is_better: bool
 
     @property
-    def key(self) -> str:
+    def short(self) -> str:
         """The name without the part of the data that it is of: top1."""
         return self.name.partition("/")[2]
 
@@ -47,15 +47,15 @@ class Examples(Protocol):
 class Data(Protocol):
     """A training and a validation set.
 
-    identity: what tells these data from others, as plain numbers and strings: run.json and checkpoints record it. The
-    keys "root" and "left_out" only say where the data lie and what was passed over.
+    fingerprint: what tells these data from others, as plain JSON (luqrun.tasks.fingerprint): run.json and checkpoints
+    record it.
     """
 
     train: Examples
     val: Examples
 
     @property
-    def identity(self) -> dict[str, object]: ...
+    def fingerprint(self) -> dict[str, object]: ...
 
     def describe(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""

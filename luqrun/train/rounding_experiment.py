@@ -43,8 +43,8 @@ def run(config: Config, folder: RunFolder) -> dict:
         quantizer = getattr(recipe, operand)
         for lower, upper in bins(quantizer) if quantizer is not None else ():
             # Draws of its own for each bin and operand: else all rows would tell the same chance deviation.
-            found = measure(quantizer, lower, upper, make_stream(config.seed, layer=lower, operand=number))
-            rows.append({"operand": operand, "quantizer": str(quantizer), **found})
+            deviations = measure(quantizer, lower, upper, make_stream(config.seed, layer=lower, operand=number))
+            rows.append({"operand": operand, "quantizer": str(quantizer), **deviations})
     for row in rows:
         log.info("%s %s in %s: largest |z| of the bias %.2f", row["operand"], row["quantizer"], row["bin"], row["z"])
     summary = {"rounding": rows}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luqrun.config import Config
-from luqrun.quant.convert import quantize_model, set_shared_ranges
+from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
 from luqrun.tasks.task import Task
@@ -29,6 +29,15 @@ def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> n
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
     return model.to(device, memory_format=torch.channels_last)
+
+
+def log_model(model: nn.Module, config: Config, recipe: Recipe) -> None:
+    """Say what trains, and which layers are quantized."""
+    quantized = [name for name, _ in quantized_layers(model)]
+    log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, recipe)
+    if quantized:
+        skipped = ", ".join(config.quant.skip) or "none"
+        log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
 
 
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -127,7 +127,7 @@ def hyper_parameters(config: Config) -> dict[str, str | float | bool]:
 
 def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, type]:
     """The dotted keys that decide the result and their types: str where one, or a part above it, can be absent."""
-    found = {}
+    kinds = {}
     for name, hint in typing.get_type_hints(schema).items():
         if name in NOT_IN_RESULT.get(prefix.rstrip("."), ()):
             continue
@@ -135,20 +135,20 @@ def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, t
         absent = optional or type(None) in parts
         nested = next((part for part in parts if dataclasses.is_dataclass(part)), None)
         if nested is not None:
-            found |= _keys(nested, f"{prefix}{name}.", absent)
+            kinds |= _keys(nested, f"{prefix}{name}.", absent)
         else:
-            found[prefix + name] = str if absent else parts[0]
-    return found
+            kinds[prefix + name] = str if absent else parts[0]
+    return kinds
 
 
 def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
     """By layer and operand ("layer1.0.conv1/weight"): the shares and errors that the last pass left in the layers."""
-    found = {}
+    health = {}
     for name, layer in quantized_layers(model):
         for operand in OPERANDS:
             if layer.health and operand in layer.health:
-                found[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
-    return found
+                health[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
+    return health
 
 
 def log_last_pass(model: nn.Module) -> None:

@@ -58,9 +58,9 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     name, threads = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch.get_num_threads()
     folder.update_run(device=name, threads=threads, world_size=process_group.world_size())
     trainer = Trainer(config, folder, device, requests)
-    sizes, task = trainer.progress["world_sizes"], trainer.task
-    learned = {"metric": asdict(task.metrics[0]), "data": task.data.identity}
-    folder.update_run(kernel_backend=trainer.kernels, world_sizes=sizes, **learned)
+    progress, data = trainer.progress, trainer.data.fingerprint
+    kept = {name: progress[name] for name in ("metric", "world_sizes")}
+    folder.update_run(kernel_backend=trainer.kernels, data=data, **kept)
     try:
         # Not in a step, nor in its time.
         compile_training_kernels(trainer.model, trainer.recipe, device, trainer.no_bar)
@@ -102,7 +102,7 @@ class Trainer:
         # batch: micro-batches done in this epoch; sums, weight: of what is shown of this epoch's training so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None,
-            **throughput.START, "evaluations": [], "world_sizes": [],
+            **throughput.START, "evaluations": [], "metric": asdict(self.metric), "world_sizes": [],
         }  # fmt: skip
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
@@ -117,16 +117,12 @@ class Trainer:
         self.shown, done = [metric.name for metric in self.task.metrics], self.progress["step"]
         self.tracker = Tracker(config, folder, self.shown, done, after) if folder.writes else NoTracker()
         log.info("%s", self.data.describe())
-        quantized = [name for name, _ in quantized_layers(self.model)]
-        log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
-        if quantized:
-            skipped = ", ".join(config.quant.skip) or "none"
-            log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
+        setup.log_model(self.model, config, self.recipe)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
 
     def _resume(self) -> bool:
         """Continue where `resume` and the folder say; whether from a checkpoint of this run's own."""
-        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data.identity))
+        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data.fingerprint))
         if start is None:
             self.folder.rewind({})
             return False
@@ -306,7 +302,7 @@ class Trainer:
         self.progress.update(self.folder.written(), latest=self.tracker.latest)
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
-        checkpoint.save(path, self.config, self.data.identity, model, optimizer, self.progress)
+        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress)
 
     def summarize(self) -> dict:
         """The content of summary.json."""
@@ -329,8 +325,8 @@ class Trainer:
     def _show(self, part: str, metrics: dict[str, float]) -> str:
         """Such as "val loss 0.123, top-1 45.67", of train or val; training need not have the task's metric."""
         shown = f"{part} loss {metrics[f'{part}/loss']:.3f}"
-        value = metrics.get(f"{part}/{self.metric.key}")
-        return shown if value is None or self.metric.key == "loss" else f"{shown}, {self.metric.title} {value:.2f}"
+        value = metrics.get(f"{part}/{self.metric.short}")
+        return shown if value is None or self.metric.short == "loss" else f"{shown}, {self.metric.title} {value:.2f}"
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""

@@ -61,7 +61,7 @@ def test_sums_and_scores_are_shares_of_the_images(task):
 
 def test_a_metric_is_shown_without_its_unit_and_named_without_its_part():
     metric = Metric("val/top1", "top-1 %", higher_is_better=True)
-    assert (metric.key, metric.title) == ("top1", "top-1")
+    assert (metric.short, metric.title) == ("top1", "top-1")
     assert Classification.metrics[0] == metric
 
 

@@ -73,6 +73,7 @@ def test_it_trains_to_its_own_metric_and_records_it(tmp_path):
     letters = int((tasks.build_task(config()).data.train.labels >= 0).sum())
     assert last(folder)["progress"]["trained"] == 7 * letters
     assert folder.run()["metric"] == {"name": "val/error", "label": "error %", "higher_is_better": False}
+    assert last(folder)["progress"]["metric"] == folder.run()["metric"]
     assert folder.run()["data"] == {"classes": 3, "train": 64, "val": 45}
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert all(row["letters_per_second"] > 0 for row in rows if row["kind"] == "step")

@@ -46,7 +46,7 @@ class ImageData:
             object.__setattr__(self, "found", Found(None, *counts, digest=""))
 
     @property
-    def identity(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         """As luqrun.tasks.task.Data has it."""
         return asdict(self.found)
 
