@@ -113,7 +113,7 @@ def load(path: Path, config: Config, data: dict) -> dict:
             raise UserError(f"checkpoint {path} was trained on other data: {other}; {ADVICE}")
         if key not in NOT_COMPARED:
             ours = f"dataset={config.dataset.name} has {ours}"
-            raise UserError(f"checkpoint {path} was trained on data with {key}: {theirs}, {ours}; {ADVICE}")
+            raise UserError(f"checkpoint {path} was trained on data with {theirs} {key}, {ours}; {ADVICE}")
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():
