@@ -33,7 +33,7 @@ _int8_devices: dict[str, bool] = {}  # see kernels._fuses
 def use_int8(device_type: str) -> bool:
     """Whether GEMMs on two operands of codes run on int8 units."""
     if device_type not in _int8_devices:
-        numba = device_type == "cpu" and backend_for("cpu").__name__ == "luqrun.quant.kernels.cpu.backend"
+        numba = device_type == "cpu" and backend_for("cpu").__name__ == kernels.MODULES["cpu"]
         _int8_devices[device_type] = numba and int8.is_fast()
     return _int8_devices[device_type]
 
@@ -45,7 +45,7 @@ def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
     if use_int8(device_type):
         units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
     for form in dict.fromkeys(forms):
-        if not kernels.know(form):
+        if not kernels.has_kernels(form):
             exceptions.append(f"{form.name} quantized in torch operations")
         if use_int8(device_type) and form.code_dtype != torch.int8:
             exceptions.append(f"GEMMs with {form.name} in floating point")

@@ -61,8 +61,8 @@ def fuses(device_type: str) -> bool:
     return _fuses[device_type]
 
 
-def know(form: Format) -> bool:
-    """Whether the kernels of cpu and cuda know this format. Radix 4 is there to compare with: torch's operations do."""
+def has_kernels(form: Format) -> bool:
+    """Whether cpu and cuda have kernels for this format. Radix 4 is there to compare with: torch's operations do."""
     return form.radix == 2
 
 
