@@ -21,7 +21,7 @@ from luqrun.runs.folder import what_decides_the_result, write_atomically
 from luqrun.runs.identity import other_results
 
 VERSION = 4
-KEYS = {"version", "results", "config", "data", "model", "optimizer", "progress"}
+KEYS = {"version", "results", "config", "num_classes", "data", "model", "optimizer", "progress"}
 NOT_COMPARED = ("root", "left_out")  # of the data's fingerprint: where they lie, and what was passed over
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
@@ -44,6 +44,7 @@ def save(
         "version": VERSION,
         "results": RESULTS,
         "config": what_decides_the_result(config),
+        "num_classes": data.get("classes"),  # for who builds the network without luqrun
         "data": data,
         "model": model,
         "optimizer": optimizer,
