@@ -11,7 +11,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-import luqrun.quant.kernels.cpu.backend  # chooses numba's threading layer before numba is asked for threads  # noqa: F401
 from luqrun.cli.validation import to_config
 from luqrun.config import Config, conf_dir
 from luqrun.runs.folder import RunFolder

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from luqrun.errors import TensorError, UserError
-from luqrun.internals import (
+from luqrun.internals.of_torch import (
     PLAIN,
     has_dispatch,
     has_modes,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals import PLAIN, has_modes, is_watched, keep_results
+from luqrun.internals.of_torch import PLAIN, has_modes, is_watched, keep_results
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format, get_format
 from luqrun.quant.kernels import backend_for, flops, has_kernels, reference
