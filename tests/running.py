@@ -13,9 +13,11 @@ from hydra.core.config_store import ConfigStore
 
 from luqrun.cli.validation import to_config
 from luqrun.config import Config, conf_dir
+from luqrun.quant.kernels import backend_for
 from luqrun.runs.folder import RunFolder
 from luqrun.train import trainer
 
+backend_for("cpu")  # chooses numba's threads, before numba is asked for them
 # 8 batches an epoch, and two whole validation batches and a smaller one.
 TINY = (
     "device=cpu",
