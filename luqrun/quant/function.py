@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals import is_batched, is_watched
+from luqrun.internals.of_torch import is_batched, is_watched
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luqrun.internals.of_torch import with_shape
 from luqrun.quant import kernels
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels import backend_for, ops
@@ -85,8 +86,7 @@ class LinearOp:
 
     def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
-        # Not a view: autograd forbids in-place work on those that leave a Function.
-        return torch.ops.aten._unsafe_view(out, [*a.shape[:-1], matrix.shape[1]])
+        return with_shape(out, [*a.shape[:-1], matrix.shape[1]])
 
 
 def _rows(x: Tensor) -> Tensor:

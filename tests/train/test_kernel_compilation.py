@@ -1,11 +1,10 @@
 """What is compiled before a run's first step: all that its steps need, and nothing else."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
-from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, NOTHING, quantize
+from layers import ALL_STOCHASTIC, E3M0, HINDSIGHT, INT4, LUQ, NOTHING, quantize
 from running import quiet_machine, train
 from torch import nn
 
@@ -13,6 +12,7 @@ import luqrun
 from luqrun.quant.convert import set_finetune
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import ahead, driver
+from luqrun.quant.recipe import Recipe
 from luqrun.train import kernel_compilation
 from luqrun.train.trainer import Trainer
 
@@ -22,8 +22,8 @@ RECIPES = {
     "stochastic": ALL_STOCHASTIC,
     "hindsight": HINDSIGHT,
     "radix 4": luqrun.recipe("radix4_tpr", skip=()),
-    "forward only": replace(LUQ, gradient=None),
-    "backward only": replace(LUQ, weight=None, activation=None),
+    "forward only": Recipe.of("forward only", INT4, INT4),
+    "backward only": Recipe.of("backward only", gradient=E3M0),
 }
 
 

@@ -13,11 +13,10 @@ from running import composed, quiet_machine
 
 from luqrun.cli.results import closing_table
 from luqrun.cli.validation import to_config, validate
-from luqrun.config import FinetuneConfig, ModelConfig
+from luqrun.config import FinetuneConfig, ModelConfig, recipe
 from luqrun.errors import UserError
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import recipe
 from luqrun.runs.folder import RunFolder, run_id
 from luqrun.train import rounding_experiment
 

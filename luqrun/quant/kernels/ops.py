@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals import PLAIN, has_modes, is_watched, keep_results
+from luqrun.internals.of_torch import PLAIN, has_modes, is_watched, keep_results
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format, get_format
 from luqrun.quant.kernels import backend_for, flops, has_kernels, reference
@@ -38,7 +38,7 @@ def _operator(schema: str):
             # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
             if is_watched() or not all(map(_is_plain, arguments)):
                 if not torch.compiler.is_compiling() and has_modes():
-                    flops.tell_counters()
+                    flops.register_formulas()
                 return operator(*arguments)
             return cls.run(*arguments)
 
