@@ -21,6 +21,7 @@ from luqrun.cli.messages import refuse
 from luqrun.cli.validation import to_config, validate
 from luqrun.errors import UserError
 from luqrun.runtime import process_group
+from luqrun.tasks.fingerprint import fingerprint
 
 REFUSED = (UserError, OSError, OmegaConfBaseException, HydraException)
 
@@ -34,7 +35,9 @@ class Checks(Callback):
             overrides.refuse_alone(config)
             overrides.repeated(config)
             with own_configs.naming_files(config, sys.argv[1:]):
-                validate(to_config(config), Path(config.hydra.run.dir))
+                own = to_config(config)
+                validate(own, lambda: Path(config.hydra.run.dir))
+            fingerprint(own)  # the folder is named for the data: without them there is none
             if process_group.is_first():
                 make_folder(Path(config.hydra.run.dir))
         except REFUSED as error:

@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from contextlib import closing
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,9 @@ from luqrun.quant import gemms
 from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.quant.recipe import Recipe
 from luqrun.runs import checkpoint
-from luqrun.runs.folder import SUMMARY, RunFolder, now
+from luqrun.runs.folder import RunFolder, now
+from luqrun.runs.identity import refuse_changed_data
+from luqrun.runs.reading import SUMMARY
 from luqrun.runs.start import find_start
 from luqrun.runtime import process_group
 from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory
@@ -59,7 +60,7 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     folder.update_run(device=name, threads=threads, world_size=process_group.world_size())
     trainer = Trainer(config, folder, device, requests)
     sizes = trainer.progress["world_sizes"]
-    folder.update_run(kernel_backend=trainer.kernels, data=asdict(trainer.data.found), world_sizes=sizes)
+    folder.update_run(kernel_backend=trainer.kernels, data=trainer.data.fingerprint, world_sizes=sizes)
     try:
         prepare_training(trainer.model, trainer.recipe, device, trainer.no_bar)  # not in a step, nor in its time
         with trainer.requests.deferred():
@@ -87,6 +88,7 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder, device: torch.device, requests: Requests | None = None):
         self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
         self.data = build_dataset(config.dataset)
+        refuse_changed_data(folder, self.data.fingerprint)
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.forms)
         self.model = setup.build(config, self.recipe, self.data, device)
@@ -122,7 +124,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Continue where `resume` and the folder say; whether from a checkpoint of this run's own."""
-        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data))
+        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data.fingerprint))
         if start is None:
             self.folder.rewind({})
             return False
@@ -308,7 +310,7 @@ class Trainer:
         self.progress.update(self.folder.written(), latest=self.tracker.latest)
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
-        checkpoint.save(path, self.config, self.data, model, optimizer, self.progress)
+        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress)
 
     def summarize(self) -> dict:
         """The content of summary.json."""

@@ -16,7 +16,7 @@ from shell import environment
 from torch import nn
 
 from luqrun import __version__ as luqrun_version
-from luqrun.runs.folder import run_id
+from luqrun.runs.identity import run_id
 
 FAST = (*TINY, "quant=fp32")
 PARTS = ("torchvision", "triton", "numba", "tensorboard")
@@ -169,7 +169,7 @@ def test_an_output_folder_that_cannot_be_written(luqrun, tmp_path, where):
 
 
 def test_a_full_disk(luqrun, tmp_path):
-    folder = tmp_path / "outputs" / "default" / run_id(tiny("quant=fp32"))
+    folder = tmp_path / "outputs" / "default" / run_id(tiny("quant=fp32"), {})
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     assert_refused(luqrun(*FAST), tmp_path, "the disk is full", folder.name, "make room")

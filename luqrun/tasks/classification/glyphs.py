@@ -52,6 +52,7 @@ def build_glyphs(config: DatasetConfig) -> Data:
         classes=CLASSES,
         channels=1,
         image_size=config.image_size,
+        of=len(train),
     )
 
 
