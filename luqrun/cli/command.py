@@ -36,7 +36,7 @@ from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.runs.folder import Busy, RunFolder, now, provenance, write_atomically
 from luqrun.runs.identity import LAYOUT, refuse_other_run, run_id, runs_beside
-from luqrun.runs.reading import CONFIG, SUMMARY
+from luqrun.runs.reading import CONFIG, SUMMARY, Metric, metric_of
 from luqrun.runs.start import diverged_base
 from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
@@ -196,19 +196,20 @@ def job(composed: DictConfig) -> float | None:
         if requests.received is not None:  # asked to stop, it failed at that: the sweep ends all the same
             sys.exit(Stopped(requests.received).exit_code)
         raise failure
-    return _objective(summary)
+    return None if summary is None else _objective(summary, folder.metric())
 
 
-def _objective(summary: dict | None) -> float | None:
-    """The final top-1; of a diverged run 0, the worst there is; None where there is none."""
-    if summary is None:
-        return None
-    return 0.0 if "diverged" in summary else summary.get("val/top1")
+def _objective(summary: dict, metric: Metric) -> float | None:
+    """The metric in the end, its negative where less is better; of a diverged run the worst there is; None where there
+    is none."""
+    value = metric.worst if "diverged" in summary else summary.get(metric.name)
+    return value if value is None or metric.higher_is_better else -value
 
 
 def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
+    run = folder.run()
     try:
-        return closing_table(config, summary, folder.path, folder.run().get("overrides", []))
+        return closing_table(config, summary, folder.path, run.get("overrides", []), metric_of(run))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise folder.damaged(f"{SUMMARY} is damaged ({type(error).__name__}: {error})") from None
 

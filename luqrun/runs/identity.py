@@ -10,6 +10,7 @@ they lie, all else what they are. It is empty where they follow from the setting
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -176,18 +177,20 @@ def _processes(count: int | None) -> str:
 def refuse_other_run(config: Config, data: dict, folder: RunFolder) -> None:
     """Raise UserError where the folder holds a run, ended or begun, that is not this one; it says what differs.
 
-    A folder without its config.yaml, or with a damaged one, is known by its name alone.
+    Without its run.json, or with a damaged config.yaml or none, a folder is known by its name alone.
     """
     if not (folder.ended() or folder.begun()):
         return
-    named = folder.path.name == run_id(config, data)
+    named, ours, run, settings = folder.path.name == run_id(config, data), Identity.of(config, data), folder.run(), None
     try:
         settings = read_config(folder.path)
+        if not run:
+            raise Unusable(f"{RUN} is not there")
     except Unusable as reason:
         if not named:
             raise UserError(f"{folder.path} holds a run of which {reason}: {_advice(named)}") from None
-        settings = None
-    if why := difference(Identity.stored(settings, folder.run()), Identity.of(config, data)):
+    theirs = Identity.stored(settings, run) if run else dataclasses.replace(ours, settings=settings)
+    if why := difference(theirs, ours):
         raise UserError(f"{folder.path} holds a run {why}: {_advice(named)}")
 
 

@@ -240,9 +240,9 @@ def _while_sound(curve: Iterator[float]) -> Iterator[float]:
 
 
 def _text(path: Path) -> str:
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise Unusable(f"{path.name} is not a file")
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+            raise Unusable(f"{path.name} is not a file")
         return path.read_text()
     except FileNotFoundError:
         raise Missing(f"{path.name} is not there") from None

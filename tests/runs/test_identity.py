@@ -79,6 +79,11 @@ def test_without_its_config_a_folder_is_known_by_its_name(tmp_path):
         (folder.path / "config.yaml").write_text(text)
     refuse_other_run(tiny(), {}, named)
     assert "config.yaml is not a configuration" in refusal(tiny(), other)
+    (named.path / "run.json").unlink()  # as a damaged one is to be
+    refuse_other_run(tiny(), {}, named)
+    other = hold(tmp_path, tiny(), name="another")
+    (other.path / "run.json").unlink()
+    assert "of which run.json is not there" in refusal(tiny(), other)
 
 
 @pytest.mark.parametrize("status", ["finished", "diverged"])

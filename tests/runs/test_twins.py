@@ -96,7 +96,7 @@ def test_a_run_that_was_begun_goes_on_and_is_not_replaced(shell, table3):
     original = folders(table3 / "outputs", "glyphs/table3")["luq_smp2_fnt1"]
     begun = RunFolder(table3 / "outputs" / "begun" / original.path.name)
     shutil.copytree(original.checkpoints, begun.checkpoints)
-    begun.write_json("run.json", {"status": "failed", "reused": "nowhere"})  # of an earlier attempt
+    begun.write_json("run.json", {**FINISHED, "status": "failed", "reused": "nowhere"})  # of an earlier attempt
     result = shell.luqrun(table3, *SWEEP[1:], "finetune=fnt1", "study=begun", "reuse=true")
     assert (result.code, "taken over" in result.err) == (0, False)
     assert f"continuing from {begun.checkpoints / 'last.pt'}" in result.err
