@@ -99,9 +99,12 @@ def _serve():
     import numba
 
     import luqrun.cli
-    import luqrun.quant.kernels.cpu.backend
     import luqrun.quant.kernels.cpu.int8
     import luqrun.train.trainer  # noqa: F401
+    from luqrun.quant.kernels import backend_for, own_process
+
+    own_process()
+    backend_for("cpu")
 
     numba.njit(lambda number: number)(1)  # the compiler loads more at its first use
     running = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from luqrun.errors import TensorError, UserError
-from luqrun.internals import (
+from luqrun.internals.of_torch import (
     PLAIN,
     has_dispatch,
     has_modes,
@@ -25,7 +25,7 @@ from luqrun.internals import (
     repeats_forward,
     run_while_traced,
 )
-from luqrun.quant.draws import Kin, first_streams, tell_apart
+from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
 from luqrun.quant.function import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
@@ -48,7 +48,7 @@ class QuantLayer(nn.Module):
 
     recipe: Recipe
     streams: Tensor
-    kin: Kin
+    copies: CopyGroup
     finetune: bool
     health: dict | None
     shares_ranges: bool
@@ -61,11 +61,12 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
-        layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
+        layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
-        layer._settle()
-        quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
-        layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
+        layer._prepare_device()
+        layer.remembers = [
+            operand for operand in OPERANDS if any(each.range == "hindsight" for each in recipe.quantizers(operand))
+        ]
         for operand in layer.remembers:
             with torch.inference_mode(False):
                 maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
@@ -80,10 +81,10 @@ class QuantLayer(nn.Module):
                 self._buffers[key] = buffer.float()
                 if key in unmade and not buffer.is_meta:  # to_empty: no parameter initialisation reaches it
                     self._buffers[key].zero_()
-        self._settle()
+        self._prepare_device()
         return self
 
-    def _settle(self) -> None:
+    def _prepare_device(self) -> None:
         """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
         kernels, and would compile once more for streams that move in the first forward."""
         device = self._device()
@@ -132,10 +133,15 @@ class QuantLayer(nn.Module):
         high_precision = self.training and self.finetune
         if high_precision and learning and "activation" in self.remembers:  # evaluation will need it
             self._observe("activation", ops.statistics(activation, False)[0].float())
+        fprop, dgrad, wgrad = self.recipe.fprop, self.recipe.dgrad, self.recipe.wgrad
+        if high_precision:
+            fprop, wgrad = fprop._replace(activation=None), wgrad._replace(activation=None)
+        if self.finetune:
+            dgrad, wgrad = dgrad._replace(gradient=None), wgrad._replace(gradient=None)
         return Plan(
-            weight=self.recipe.weight,
-            activation=None if high_precision else self.recipe.activation,
-            gradient=None if self.finetune else self.recipe.gradient,
+            fprop=fprop,
+            dgrad=dgrad,
+            wgrad=wgrad,
             streams=self._streams(activation.device, wanted, learning),
             hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
             observe=self._observe if learning else None,
@@ -147,12 +153,12 @@ class QuantLayer(nn.Module):
     def _refuse_to_repeat(self) -> None:
         """Raise UserError where activation checkpointing would repeat a forward with other codes."""
         for operand in ("weight", "activation"):
-            quantizer = getattr(self.recipe, operand)
-            if quantizer is not None and not quantizer.repeats:
-                raise UserError(
-                    f"activation checkpointing cannot repeat {operand}={quantizer}; "
-                    "it needs a forward with rounding=nearest and no hindsight range"
-                )
+            for quantizer in self.recipe.quantizers(operand):
+                if not quantizer.repeats:
+                    raise UserError(
+                        f"activation checkpointing cannot repeat {operand}={quantizer}; "
+                        "it needs a forward with rounding=nearest and no hindsight range"
+                    )
 
     def _streams(self, device: torch.device, wanted: bool, learning: bool) -> dict[str, Tensor]:
         """By operand, the names of this forward's draws."""
@@ -160,24 +166,23 @@ class QuantLayer(nn.Module):
             return dict(zip(OPERANDS, self.streams.to(device).unbind(), strict=True))
         if self.streams.device != device:
             self._move_streams(device)
-        if self.kin.has_copies:
-            self._tell_apart()
+        if self.copies.was_copied:
+            self._rename_copies()
         names = self.streams
         if wanted or self.recipe.has_stochastic_forward:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            redraw_every = 1 if self.recipe.gradient is None else self.recipe.gradient.redraw_every
-            names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
+            names = ops.next_draws(self.streams, learning, not wanted, rank, self.recipe.redraw_every)
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
     @run_while_traced
-    def _tell_apart(self) -> None:
+    def _rename_copies(self) -> None:
         model = outermost_module()
-        if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):
-            tell_apart(module for module in model.modules() if isinstance(module, QuantLayer))
-            self.told_apart_in = weakref.ref(model)
+        if model is not None and (self.renamed_in is None or self.renamed_in() is not model):
+            rename_copies(module for module in model.modules() if isinstance(module, QuantLayer))
+            self.renamed_in = weakref.ref(model)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "told_apart_in": None}
+        return {**super().__getstate__(), "renamed_in": None}
 
     def _observe(self, operand: str, maximum: Tensor) -> None:
         if operand != "gradient" and not self.training:  # as batch norm's statistics; but a backward pass is training
@@ -186,7 +191,7 @@ class QuantLayer(nn.Module):
         if dist.is_available() and dist.is_initialized():
             maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-        momentum = getattr(self.recipe, operand).hindsight_momentum
+        momentum = next(q.hindsight_momentum for q in self.recipe.quantizers(operand) if q.range == "hindsight")
         update_hindsight(self._buffers[f"{operand}_hindsight"], maximum, momentum)
 
     def extra_repr(self) -> str:
