@@ -134,7 +134,7 @@ def _places(document) -> list[tuple]:
 
 
 def _make_measured(folder: Path) -> None:
-    """Make of a run one of task=rounding."""
+    """Make of a run one of job=rounding."""
     drawn = {"x": [0.0, 0.5, 1.0], "draws": 9, "z": 1.5, "operand": "weight", "quantizer": "int4/absmax", "bin": [0, 1]}
     numbers = {name: [0.0, 0.2, 0.0] for name in ("bias", "variance", "mse")}
     row = {**drawn, "drawn": "nearest", "measured": numbers, "closed_form": numbers}

@@ -126,7 +126,7 @@ def write_two_tables(outputs: Path) -> Path:
 
 
 def write_measured(outputs: Path, table="table1") -> None:
-    """A run of task=rounding, of one quantizer in one bin."""
+    """A run of job=rounding, of one quantizer in one bin."""
     row = {
         "operand": "weight", "quantizer": "int4/sawb/nearest", "bin": [0, 1], "draws": 8, "drawn": "nearest",
         "x": [0.0, 0.5], "z": 0.0,

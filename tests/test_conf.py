@@ -319,7 +319,7 @@ def test_a_model_of_the_experiments_trains_a_step(model, images, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("task=tune", ("task=tune", "train, rounding")),
+        ("job=tune", ("job=tune", "train, rounding")),
         ("reuse=maybe", ("reuse", "maybe")),
         ("cell.tabel=fig2", ("cell.tabel", "cell.table")),
         ("quant.gradient.pow2_scale=both", ("quant.gradient.pow2_scale", "both")),

@@ -21,7 +21,6 @@ from luqrun.cli.messages import refuse
 from luqrun.cli.validation import to_config, validate
 from luqrun.errors import UserError
 from luqrun.runtime import process_group
-from luqrun.tasks.fingerprint import fingerprint
 
 REFUSED = (UserError, OSError, OmegaConfBaseException, HydraException)
 
@@ -37,7 +36,9 @@ class Checks(Callback):
             with own_configs.naming_files(config, sys.argv[1:]):
                 own = to_config(config)
                 validate(own, lambda: Path(config.hydra.run.dir))
-            fingerprint(own)  # the folder is named for the data: without them there is none
+            from luqrun.tasks import fingerprint_data  # loads numpy
+
+            fingerprint_data(own)  # the folder is named for the data: without them there is none
             if process_group.is_first():
                 make_folder(Path(config.hydra.run.dir))
         except REFUSED as error:

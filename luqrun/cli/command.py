@@ -36,14 +36,14 @@ from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.runs.folder import Busy, RunFolder, now, provenance, write_atomically
 from luqrun.runs.identity import LAYOUT, refuse_other_run, run_id, runs_beside
-from luqrun.runs.reading import CONFIG, SUMMARY, Metric, metric_of
+from luqrun.runs.metric import Metric
+from luqrun.runs.reading import CONFIG, SUMMARY, metric_of
 from luqrun.runs.start import diverged_base
 from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
 from luqrun.runtime.openmp import limit_spinning
 from luqrun.runtime.signals import Requests, Stopped, hand_on, handled
 from luqrun.runtime.slurm import join_ranks, planned_ranks
-from luqrun.tasks.fingerprint import fingerprint
 
 log = logging.getLogger("luqrun")
 
@@ -115,13 +115,19 @@ def _resolve_run_id(*, _root_: DictConfig) -> str:
     _resolving.append(True)
     try:
         config = to_config(_root_)
-        return run_id(config, fingerprint(config), planned_ranks(_root_.hydra))
+        return run_id(config, _fingerprint(config), planned_ranks(_root_.hydra))
     except (UserError, OSError) as error:
         if len(_resolving) > 1:
             raise UserError(circular) from error
         return "refused-" + hashlib.sha256(str(error).encode()).hexdigest()[:8]
     finally:
         _resolving.clear()
+
+
+def _fingerprint(config: Config) -> dict:
+    from luqrun.tasks import fingerprint_data  # loads numpy
+
+    return fingerprint_data(config)
 
 
 _resolving: list[bool] = []  # one for each time that ${run_id:} was asked for while it was made
@@ -146,7 +152,7 @@ def job(composed: DictConfig) -> float | None:
             with own_configs.naming_files(HydraConfig.instance().cfg, sys.argv[1:]):
                 config = to_config(composed)
                 validate(config, lambda: folder.path)
-            data = fingerprint(config)
+            data = _fingerprint(config)
             if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
                 log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
             if folder.writes and HydraConfig.get().mode == RunMode.RUN:
@@ -297,7 +303,7 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     from luqrun.quant.kernels import own_process
 
     own_process()
-    if config.task == "rounding":
+    if config.job == "rounding":
         from luqrun.train import rounding_experiment
 
         return rounding_experiment.run(config, folder)

@@ -24,6 +24,7 @@ from luqrun.runtime import process_group
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
 ANYTHING: dict = {}  # a part of Hydra's settings whose keys depend on the option
+RENAMED = {"task": "job=train or job=rounding"}  # keys of earlier versions, and what says the same now
 HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
@@ -94,6 +95,8 @@ def unknown_key(key: str) -> str:
     """That a key does not exist, with the nearest that do."""
     if found := re.match(r"hydra\.(sweeper|launcher)\.", key):
         return f"{key} is not a key of the hydra/{found[1]} in use; hydra/{found[1]}=NAME with -m chooses another"
+    if key in RENAMED:
+        return f"{key} is not a key any more; write {RENAMED[key]}"
     near = _nearest(key)
     hint = f"did you mean {' or '.join(near)}?" if near else "luqrun --help lists the keys"
     return f"{key} is not a key; {hint}"

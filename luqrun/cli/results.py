@@ -8,7 +8,7 @@ from pathlib import Path
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.sweeps import Job, own_overrides
 from luqrun.config import Config
-from luqrun.runs.reading import TOP1, Metric
+from luqrun.runs.metric import TOP1, Metric
 
 RATE = "_per_second"  # how summary.json ends the name of the speed; before it stands what is counted
 LABELS = {"val/top5": "top-5 %"}  # of what else an evaluation reports

@@ -29,7 +29,7 @@ from luqrun.cli.own_configs import refuse_empty
 from luqrun.errors import UserError
 from luqrun.internals.of_hydra import ships_with_hydra
 from luqrun.runs.folder import RunFolder
-from luqrun.runs.reading import TOP1, Metric
+from luqrun.runs.metric import TOP1, Metric
 
 log = logging.getLogger("luqrun")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from luqrun.config import flatten
@@ -17,16 +16,14 @@ from luqrun.errors import UserError
 from luqrun.report import rerun_commands
 from luqrun.report.experiments import ROUNDING_TABLES, TITLES
 from luqrun.runs.identity import deciding_data, deciding_settings
+from luqrun.runs.metric import Metric, is_number
 from luqrun.runs.reading import (
     CONFIG,
     METRICS,
     RUN,
     SUMMARY,
-    Metric,
     StoredRun,
     Unusable,
-    check_config,
-    is_number,
     metric_of,
     read_run,
 )
@@ -40,7 +37,7 @@ class Record:
     """One finished or diverged run that says which cell of which table it is.
 
     value: the metric of the last evaluation (None where the run diverged, or did not train). curve: the metric after
-    each epoch, of a diverged run up to there. rounding: what task=rounding measured. config, run: what config.yaml and
+    each epoch, of a diverged run up to there. rounding: what job=rounding measured. config, run: what config.yaml and
     run.json say. more: other numbers of the end, by name: top5, loss, train_seconds (without evaluations).
     """
 
@@ -124,7 +121,7 @@ def read_folders(outputs: Path) -> tuple[list[Record], list[LeftOut]]:
     records, left_out = [], []
     for path in sorted({path.parent for name in (RUN, CONFIG) for path in outputs.rglob(name)}):
         try:
-            stored = read_run(path, partial(names_a_cell, source=CONFIG))
+            stored = read_run(path, names_a_cell)
             records += [] if stored is None else [make_record(stored, _study(path, outputs))]
         except Unusable as reason:
             left_out.append(LeftOut(path, str(reason)))
@@ -140,9 +137,8 @@ def _study(path: Path, outputs: Path) -> str:
     return str(study) if study.parts else outputs.resolve().name
 
 
-def names_a_cell(config: dict, source: str) -> bool:
+def names_a_cell(config: dict, source: str = CONFIG) -> bool:
     """Whether a config says which cell of which table its run is. Raises Unusable; source: the file of the config."""
-    check_config(config, source)
     cell = config.get("cell", "cut off")
     if cell is None or (isinstance(cell, dict) and not cell.get("table", "cut off")):
         return False
@@ -194,14 +190,14 @@ def _check_ended(stored: StoredRun) -> None:
 
 
 def _rounding(stored: StoredRun) -> tuple[dict, ...]:
-    """What a run of task=rounding measured; of another ()."""
+    """What a run of job=rounding measured; of another ()."""
     rows = (stored.summary or {}).get("rounding", [])
     if not all(map(_is_rounding, rows)):
         raise Unusable(f"{stored.source(SUMMARY)} is damaged (rounding)")
     table = stored.config["cell"]["table"]
     of_rounding = table in ROUNDING_TABLES
     if bool(rows) != of_rounding or (of_rounding and stored.run["status"] == "diverged"):
-        holds = "what task=rounding measures" if of_rounding else "results of trainings"
+        holds = "what job=rounding measures" if of_rounding else "results of trainings"
         raise Unusable(f"{table} holds {holds}, which this is not")
     return tuple(rows)
 

@@ -1,4 +1,4 @@
-"""Table 1 and Fig. 1a: what task=rounding measured, beside the closed forms."""
+"""Table 1 and Fig. 1a: what job=rounding measured, beside the closed forms."""
 
 from __future__ import annotations
 

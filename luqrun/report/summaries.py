@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from luqrun.report.consistency import one_a_seed
 from luqrun.report.records import LeftOut, Record, make_record, names_a_cell, read_folders
 from luqrun.report.rerun_commands import split
-from luqrun.runs.reading import RUN, SUMMARY, StoredRun, Unusable, check, metric_of
+from luqrun.runs.reading import RUN, SUMMARY, StoredRun, Unusable, check, check_config, metric_of
 
 # Of run.json; not its paths and times.
 KEPT = (
@@ -111,6 +111,7 @@ def _files(entry: dict, source: str) -> tuple[dict, dict, dict, tuple[float, ...
     except (ValueError, RecursionError):
         raise Unusable("it holds NaN or an infinite number") from None
     config, command, curve = (entry.get(name) for name in ("config", "command", "curve"))
+    config = check_config(config, "its config")
     if not names_a_cell(config, "its config"):
         raise Unusable("its config does not say which cell of which table this is")
     try:

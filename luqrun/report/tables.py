@@ -11,7 +11,7 @@ from luqrun.report.experiments import BASELINES, TITLES, Expected, expected
 from luqrun.report.paper import Published, published
 from luqrun.report.records import Record
 from luqrun.report.spread import Spread
-from luqrun.runs.reading import TOP1, Metric
+from luqrun.runs.metric import TOP1, Metric
 
 
 @dataclass

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from luqrun import __version__
 from luqrun.errors import UserError
-from luqrun.runs.reading import METRICS, RUN, SUMMARY, Metric, Missing, Unusable, metric_of, read_json
+from luqrun.runs.metric import Metric
+from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric_of, read_json
 
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"

@@ -32,7 +32,7 @@ NOT_IN_RESULT = {
     "dataset": ("root", "workers"),
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
 }
-KIND = "task"  # the key that says whether a run trains or measures
+KIND = "job"  # the key that says whether a run trains or measures
 MAX_NAME = 200  # bytes; file systems take 255
 SHOWN = 3  # runs that are named
 

@@ -14,8 +14,12 @@ from pathlib import Path
 import yaml
 
 from luqrun.errors import UserError
+from luqrun.runs.metric import TOP1, Metric, is_number
 
 CONFIG, RUN, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
+
+
+RENAMED = {"task": "job"}  # keys of the config, by their name in an earlier luqrun
 
 
 class Unusable(UserError):
@@ -25,37 +29,6 @@ class Unusable(UserError):
 
 class Missing(Unusable):
     """There is no such file."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a run is judged by: its name in summary.json and metrics.jsonl, how it is shown, and which way is better."""
-
-    name: str
-    label: str
-    higher_is_better: bool
-
-    @property
-    def short(self) -> str:
-        """Its name where it is plain that it is of the validation set, such as top1."""
-        return self.name.removeprefix("val/")
-
-    @property
-    def worst(self) -> float:
-        """What a run that diverged counts as: metrics of which more is better begin at 0."""
-        return 0.0 if self.higher_is_better else float("inf")
-
-    def allows(self, value: object) -> bool:
-        """Whether it is a finite number, and of a percentage one from 0 to 100."""
-        return is_number(value) and (not self.label.endswith("%") or 0 <= value <= 100)
-
-
-TOP1 = Metric("val/top1", "top-1 %", True)  # of runs from before a run recorded its metric
-
-
-def is_number(value: object) -> bool:
-    """An int or float that is finite, and not so large that a sum of some is not."""
-    return type(value) in (int, float) and abs(value) <= 1e300
 
 
 def _is_integer(value: object) -> bool:
@@ -162,15 +135,15 @@ def read_config(folder: Path) -> dict:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a number or date that Python cannot hold
         raise Unusable(f"{CONFIG} is not YAML") from None
-    check_config(config, CONFIG)
-    return config
+    return check_config(config, CONFIG)
 
 
-def check_config(config: object, source: str) -> None:
-    """Raise Unusable where it is no mapping that JSON could hold, with keys of one type, and without end."""
+def check_config(config: object, source: str) -> dict:
+    """The config, an earlier one with today's names of keys. Raises Unusable where it is no mapping that JSON could
+    hold, with keys of one type, or has no end."""
     with suppress(TypeError, ValueError, RecursionError):
         if isinstance(config, dict) and json.dumps(config, sort_keys=True) and _is_shallow(config):
-            return
+            return {RENAMED.get(key, key): value for key, value in config.items()}
     raise Unusable(f"{source} is not a configuration")
 
 

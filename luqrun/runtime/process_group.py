@@ -127,6 +127,17 @@ def largest(value: float) -> float:
     return _reduced([value], "MAX")[0]
 
 
+def gather(value: T) -> list[T]:
+    """Each process' value, which is sent as a pickle, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _reduced(values: Iterable[float], op: str) -> list[float]:
     if world_size() == 1:
         return list(values)

@@ -19,7 +19,7 @@ from luqrun import __version__ as luqrun_version
 from luqrun.runs.identity import run_id
 
 FAST = (*TINY, "quant=fp32")
-PARTS = ("torchvision", "triton", "numba", "tensorboard")
+PARTS = ("torchvision", "triton", "numba", "tensorboard", "transformers")
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     [
         ("sead=1", ("sead", "seed")),
         ("+sead=1", ("sead", "seed")),
+        ("job=rounding", ("task is not a key any more", "job=rounding")),
         ("quant=luqq", ("quant", "luqq", "luq_smp2", "biased_log")),
         ("+experiment=table2/nothing", ("experiment", "table2/nothing")),
         ("schedule.epochs=many", ("schedule.epochs", "many", "nteger")),

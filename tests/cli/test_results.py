@@ -7,7 +7,7 @@ from running import tiny
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.sweeps import Job
 from luqrun.runs.folder import RunFolder
-from luqrun.runs.reading import Metric
+from luqrun.runs.metric import Metric
 
 
 def result(top1):

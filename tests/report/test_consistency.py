@@ -147,7 +147,7 @@ def test_where_rows_are_no_models_all_runs_are_of_one():
 
 
 def test_of_many_keys_three_are_named():
-    odd = trained(2, epochs=1, precision="bf16", compile=True, dataset={"batch_size": 1}, task="other", zeal=1)
+    odd = trained(2, epochs=1, precision="bf16", compile=True, dataset={"batch_size": 1}, job="other", zeal=1)
     _, (left_out,) = trained_alike([trained(0), trained(1), odd])
     assert left_out.reason.endswith(
         ": dataset.batch_size=1 instead of None, precision=bf16 instead of None, schedule.epochs=1 instead of 6, "
@@ -156,7 +156,7 @@ def test_of_many_keys_three_are_named():
 
 
 def test_of_measured_runs_only_the_recipe_counts():
-    runs = [trained(seed, epochs=seed, task="rounding", quant={"name": "luq"}) for seed in (0, 1)]
+    runs = [trained(seed, epochs=seed, job="rounding", quant={"name": "luq"}) for seed in (0, 1)]
     assert trained_alike(runs) == (runs, [])
-    odd = trained(2, task="rounding", quant={"name": "fp32"})
+    odd = trained(2, job="rounding", quant={"name": "fp32"})
     assert [each.path for each in trained_alike([*runs, odd])[1]] == [odd.path]

@@ -140,7 +140,7 @@ def test_a_summary_without_top1_is_left_out(tmp_path):
 @pytest.mark.parametrize("top1", [80.0, DIVERGED])
 def test_a_training_is_left_out_of_what_is_measured(tmp_path, table, top1):
     write_run(tmp_path, table, "luq", "rounding", top1=top1)
-    assert only_reason(tmp_path) == f"{table} holds what task=rounding measures, which this is not"
+    assert only_reason(tmp_path) == f"{table} holds what job=rounding measures, which this is not"
 
 
 def test_what_is_measured_is_left_out_of_trainings(tmp_path):

@@ -32,7 +32,7 @@ def labels(axes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """What task=rounding leaves behind for two tables, with few draws."""
+    """What job=rounding leaves behind for two tables, with few draws."""
     outputs = tmp_path_factory.mktemp("outputs")
     recipes = ("forward_only", "forward_sr", "backward_nearest", "backward_only", "biased_log")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def studies(tmp_path_factory):
             (path / "config.yaml").write_text(config_text(cell, 0, f"measured/{table}"))
             RunFolder(path).write_json("run.json", run_json("running", [f"quant={name}"]))
             with quiet_machine(outputs):
-                rounding_experiment.run(to_config(composed("task=rounding", f"quant={name}")), RunFolder(path))
+                rounding_experiment.run(to_config(composed("job=rounding", f"quant={name}")), RunFolder(path))
     return outputs
 
 

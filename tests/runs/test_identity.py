@@ -20,7 +20,7 @@ from luqrun.runs.identity import (
     run_id,
     runs_beside,
 )
-from luqrun.tasks.fingerprint import fingerprint
+from luqrun.tasks import fingerprint_data
 
 DATA = {"root": "/data", "classes": 3, "training_images": 9, "names_and_sizes": "0a"}  # a fingerprint
 RUN = {"status": "finished", "layout": LAYOUT, "results": RESULTS, "world_sizes": [1], "data": {}}
@@ -63,9 +63,9 @@ def test_a_run_of_other_settings_is_named_with_both_values(tmp_path, state):
 
 
 def test_a_measurement_is_not_a_training(tmp_path):
-    folder = hold(tmp_path, tiny("task=rounding"), name="0")
-    assert "task=rounding" in refusal(tiny(), folder)
-    assert "quant.name=luq" in refusal(tiny("task=rounding", "quant=forward_sr"), folder)
+    folder = hold(tmp_path, tiny("job=rounding"), name="0")
+    assert "job=rounding" in refusal(tiny(), folder)
+    assert "quant.name=luq" in refusal(tiny("job=rounding", "quant=forward_sr"), folder)
 
 
 def test_what_never_trained_a_step_is_nobodys(tmp_path):
@@ -148,7 +148,7 @@ OTHERS = {
 @pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
 def test_a_run_on_other_data_has_another_folder_and_is_refused_in_the_same(tmp_path, change, words):
     mine, other = images(tmp_path / "mine"), images(tmp_path / "other", **change)
-    known, found = fingerprint(on(mine)), fingerprint(on(other))
+    known, found = fingerprint_data(on(mine)), fingerprint_data(on(other))
     assert run_id(on(other), found) != run_id(on(mine), known)
     folder = hold(tmp_path, on(mine), {**RUN, "data": known})
     assert words in refusal(on(other), folder, found)
@@ -159,33 +159,33 @@ def test_a_run_on_other_data_has_another_folder_and_is_refused_in_the_same(tmp_p
 
 def test_the_same_data_elsewhere_are_the_same(tmp_path):
     mine, copy = images(tmp_path / "mine"), images(tmp_path / "copy")
-    data = fingerprint(on(mine))
+    data = fingerprint_data(on(mine))
     assert data["root"] == str(mine)
     folder = hold(tmp_path, on(mine), {**RUN, "data": data}, name="run")
-    refuse_other_run(on(copy), fingerprint(on(copy)), folder)
-    assert run_id(on(copy), fingerprint(on(copy))) == run_id(on(mine), data)
+    refuse_other_run(on(copy), fingerprint_data(on(copy)), folder)
+    assert run_id(on(copy), fingerprint_data(on(copy))) == run_id(on(mine), data)
 
 
 def test_a_relative_root_is_of_where_its_command_was_given(tmp_path, monkeypatch):
     images(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     config = on("mine", name="folder")
-    folder = hold(tmp_path, config, {**RUN, "data": fingerprint(config)}, name="run")
+    folder = hold(tmp_path, config, {**RUN, "data": fingerprint_data(config)}, name="run")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     again = on("../mine", name="folder")
-    refuse_other_run(again, fingerprint(again), folder)
+    refuse_other_run(again, fingerprint_data(again), folder)
 
 
 @pytest.mark.parametrize("root", [None, "nowhere"])
-def test_data_that_are_not_there_have_no_fingerprint(tmp_path, root):
+def test_data_that_are_not_there_have_no_fingerprint_data(tmp_path, root):
     config = replace(tiny(), dataset=DatasetConfig(name="folder", root=root and str(tmp_path / root)))
     with pytest.raises(UserError, match=r"dataset\.root.*(not given|no such folder)"):
-        fingerprint(config)
+        fingerprint_data(config)
 
 
-def test_what_follows_from_the_settings_has_no_fingerprint(tmp_path):
-    assert fingerprint(tiny()) == fingerprint(replace(on(tmp_path), task="rounding")) == {}
+def test_what_follows_from_the_settings_has_no_fingerprint_data(tmp_path):
+    assert fingerprint_data(tiny()) == fingerprint_data(replace(on(tmp_path), job="rounding")) == {}
     # An earlier luqrun recorded generated images with their counts, and without a root.
     assert differing_data({"root": None, "classes": 47, "digest": ""}, {}) == ""
     assert differing_data(None, {}) == ""

@@ -31,7 +31,7 @@ SAME_RESULT = [
     "tracking.checkpoint_every=1",
 ]
 OTHER_RESULT = [
-    "task=rounding",
+    "job=rounding",
     "seed=1",
     "precision=bf16",
     "model=resnext8",
@@ -101,7 +101,7 @@ def test_the_deciding_settings_are_plain_json():
     assert json.loads(json.dumps(values)) == values
 
 
-@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("task=rounding",), ("distributed.range=global",)])
+@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("job=rounding",), ("distributed.range=global",)])
 def test_the_deciding_settings_are_the_same_of_a_config_read_again(overrides):
     config = tiny(*overrides)
     assert deciding_settings(yaml.safe_load(yaml.safe_dump(asdict(config)))) == deciding_settings(config)

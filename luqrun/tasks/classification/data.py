@@ -1,4 +1,4 @@
-"""Image data sets by name, and the loaders that serve them.
+"""Image data sets by name.
 
     data = build_dataset(config)
     for images, labels in train_loader(data, config, seed=0, epoch=0): ...      # luqrun.tasks.loader
@@ -17,7 +17,7 @@ from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_
 from luqrun.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from luqrun.tasks.task import Examples
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
 SUBSET_SEED = 2112
@@ -26,23 +26,23 @@ MAX_WORKERS = 256  # each is a process
 
 
 @dataclass(frozen=True)
-class Data:
+class ImageData:
     """A training and a validation set of images (channels, image_size, image_size) in the same classes.
 
-    fingerprint: of the files that they were read from (luqrun.tasks.fingerprint); {} for images that were drawn. of:
-    training images there are, before dataset.limit; left_out: what was no image, in words.
+    fingerprint: of the files that they were read from (luqrun.tasks.fingerprint_data); {} for images that were drawn.
+    of: training images there are, before dataset.limit; left_out: what was no image, in words.
     """
 
-    train: Dataset
-    val: Dataset
+    train: Examples
+    val: Examples
     classes: tuple[str, ...]
     channels: int
     image_size: int
-    fingerprint: dict = field(default_factory=dict)
+    fingerprint: dict[str, object] = field(default_factory=dict)
     of: int | None = None
     left_out: str = ""
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""
         of = f" of {self.of:,}" if self.of not in (None, len(self.train)) else ""
         left_out = f"; left out: {self.left_out}" if self.left_out else ""
@@ -76,9 +76,21 @@ def validate_dataset(config: DatasetConfig) -> None:
         check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
         if not 0 <= glyphs.noise < float("inf"):
             raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
+    _refuse_unread(config)
 
 
-def build_dataset(config: DatasetConfig) -> Data:
+def _refuse_unread(config: DatasetConfig) -> None:
+    """Raise UserError for a setting that this data set does not read."""
+    others = ", ".join(name for name in NAMES if name != "glyphs")
+    if config.name == "glyphs" and config.root is not None:
+        raise UserError(
+            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
+        )
+    if config.name != "glyphs" and config.glyphs is not None:
+        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
+
+
+def build_dataset(config: DatasetConfig) -> ImageData:
     """The data set that `config` names: the same images, and the same subset of `dataset.limit`, in every run.
 
     Raises UserError naming the key, or the file, that is wrong.

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import Data, subset
+from luqrun.tasks.classification.data import ImageData, subset
 from luqrun.tasks.classification.folders import Split, names_and_sizes, scan, told
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def build_images(config: DatasetConfig) -> Data:
+def build_images(config: DatasetConfig) -> ImageData:
     """cifar10, cifar100, imagenet or folder: RGB images (3, image_size, image_size), whatever the files hold.
 
     Augmentation (`dataset.augment`): up to image_size 64, zero padding by an eighth, random crop and mirror image;
@@ -67,7 +67,7 @@ def _wrong(config: DatasetConfig, problem: str) -> UserError:
 
 
 def fingerprint_images(config: DatasetConfig) -> dict:
-    """The fingerprint (luqrun.tasks.fingerprint) of what build_images would read, with the same errors."""
+    """The fingerprint (luqrun.tasks.fingerprint_data) of what build_images would read, with the same errors."""
     root = _root(config)
     if config.name.startswith("cifar"):
         return _cifar_fingerprint(config, root)
@@ -78,25 +78,23 @@ def _cifar_fingerprint(config: DatasetConfig, root: Path) -> dict:
     kind = CIFAR[config.name]
     files = [name for name, _ in [*kind.train_list, *kind.test_list]] + [kind.meta["filename"]]
     paths = [str(root / kind.base_folder / name) for name in files]
-    try:
-        found = sizes(paths)
-    except OSError:
-        raise _not_cifar(config) from None
-    return {"root": whole_root(config), "names_and_sizes": hash_of([*map(str.encode, files), found])}
+    if not all(map(os.path.isfile, paths)):
+        raise _not_cifar(config)
+    return {"root": whole_root(config), "names_and_sizes": hash_of([*map(str.encode, files), sizes(paths)])}
 
 
 def _not_cifar(config: DatasetConfig) -> UserError:
     return _wrong(config, f"the files of {CIFAR[config.name].__name__} are not there, or damaged")
 
 
-def _cifar(config: DatasetConfig, root: Path) -> Data:
+def _cifar(config: DatasetConfig, root: Path) -> ImageData:
     kind = CIFAR[config.name]
     try:
         train, val = kind(root, train=True, download=False), kind(root, train=False, download=False)
     except RuntimeError:  # what torchvision raises for a missing file and for a wrong checksum
         raise _not_cifar(config) from None
     chosen = subset(len(train), config.limit)
-    return Data(
+    return ImageData(
         train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
         val=_arrays(val.data, np.array(val.targets), config, False),
         classes=tuple(train.classes),
@@ -133,10 +131,10 @@ def _folders_fingerprint(config: DatasetConfig, train: Split, val: Split) -> dic
     }
 
 
-def _folders(config: DatasetConfig, root: Path) -> Data:
+def _folders(config: DatasetConfig, root: Path) -> ImageData:
     train, val = _splits(config, root)
     chosen = subset(len(train.paths), config.limit)
-    return Data(
+    return ImageData(
         train=_files(train, chosen, config.image_size, config.augment),
         val=_files(val, range(len(val.paths)), config.image_size, False),
         classes=tuple(train.classes),
