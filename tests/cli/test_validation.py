@@ -24,7 +24,7 @@ def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_p
 # The override, and what the message must name: the key, and what is allowed.
 REFUSED = [
     ("+sead=1", "sead", ()),
-    ("+job=rounding", "task is not a key", ("job=rounding",)),
+    ("+task=rounding", "task is not a key", ("job=rounding",)),
     ("+schedule.epoch=3", "schedule", ("epoch",)),
     ("+quant.gradient.sample=2", "sample", ()),
     ("schedule.epochs=0", "schedule.epochs=0", ("at least 1",)),
