@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config
-from luqrun.tasks.task import Metric
+from luqrun.runs.metric import Metric
 
 LETTERS, CLASSES, LONGEST, PADDING = 12, 3, 9, -1
 
@@ -40,7 +40,7 @@ class Labelling:
         self.data = SimpleNamespace(
             train=Words(64, seed=0),
             val=Words(45, seed=1),
-            fingerprint={"classes": CLASSES, "train": 64, "val": 45},
+            fingerprint=fingerprint(config),
             describe=lambda: "64 training and 45 validation words",
         )
 
@@ -71,6 +71,10 @@ class Labelling:
 
 
 build = Labelling
+
+
+def fingerprint(config: Config) -> dict:
+    return {"classes": CLASSES, "train": 64, "val": 45}
 
 
 def validate(config: Config) -> None:

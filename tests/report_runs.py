@@ -150,11 +150,12 @@ def a_record(table, row, column, seed, top1, *, scale="glyphs", study=None, curv
         row=row,
         column=column,
         seed=seed,
-        top1=top1,
+        value=top1,
         curve=tuple(curve or (() if diverged else (4.0, 30.5, top1))),
         rounding=(),
-        config=f"seed: {seed}\n",
+        config={"seed": seed},
         run=run_json("diverged" if diverged else "finished", overrides),
+        more={},
     )
 
 

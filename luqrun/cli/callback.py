@@ -34,7 +34,11 @@ class Checks(Callback):
             overrides.refuse_alone(config)
             overrides.repeated(config)
             with own_configs.naming_files(config, sys.argv[1:]):
-                validate(to_config(config), Path(config.hydra.run.dir))
+                own = to_config(config)
+                validate(own, lambda: Path(config.hydra.run.dir))
+            from luqrun.tasks import fingerprint_data  # loads numpy
+
+            fingerprint_data(own)  # the folder is named for the data: without them there is none
             if process_group.is_first():
                 make_folder(Path(config.hydra.run.dir))
         except REFUSED as error:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -49,10 +50,11 @@ def to_config(composed: DictConfig) -> Config:
         raise UserError(one_line(error)) from None
 
 
-def validate(config: Config, folder: Path | None = None) -> None:
+def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     """Raise UserError naming the first key whose value is not allowed.
 
-    folder: of the run; where it holds a checkpoint or a result, the one that `resume` names is not needed any more.
+    folder: of the run, asked for where `resume` names what is not there: it is not needed any more where the folder
+    holds a checkpoint or a result.
     """
     _check_values(config)
     check_choice("job", config.job, JOBS)
@@ -67,7 +69,7 @@ def validate(config: Config, folder: Path | None = None) -> None:
     if (
         config.resume not in ("auto", "never", "base")
         and not os.path.isfile(os.path.expanduser(config.resume))
-        and not (folder is not None and RunFolder(folder).goes_on_by_itself())
+        and not (folder is not None and RunFolder(folder()).goes_on_by_itself())
     ):
         raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():

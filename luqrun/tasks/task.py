@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from luqrun.runs.metric import Metric
+
 Batch = Any  # a tensor, or a tuple, list or dict of batches; on the CPU as served, on the run's device as trained on
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What an evaluation reports. name: as in files, such as val/top1; label: as in tables, such as top-1 %."""
-
-    name: str
-    label: str
-    higher_is_better: bool
-
-    @property
-    def short(self) -> str:
-        """The name without the part of the data that it is of: top1."""
-        return self.name.partition("/")[2]
-
-    @property
-    def title(self) -> str:
-        """The label without its unit: top-1."""
-        return self.label.removesuffix(" %")
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than `best`; None: there is no value yet."""
-        return best is None or (value > best if self.higher_is_better else value < best)
 
 
 class Examples(Protocol):
@@ -47,8 +25,8 @@ class Examples(Protocol):
 class Data(Protocol):
     """A training and a validation set.
 
-    fingerprint: what tells these data from others, as plain JSON (luqrun.tasks.fingerprint): run.json and checkpoints
-    record it.
+    fingerprint: what tells these data from others, as plain JSON; run.json and checkpoints record it. The same as
+    luqrun.tasks.fingerprint_data finds without reading them.
     """
 
     train: Examples

@@ -18,7 +18,8 @@ from luqrun.quant import kernels
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import OPERANDS, Recipe
-from luqrun.runs.folder import SUMMARY, RunFolder, now
+from luqrun.runs.folder import RunFolder, now
+from luqrun.runs.reading import SUMMARY
 from luqrun.train.kernel_compilation import compile_kernels
 
 log = logging.getLogger(__name__)

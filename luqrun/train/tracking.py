@@ -15,7 +15,8 @@ from torch.utils.tensorboard.summary import histogram_raw, hparams, scalar
 from luqrun.config import Config, flatten
 from luqrun.quant.convert import quantized_layers
 from luqrun.quant.recipe import OPERANDS
-from luqrun.runs.folder import EVENTS, NOT_IN_RESULT, RunFolder
+from luqrun.runs.folder import EVENTS, RunFolder
+from luqrun.runs.identity import NOT_IN_RESULT
 from luqrun.train.events import EventFile
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,9 @@ from luqrun.quant import gemms
 from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.quant.recipe import Recipe
 from luqrun.runs import checkpoint
-from luqrun.runs.folder import SUMMARY, RunFolder, now
+from luqrun.runs.folder import RunFolder, now
+from luqrun.runs.identity import refuse_changed_data
+from luqrun.runs.reading import SUMMARY
 from luqrun.runs.start import find_start
 from luqrun.runtime import process_group
 from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory, to_device
@@ -90,6 +92,7 @@ class Trainer:
         self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
         self.task = build_task(config)
         self.data, self.metric = self.task.data, self.task.metrics[0]
+        refuse_changed_data(folder, self.data.fingerprint)
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.forms)
         self.model = setup.build(config, self.recipe, self.task, device)

@@ -9,8 +9,8 @@ from running import build_trainer, quiet_machine
 from torch import nn
 
 from luqrun import tasks
+from luqrun.runs.metric import Metric
 from luqrun.tasks.classification.task import Classification
-from luqrun.tasks.task import Metric
 
 
 @pytest.fixture(scope="module")

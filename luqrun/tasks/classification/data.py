@@ -8,14 +8,13 @@ Nothing heavy is imported before a data set is built.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
 from luqrun.errors import UserError
-from luqrun.tasks.fingerprint import Found
 
 if TYPE_CHECKING:
     from luqrun.tasks.task import Examples
@@ -30,7 +29,8 @@ MAX_WORKERS = 256  # each is a process
 class ImageData:
     """A training and a validation set of images (channels, image_size, image_size) in the same classes.
 
-    found: what they were made from; by default what these sets themselves say.
+    fingerprint: of the files that they were read from (luqrun.tasks.fingerprint_data); {} for images that were drawn.
+    of: training images there are, before dataset.limit; left_out: what was no image, in words.
     """
 
     train: Examples
@@ -38,24 +38,26 @@ class ImageData:
     classes: tuple[str, ...]
     channels: int
     image_size: int
-    found: Found | None = None
-
-    def __post_init__(self):
-        if self.found is None:
-            counts = len(self.classes), len(self.train), len(self.val)
-            object.__setattr__(self, "found", Found(None, *counts, digest=""))
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """As luqrun.tasks.task.Data has it."""
-        return asdict(self.found)
+    fingerprint: dict[str, object] = field(default_factory=dict)
+    of: int | None = None
+    left_out: str = ""
 
     def describe(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""
-        of = f" of {self.found.train:,}" if self.found.train != len(self.train) else ""
-        left_out = f"; left out: {self.found.left_out}" if self.found.left_out else ""
+        of = f" of {self.of:,}" if self.of not in (None, len(self.train)) else ""
+        left_out = f"; left out: {self.left_out}" if self.left_out else ""
         images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
         return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
+
+
+def fingerprint_dataset(config: DatasetConfig) -> dict:
+    """The fingerprint of what build_dataset would read; {} for images that are drawn. Raises UserError as it does."""
+    check_choice("dataset.name", config.name, NAMES)
+    if config.name == "glyphs":
+        return {}
+    from luqrun.tasks.classification.images import fingerprint_images
+
+    return fingerprint_images(config)
 
 
 def validate_dataset(config: DatasetConfig) -> None:

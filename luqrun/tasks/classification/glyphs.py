@@ -52,6 +52,7 @@ def build_glyphs(config: DatasetConfig) -> ImageData:
         classes=CLASSES,
         channels=1,
         image_size=config.image_size,
+        of=len(train),
     )
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config, check_choice
-from luqrun.tasks.classification.data import build_dataset, validate_dataset
+from luqrun.runs.metric import Metric
+from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
-from luqrun.tasks.task import Metric
 
 
 def build(config: Config) -> Classification:
@@ -24,6 +24,11 @@ def validate(config: Config) -> None:
     check_choice("model.name", config.model.name, MODELS)
     check_choice("model.stem", config.model.stem, STEMS)
     validate_dataset(config.dataset)
+
+
+def fingerprint(config: Config) -> dict:
+    """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
+    return fingerprint_dataset(config.dataset)
 
 
 class Classification:
