@@ -15,8 +15,8 @@ from luqrun.quant.kernels.cpu import ahead, driver
 
 LOOPS = """
 import numpy as np
-from luqrun.kernels.numba_driver import CHUNK, driver, floats
-from luqrun.kernels.numba_rows import row_loop
+from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
+from luqrun.quant.kernels.cpu.rows import row_loop
 
 @row_loop()
 def twice(values):

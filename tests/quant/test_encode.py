@@ -146,18 +146,19 @@ def test_codes_of_elements_on_the_edge(form, rounding):
 ENCODE = """
 import numpy as np
 import torch
-from luqrun.formats import FORMATS
-from luqrun.kernels import numba_encode, numba_rows, reference
-from luqrun.kernels.philox import make_stream
+from luqrun.quant.formats import FORMATS
+from luqrun.quant.kernels import reference
+from luqrun.quant.kernels.cpu import encode, rows
+from luqrun.quant.kernels.philox import make_stream
 
-assert not numba_rows.HAS_FMA
+assert not rows.HAS_FMA
 x, stream, scale = torch.randn(5000), make_stream(3), np.float32(0.06)
 words, found = reference.random_words(stream, 0, x.numel()).numpy().astype(np.uint32), np.zeros(5000, np.int8)
 for name, rounding, underflow in (("e3m0", "stochastic", "stochastic"), ("int4", "nearest", None)):
     form = FORMATS[name]
-    how = form.logarithmic, numba_rows.MODES[rounding], numba_rows.MODES[underflow], False
+    how = form.logarithmic, rows.MODES[rounding], rows.MODES[underflow], False
     ends = np.float32(-form.limit), np.float32(form.limit)
-    numba_encode.encode(x.numpy().view(np.int32), found, words, scale, *ends, *how)
+    encode.encode(x.numpy().view(np.int32), found, words, scale, *ends, *how)
     how = torch.tensor(scale), torch.tensor(True), form, rounding, underflow, stream
     assert torch.equal(torch.from_numpy(found), reference.encode(x, *how)[0])
 """
