@@ -1,4 +1,4 @@
-"""Train 2,000 steps and show that memory, threads and open files do not grow: the long version of tests/runs/test_kills.py.
+"""Train 2,000 steps and show that memory, threads and open files do not grow: tests/runs/test_kills.py at length.
 
 python scripts/soak.py                                  some minutes on one core; exits with 1 where memory grows
 python scripts/soak.py precision=bf16 dataset.workers=2 with any override of luqrun
