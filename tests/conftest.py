@@ -43,13 +43,13 @@ def z_limit():
     return limit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A folder for the generated glyphs of a module's runs."""
+    """A folder for the generated glyphs of the runs."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shell(cache):
     """Commands of `luqrun` as processes (tests/shell.py)."""
     shell = Shell(cache)
