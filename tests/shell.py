@@ -1,8 +1,8 @@
 """For the tests of the command line: processes of `python -m luqrun` without two seconds of imports each.
 
 Run as a script it imports what the job needs and then forks for each command on its standard input, a line of JSON. The
-child is what `python -m luqrun ARGUMENTS` is: the same main, its own file descriptors, and a real exit code. A script in
-tests/ may run in its place.
+child is what `python -m luqrun ARGUMENTS` is: the same main, its own file descriptors, and a real exit code. Scripts in
+tests/ run in the same way.
 """
 
 import json

@@ -220,7 +220,7 @@ def test_asking_for_the_commit_leaves_the_repository_alone(tmp_path, monkeypatch
 
 HOLDER = """
 import sys, time
-from luqrun.run_folder import RunFolder
+from luqrun.runs.folder import RunFolder
 with RunFolder(sys.argv[1]).locked():
     print("locked", flush=True)
     time.sleep(60)

@@ -130,7 +130,7 @@ def test_what_was_profiled_is_said(tmp_path, caplog, wanted, left, done, said):
 QUIET = """
 import torch
 from pathlib import Path
-from luqrun.profiling import StepProfiler
+from luqrun.train.profiling import StepProfiler
 profiler = StepProfiler(Path("."), 1, 9, torch.device("cpu"))
 for _ in range(9):
     torch.ones(3).add_(1)
