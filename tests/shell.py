@@ -102,14 +102,15 @@ def _child(cwd, script, arguments, variables, file_size, out, err):
 def _serve():
     import tempfile
 
-    import numba
+    import running
+    from hydra.core.plugins import Plugins
 
-    import luqrun.cli
-    import luqrun.quant.kernels.cpu.backend
-    import luqrun.quant.kernels.cpu.int8
-    import luqrun.train.trainer  # noqa: F401
+    import luqrun.cli.command  # noqa: F401
 
-    numba.njit(lambda number: number)(1)  # the compiler loads more at its first use
+    # A run, for what is loaded only at its first use: kernels, their compiler, the writer of curves.
+    Plugins.instance()
+    with tempfile.TemporaryDirectory() as folder:
+        running.train(Path(folder) / "run", "quant=luq", "finetune=fnt1")
     running = {}
     for line in sys.stdin:
         request = json.loads(line)
