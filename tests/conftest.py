@@ -1,6 +1,7 @@
 """Fixtures shared by the tests, and the order of the files."""
 
 import fcntl
+import gc
 import hashlib
 import os
 import shutil
@@ -31,6 +32,13 @@ LONGEST = (
     "runs/test_twins.py",
     "cli/test_sweeps.py",
     "bench/test_contenders.py",
+    "bench/test_run.py",
+    "train/test_trainer.py",
+    "train/test_tracking.py",
+    "test_conf.py",
+    "quant/test_gemms.py",
+    "quant/test_kernels_cuda.py",
+    "cli/test_overrides.py",
 )
 
 
@@ -44,6 +52,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # who collects garbage in a test need not look through all that was imported: half a second each time
 
 
 @pytest.fixture(autouse=True)

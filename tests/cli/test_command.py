@@ -19,7 +19,6 @@ from luqrun import __version__ as luqrun_version
 from luqrun.runs.folder import run_id
 
 FAST = (*TINY, "quant=fp32")
-PARTS = ("torchvision", "triton", "numba", "tensorboard")
 
 
 @pytest.fixture
@@ -306,20 +305,6 @@ def test_options_may_stand_among_the_overrides(luqrun, tmp_path):
 def test_the_version_is_ours(luqrun):
     result = luqrun("--version")
     assert (result.code, result.out) == (0, f"luqrun {luqrun_version}\n")
-
-
-def loaded_by(*arguments) -> set[str]:
-    """Which of the heavy modules the process has in the end."""
-    code = f"import atexit, sys; atexit.register(lambda: print('LOADED', *(set({PARTS}) & set(sys.modules))))\n"
-    result = subprocess.run([sys.executable, "-c", code + "\n".join(arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return set(result.stdout.splitlines()[-1].split()[1:])
-
-
-def test_import_and_help_load_nothing_heavy():
-    help_command = "sys.argv = ['luqrun', '--help']; import runpy; runpy.run_module('luqrun', run_name='__main__')"
-    assert loaded_by("import luqrun", "luqrun.recipe('luq')") == set()
-    assert loaded_by(help_command) == set()
 
 
 def test_waiting_threads_soon_sleep(tmp_path):
