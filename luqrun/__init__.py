@@ -13,8 +13,9 @@ RESULTS = 2
 # Imported on first use: `import luqrun` stays free of torch and everything heavier.
 _HOMES = {
     "Recipe": "luqrun.quant.recipe",
-    "recipe": "luqrun.quant.recipe",
+    "recipe": "luqrun.config",
     "Quantizer": "luqrun.quant.quantizer",
+    "quantizer": "luqrun.quant.quantizer",
     "QuantizedTensor": "luqrun.quant.quantizer",
     "quantize_model": "luqrun.quant.convert",
     "set_step": "luqrun.quant.convert",

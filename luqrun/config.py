@@ -6,10 +6,15 @@ than a type stand in `validate`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from luqrun.errors import UserError
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice  # noqa: F401
+
+if TYPE_CHECKING:
+    from luqrun.quant.recipe import Recipe
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
@@ -51,34 +56,80 @@ class DatasetConfig:
 
 @dataclass
 class OperandConfig:
-    """One quantizer: how one operand of the GEMMs becomes 4-bit codes."""
+    """The quantizer of an operand in all its GEMMs; see luqrun.quant.quantizer.Quantizer."""
 
     format: str = "???"
     range: str = "absmax"
     rounding: str = "nearest"
+    underflow: str | None = None
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
+    largest: int | None = None
 
 
 @dataclass
 class GradientConfig(OperandConfig):
-    """The gradient's quantizer: logarithmic formats add an underflow rule, re-sampling adds samples; see Quantizer."""
+    """The gradient's has draws to average. `samples_scope`: wgrad alone averages, or both GEMMs do."""
 
-    underflow: str | None = None
     samples: int = 1
     samples_scope: str = "wgrad"
     redraw_every: int = 1
-    two_phase: bool = False
+
+
+@dataclass
+class OperandChanges:
+    """What differs in one GEMM: keys to change (null: unchanged); with a `format`, a whole quantizer of its own."""
+
+    format: str | None = None
+    range: str | None = None
+    rounding: str | None = None
+    underflow: str | None = None
+    pow2_scale: bool | None = None
+    hindsight_momentum: float | None = None
+    largest: int | None = None
+
+
+@dataclass
+class GradientChanges(OperandChanges):
+    samples: int | None = None
+    redraw_every: int | None = None
+
+
+@dataclass
+class FpropConfig:
+    """Operands of the output's GEMM (null: high precision)."""
+
+    activation: OperandChanges | None = field(default_factory=OperandChanges)
+    weight: OperandChanges | None = field(default_factory=OperandChanges)
+
+
+@dataclass
+class DgradConfig:
+    """Operands of the GEMM of the input's gradient (null: high precision)."""
+
+    gradient: GradientChanges | None = field(default_factory=GradientChanges)
+    weight: OperandChanges | None = field(default_factory=OperandChanges)
+
+
+@dataclass
+class WgradConfig:
+    """Operands of the GEMM of the weight's gradient (null: high precision)."""
+
+    gradient: GradientChanges | None = field(default_factory=GradientChanges)
+    activation: OperandChanges | None = field(default_factory=OperandChanges)
 
 
 @dataclass
 class QuantConfig:
-    """A recipe: a quantizer, or none, for each operand, and the layers that stay in high precision."""
+    """A recipe: a quantizer, or none, for each operand, what differs in a GEMM, and the layers in high precision."""
 
     name: str = "???"
     weight: OperandConfig | None = None
     activation: OperandConfig | None = None
     gradient: GradientConfig | None = None
+    fprop: FpropConfig | None = field(default_factory=FpropConfig)
+    dgrad: DgradConfig | None = field(default_factory=DgradConfig)
+    wgrad: WgradConfig | None = field(default_factory=WgradConfig)
     skip: list[str] = field(default_factory=lambda: ["first", "last", "shortcut"])
 
 
@@ -164,24 +215,6 @@ class Config:
     cell: CellConfig = field(default_factory=CellConfig)
 
 
-def check_choice(key: str, value: str, allowed) -> None:
-    """Raise UserError naming `key` and what is allowed."""
-    if value not in allowed:
-        raise UserError(f"{key}={value} is not known; allowed: {', '.join(allowed)}")
-
-
-def check_at_least(key: str, value: float, least: float) -> None:
-    """Raise UserError if value < least."""
-    if value < least:
-        raise UserError(f"{key}={value} is too small; it must be at least {least}")
-
-
-def check_at_most(key: str, value: float, most: float) -> None:
-    """Raise UserError if value > most."""
-    if value > most:
-        raise UserError(f"{key}={value} is too large; it must be at most {most}")
-
-
 def flatten(values: dict, prefix: str = "") -> dict:
     """Nested dicts of settings to one with dotted keys, such as dataset.root."""
     flat = {}
@@ -197,3 +230,48 @@ def conf_dir() -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise UserError(f"conf/ was found neither in {here} nor beside it; install luqrun again")
+
+
+def recipe(name: str, **overrides) -> Recipe:
+    """The recipe of conf/quant/<name>.yaml, or of a YAML file of one's own (a path), with overrides as keywords.
+
+    Keywords are the keys of the file (weight, activation, gradient, fprop, dgrad, wgrad: None, or a dict of the keys to
+    change; skip) and, for short, `samples` and `samples_scope` of the gradient. Raises UserError for unknown names,
+    keys and values.
+
+    >>> recipe("luq", samples=2, skip=())
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from luqrun.quant.recipe import Recipe
+
+    known = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
+    path = Path(name) if name.endswith(".yaml") else conf_dir() / "quant" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}, or the path of a .yaml file")
+    for key in ("samples", "samples_scope"):
+        if key in overrides:
+            if overrides.get("gradient", {}) is None:
+                raise UserError(f"{key} is a setting of the gradient's quantizer, and gradient=None removes it")
+            overrides["gradient"] = {**(overrides.get("gradient") or {}), key: overrides.pop(key)}
+    try:
+        keys = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(keys, dict):
+        raise UserError(f"recipe file {path} must hold keys, such as weight and gradient")
+    try:
+        return Recipe.from_keys({"name": path.stem, **_merged(keys, overrides)})
+    except UserError as error:
+        raise UserError(f"recipe {name!r}: {error}") from None
+
+
+def _merged(keys: dict, changes: Mapping) -> dict:
+    """Nested dicts, the second over the first."""
+    found = dict(keys)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _merged(found[key], value) if nested else value
+    return found

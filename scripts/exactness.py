@@ -1,4 +1,4 @@
-"""Compare the GEMMs of random layers with int64 arithmetic, bit for bit: tests/quant/test_exactness.py at length.
+"""Compare the GEMMs of random layers with int64 arithmetic, bit for bit: long form of tests/quant/test_exactness.py.
 
 python scripts/exactness.py                     2,000 layers, some minutes; exits with 1 where a number is wrong
 python scripts/exactness.py --cases 100 --seed 7

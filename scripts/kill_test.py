@@ -1,4 +1,4 @@
-"""Kill runs at random instants and show that they end bit-identical: tests/runs/test_kills.py at length.
+"""Kill runs at random instants and show that they end bit-identical: the long form of tests/runs/test_kills.py.
 
 python scripts/kill_test.py --kills 200                 about ten minutes on one core; exits with 1 if a run differs
 python scripts/kill_test.py --kills 20 --only bf16      variants with bf16 in their name

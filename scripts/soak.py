@@ -1,4 +1,4 @@
-"""Train 2,000 steps and show that memory, threads and open files do not grow: tests/runs/test_kills.py at length.
+"""Train 2,000 steps: memory, threads and open files must not grow. The long form of tests/runs/test_kills.py.
 
 python scripts/soak.py                                  some minutes on one core; exits with 1 where memory grows
 python scripts/soak.py precision=bf16 dataset.workers=2 with any override of luqrun

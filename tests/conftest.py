@@ -18,6 +18,10 @@ import pytest
 import torch
 from shell import Shell
 
+from luqrun.quant.kernels import own_process
+
+own_process()  # the kernels are those of the command line
+
 # Before anything imports triton or torchvision: without a GPU, the Triton kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -11,9 +11,9 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels.cuda import backend as cuda
-from luqrun.quant.quantizer import SAWB
 
 
 class H100:
@@ -57,13 +57,12 @@ def tensor(*shape, dtype=torch.bfloat16, channels_last=False):
 
 
 def encode(x, form, rounding, underflow, dtype, packed, observe):
-    names = FORMATS[form], rounding, underflow
-    cuda.encode(x, scale, signed, *names, stream, 3, dtype, packed, observe)
+    how = Encoding(form, rounding=rounding, underflow=underflow)
+    cuda.encode(x, scale, signed, how, stream, 3, dtype, packed, observe)
 
 
-def quantize(x, form, rounding, range, sawb, estimate, pow2_scale=False):
-    underflow = rounding if FORMATS[form].logarithmic else None
-    cuda.quantize(x, FORMATS[form], rounding, underflow, range, pow2_scale, sawb, estimate, stream, bf16, True)
+def quantize(x, form, rounding, range, estimate, pow2_scale=False):
+    cuda.quantize(x, Encoding(form, range, rounding, pow2_scale=pow2_scale), estimate, stream, bf16, True)
 
 
 compiled, case = [], ""
@@ -78,9 +77,9 @@ CASES = {
     "activation": lambda: encode(image, "int4", "nearest", None, bf16, True, False),
     "bytes": lambda: encode(tensor(2**20, dtype=fp32), "e3m0_div128", "nearest", "flush", torch.float16, True, False),
     "beyond 2^31": lambda: encode(tensor(2**32), "int4", "stochastic", None, int8, False, False),
-    "sawb": lambda: quantize(image, "int4", "nearest", "sawb", SAWB[4], None),
-    "power of two": lambda: quantize(image, "e3m0", "stochastic", "absmax", (0.0, 0.0), None, True),
-    "estimate": lambda: quantize(image, "e3m0", "stochastic", "hindsight", (0.0, 0.0), scale),
+    "sawb": lambda: quantize(image, "int4", "nearest", "sawb", None),
+    "power of two": lambda: quantize(image, "e3m0", "stochastic", "absmax", None, True),
+    "estimate": lambda: quantize(image, "e3m0", "stochastic", "hindsight", scale),
     "unpack": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["e3m0"], bf16),
     "unpack int4": lambda: cuda.unpack(bits, (2**17,), False, signed, FORMATS["int4"], int8),
     "moments": lambda: cuda.statistics(tensor(2**32), True),

@@ -4,11 +4,17 @@ from itertools import product
 
 import torch
 
-from luqrun.quant.formats import FORMATS
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import FORMATS, Format
 
 LAST = torch.channels_last
 COMPILED = [form for form in FORMATS.values() if form.radix == 2]  # radix 4 has torch's operations alone
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def encoding(form: Format, rounding: str, underflow: str | None = None) -> Encoding:
+    """Of what kernels read; underflow is left out where the format has none."""
+    return Encoding(form.name, rounding=rounding, underflow=underflow if form.logarithmic else None)
 
 
 def normal(*shape, seed=1):

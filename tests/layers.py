@@ -10,10 +10,10 @@ from luqrun.quant.recipe import Recipe
 INT4 = Quantizer("int4", range="sawb")
 INT4_SR = Quantizer("int4", rounding="stochastic")
 E3M0 = Quantizer("e3m0", rounding="stochastic")
-LUQ = Recipe("luq", INT4, INT4, E3M0)
-NOTHING = Recipe("nothing")
-ALL_STOCHASTIC = Recipe("stochastic", INT4_SR, INT4_SR, E3M0)
-HINDSIGHT = Recipe(
+LUQ = Recipe.of("luq", INT4, INT4, E3M0)
+NOTHING = Recipe.of("nothing")
+ALL_STOCHASTIC = Recipe.of("stochastic", INT4_SR, INT4_SR, E3M0)
+HINDSIGHT = Recipe.of(
     "hindsight",
     Quantizer("int4", range="hindsight"),
     Quantizer("int4", range="hindsight"),

@@ -24,8 +24,8 @@ QUANTIZERS = {
     "sawb": Quantizer("int4", range="sawb"),
     "two-sided": Quantizer("int4"),
 }
-NEAREST = Recipe("nearest", weight=QUANTIZERS["sawb"], activation=QUANTIZERS["sawb"], gradient=QUANTIZERS["absmax"])
-HINDSIGHT = Recipe("hindsight", gradient=Quantizer("e3m0", range="hindsight", rounding="stochastic"))
+NEAREST = Recipe.of("nearest", weight=QUANTIZERS["sawb"], activation=QUANTIZERS["sawb"], gradient=QUANTIZERS["absmax"])
+HINDSIGHT = Recipe.of("hindsight", gradient=Quantizer("e3m0", range="hindsight", rounding="stochastic"))
 # 10 batches an epoch for one, two and three processes; 94 validation images are no multiple of any of them.
 RUN = ("dataset.batch_size=24", "model=vit_tiny", "quant=fp32", "tracking.health_every=4")
 
@@ -82,8 +82,8 @@ def hindsight():
 
 def stochastic_forward():
     """The weight's codes of a training forward, seen through an activation of ones, and the output of another."""
-    layer = linear(Recipe("stochastic", weight=Quantizer("int4", rounding="stochastic")))
-    noisy = linear(Recipe("stochastic", activation=Quantizer("int4", rounding="stochastic")))
+    layer = linear(Recipe.of("stochastic", weight=Quantizer("int4", rounding="stochastic")))
+    noisy = linear(Recipe.of("stochastic", activation=Quantizer("int4", rounding="stochastic")))
     return layer(torch.eye(64)).detach(), noisy(whole()).detach()
 
 

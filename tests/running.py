@@ -11,12 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-import luqrun.quant.kernels.cpu.backend  # chooses numba's threading layer before numba is asked for threads  # noqa: F401
 from luqrun.cli.validation import to_config
 from luqrun.config import Config, conf_dir
+from luqrun.quant.kernels import backend_for
 from luqrun.runs.folder import RunFolder
 from luqrun.train import trainer
 
+backend_for("cpu")  # chooses numba's threads, before numba is asked for them
 # 8 batches an epoch, and two whole validation batches and a smaller one.
 TINY = (
     "device=cpu",

@@ -102,15 +102,18 @@ def _child(cwd, script, arguments, variables, file_size, out, err):
 def _serve():
     import tempfile
 
-    import running
     from hydra.core.plugins import Plugins
 
     import luqrun.cli.command  # noqa: F401
+    from luqrun.quant.kernels import own_process
+
+    own_process()
+    from running import train
 
     # A run, for what is loaded only at its first use: kernels, their compiler, the writer of curves.
     Plugins.instance()
     with tempfile.TemporaryDirectory() as folder:
-        running.train(Path(folder) / "run", "quant=luq", "finetune=fnt1")
+        train(Path(folder) / "run", "quant=luq", "finetune=fnt1")
     running = {}
     for line in sys.stdin:
         request = json.loads(line)

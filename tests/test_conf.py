@@ -321,9 +321,9 @@ def test_a_model_of_the_experiments_trains_a_step(model, images, tmp_path):
         ("task=tune", ("task=tune", "train, rounding")),
         ("reuse=maybe", ("reuse", "maybe")),
         ("cell.tabel=fig2", ("cell.tabel", "cell.table")),
-        ("quant.gradient.two_phase=both", ("quant.gradient.two_phase", "both")),
+        ("quant.gradient.pow2_scale=both", ("quant.gradient.pow2_scale", "both")),
         ("quant.gradient.redraw_every=0.5", ("quant.gradient.redraw_every", "0.5")),
-        ("quant.weight.two_phase=true", ("quant.weight.two_phase", "quant.gradient.two_phase")),
+        ("quant.weight.redraw_every=2", ("quant.weight.redraw_every", "quant.gradient.redraw_every")),
     ],
 )
 def test_a_mistake_names_its_key(override, words):

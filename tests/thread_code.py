@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import luqrun
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
@@ -25,6 +26,7 @@ from luqrun.quant.quantizer import Quantizer
 LIMIT = 100  # seconds for a scenario, of which the first compiles
 SIZE = 3 * CHUNK + 77
 E3M0, TRUE, SCALE = FORMATS["e3m0"], torch.tensor(True), torch.tensor(0.05)
+DRAWN = Encoding("e3m0", rounding="stochastic")
 
 
 def tensor(seed, size=SIZE):
@@ -32,9 +34,7 @@ def tensor(seed, size=SIZE):
 
 
 def draw(backend, seed, x):
-    return backend.encode(
-        x, SCALE, TRUE, E3M0, "stochastic", "stochastic", make_stream(seed), packed=True, observe=True
-    )
+    return backend.encode(x, SCALE, TRUE, DRAWN, make_stream(seed), packed=True, observe=True)
 
 
 def everything(seed, size=SIZE):

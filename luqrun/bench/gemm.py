@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from luqrun.bench.timing import Contender, seconds
+from luqrun.internals.of_torch import int_mm
 from luqrun.quant.quantizer import Quantizer
 
 FP8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}  # E3M0 is exact in both, INT4's 9 to 15 in e4m3 alone
@@ -44,7 +45,7 @@ def units(left: Tensor, right: Tensor, has_e3m0: bool) -> dict[str, Callable[[],
         return lambda: a @ b
 
     def scaled_int8() -> Tensor:
-        product = torch._int_mm(left, right)
+        product = int_mm(left, right)
         return torch.mul(product, scale, out=torch.empty_like(product, dtype=torch.bfloat16))
 
     def fp8(left_form: str, fast: bool) -> Callable[[], Tensor]:
@@ -56,11 +57,11 @@ def units(left: Tensor, right: Tensor, has_e3m0: bool) -> dict[str, Callable[[],
         return call
 
     bf16 = floating(torch.bfloat16)
-    found = {"fp32": floating(torch.float32), "bf16": bf16, "int8": lambda: torch._int_mm(left, right)}
+    found = {"fp32": floating(torch.float32), "bf16": bf16, "int8": lambda: int_mm(left, right)}
     if on_gpu:
         found["tf32"] = _with_tf32(found["fp32"])
     if not (left.is_contiguous() and right.t().is_contiguous()):
-        found["int8, copied"] = lambda: torch._int_mm(left.contiguous(), _columns(right))
+        found["int8, copied"] = lambda: int_mm(left.contiguous(), _columns(right))
     found |= {"bf16 scaled": lambda: bf16().mul_(scale), "int8 scaled": scaled_int8}
     for form in FP8 if has_e3m0 else ["e4m3"]:
         found[f"fp8 {form} x e4m3"] = fp8(form, fast=False)

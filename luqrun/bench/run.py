@@ -18,8 +18,10 @@ import torch
 from luqrun.bench import picture, report
 from luqrun.bench.sections import FULL, MODELS, QUICK, SECTIONS, Sizes
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import allow_recompilations
 from luqrun.quant import gemms
 from luqrun.quant.function import code_dtype
+from luqrun.quant.kernels import own_process
 from luqrun.quant.kernels.cpu import int8_direct
 from luqrun.runs.folder import now, provenance, write_atomically
 from luqrun.runtime.devices import choose_device
@@ -55,7 +57,8 @@ def run(
         raise UserError(f"out={out} is not a folder")
     out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # as the trainer does
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # networks share their code
+    own_process()
+    allow_recompilations(64)  # networks share their code
     record = _start(out / RECORD, describe(chosen, quick))
     for section in only:
         cases = SECTIONS[section](chosen, sizes or (QUICK if quick else FULL), tuple(models))

@@ -174,7 +174,7 @@ def _steps(model: str, device: torch.device, sizes: Sizes, names: Iterable[str])
     timings = interleave(contenders, sizes.rounds["step"], device, settle=1)
     kinds = _kinds([each for each in contenders if each.name in timings.rounds], device, *sizes.profiled)
     record = {"workload": vars(workload), **timings.as_record(), "seconds_by_kind": kinds}
-    torch._dynamo.reset()  # what was compiled goes with its network
+    torch.compiler.reset()  # what was compiled goes with its network
     return record, _ratios(timings, STEP_PAIRS) + _fastest(timings)
 
 
@@ -211,7 +211,7 @@ def memory(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Itera
             why = left_out(lambda: measure(name, options))  # noqa: B023
             if why:
                 without[name] = why
-            torch._dynamo.reset()
+            torch.compiler.reset()
         ratios = _memory_ratios(peaks, kept, resident)
         how = "torch.cuda.max_memory_allocated" if on_gpu else "allocations that torch.profiler recorded"
         record = {"workload": vars(workload), "how": how, "peak": peaks, "kept": kept, "resident": resident}

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+from luqrun.internals.of_torch import compiler_errors
 
 log = logging.getLogger(__name__)
 
-COMPILING = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)  # inductor's own are mostly of the first kind
+COMPILING = compiler_errors()
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,9 @@ def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     # Imported here and not above: --help and typing errors do without torch.
+    from luqrun.quant.kernels import own_process
+
+    own_process()
     if config.task == "rounding":
         from luqrun.train import rounding_experiment
 

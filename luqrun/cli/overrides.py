@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
+from luqrun.internals.of_hydra import args_parser
 
 OF_A_SWEEP = ("hydra.launcher.", "hydra.sweeper.", "hydra.sweep.")
 UNQUOTED = re.compile(r"[\w\-./\\ :%+*@?|$,]", re.ASCII)  # what Hydra's grammar takes in a value without quotes
@@ -24,7 +24,7 @@ UNQUOTED = re.compile(r"[\w\-./\\ :%+*@?|$,]", re.ASCII)  # what Hydra's grammar
 
 def options_first(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra can read it, whose overrides may not stand on both sides of an option."""
-    parser = get_args_parser()
+    parser = args_parser()
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; luqrun --help shows how it is used")

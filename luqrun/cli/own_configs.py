@@ -4,14 +4,12 @@ mistake in one its file, line and key."""
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import hydra.conf
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun.cli.messages import dotted_keys, one_line, unknown_key
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
+from luqrun.internals.of_hydra import args_parser, read_when_raised
 
 SCANNED = re.compile("scanning a|flow")  # what PyYAML was in the middle of, where the mistake is at its beginning
 PACKAGE = "# @package _global_"
@@ -29,7 +28,7 @@ MARK = "\ufeff"  # a byte order mark, before which Hydra finds no PACKAGE
 
 def own_folders(arguments: Sequence[str]) -> list[Path]:
     """The folders that a command line adds to Hydra's search path, in its order."""
-    options, _ = get_args_parser().parse_known_args(arguments)
+    options, _ = args_parser().parse_known_args(arguments)
     folders = [options.config_dir] if options.config_dir else []
     for text in options.overrides:
         if text.lstrip("+").startswith("hydra.searchpath="):
@@ -139,18 +138,13 @@ def _find(name: str, folders: Sequence[Path]) -> Path | None:
 
 
 def _being_read(error: Exception, folders: Sequence[Path]) -> Path | None:
-    """The file that was being read when the error was raised: Hydra itself names it in its frames only."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-        if module == "hydra._internal.core_plugins.file_config_source" and "full_path" in frame.f_locals:
-            path = Path(frame.f_locals["full_path"])
-            for folder in folders:  # as it was given
-                if path.is_relative_to(folder.resolve()):
-                    return folder / path.relative_to(folder.resolve())
-        elif module == "hydra._internal.config_repository" and isinstance(error, ValueError):
-            path = _find(str(frame.f_locals.get("config_path")), folders)
-            if path is not None and "defaults" in str(error):
-                return path
+    """The file of one's own that was being read when the error was raised."""
+    path, name = read_when_raised(error)
+    if name is not None:
+        return _find(name, folders)
+    for folder in folders if path is not None else ():  # as it was given
+        if path.is_relative_to(folder.resolve()):
+            return folder / path.relative_to(folder.resolve())
     return None
 
 

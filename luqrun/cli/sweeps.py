@@ -26,6 +26,7 @@ from luqrun.cli.messages import one_line
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.own_configs import refuse_empty
 from luqrun.errors import UserError
+from luqrun.internals.of_hydra import ships_with_hydra
 from luqrun.runs.folder import RunFolder
 
 log = logging.getLogger("luqrun")
@@ -126,7 +127,7 @@ def _watched(launch: Callable) -> Callable:
         if initial_job_idx == 0:
             jobs.clear()
         jobs.extend([_planned(launcher, each, number) for number, each in enumerate(job_overrides, initial_job_idx)])
-        if not launcher.__module__.startswith("hydra._internal"):  # the jobs' own words may be on no console
+        if not ships_with_hydra(type(launcher)):  # the jobs' own words may be on no console
             for number, job in enumerate(jobs[initial_job_idx:], initial_job_idx):
                 print(f"to {type(launcher).__name__}: {_title(number, job.overrides)}", file=sys.stderr)
         try:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from luqrun.internals.of_torch import tree_leaves
 from luqrun.quant.kernels.philox import MICRO_STEP
 from luqrun.quant.layers import QuantLayer
 

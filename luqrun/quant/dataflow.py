@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import tree_leaves
 
 # torch's own transformers look at their input's dimensions, which fx cannot trace: a chain of their layers instead.
 CHAINS = (

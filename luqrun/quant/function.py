@@ -17,33 +17,45 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals import is_batched, is_watched
+from luqrun.internals.of_torch import is_batched, is_watched
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import dense, is_channels_last
+from luqrun.quant.kernels.philox import of_gemm
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health
+from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
 
 
 class Operand(NamedTuple):
-    """What enters a GEMM: codes (a sum of draws, of which `others` are more), their scale and signedness, or a
+    """What enters a GEMM: draws of codes whose sum it is (one, but for re-sampling), their scale and signedness; or a
     high-precision tensor and twice None."""
 
-    values: Tensor
+    draws: tuple[Tensor, ...]
     scale: Tensor | None = None
     signed: Tensor | None = None
-    others: tuple[Tensor, ...] = ()
+
+    @property
+    def codes(self) -> Tensor:
+        """The only draw."""
+        assert len(self.draws) == 1
+        return self.draws[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.draws[0].dtype
 
     def has_int8(self) -> bool:
-        return self.scale is not None and self.values.dtype == torch.int8
+        return self.scale is not None and self.dtype == torch.int8
 
     def as_float(self, dtype: torch.dtype) -> Tensor:
         """The values as `dtype`, all draws summed."""
-        total = self.values.to(dtype)
-        for other in self.others:
+        first, *others = self.draws
+        total = first.to(dtype)
+        for other in others:
             total = total + other.to(dtype)
         return total
 
@@ -67,7 +79,7 @@ def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.int8 and form.code_dtype != torch.int8 else dtype
 
 
-class Kept(NamedTuple):
+class Stored(NamedTuple):
     """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; or the tensor itself);
     the rest says how to read them."""
 
@@ -79,15 +91,15 @@ class Kept(NamedTuple):
     def operand(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
         """The operand again, its codes as `dtype`, from the tensors that autograd kept."""
         if self.form is None:
-            return Operand(tensors[0])
+            return Operand(tensors[:1])
         fields, scale, signed = tensors[:3]
         layout, dtype = (self.shape, self.channels_last), held_by(self.form, dtype)
-        return Operand(ops.unpack(fields, *layout, signed, self.form.name, dtype), scale, signed)
+        return Operand((ops.unpack(fields, *layout, signed, self.form.name, dtype),), scale, signed)
 
 
 @dataclass
 class Plan:
-    """What one call of a layer does: its quantizers (None: high precision), draws and memory.
+    """What one call of a layer does: the quantizers of its GEMMs (None: high precision), draws and memory.
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
@@ -95,9 +107,9 @@ class Plan:
     operands that are not the same in all of them.
     """
 
-    weight: Quantizer | None
-    activation: Quantizer | None
-    gradient: Quantizer | None
+    fprop: Fprop
+    dgrad: Dgrad
+    wgrad: Wgrad
     streams: dict[str, Tensor]
     hindsight: dict[str, Tensor]
     observe: Callable[[str, Tensor], None] | None = None
@@ -105,55 +117,96 @@ class Plan:
     keep: bool = True
     share: Callable[[Tensor], Tensor] | None = None
 
-    def quantize(self, operand: str, x: Tensor, dtype: torch.dtype, packed: bool = False) -> tuple[Operand, Kept]:
-        """x as an Operand with codes of `dtype` (or float32 where that cannot hold them), and as what is kept of it
-        with `packed`: one draw."""
-        quantizer = getattr(self, operand)
+    def quantize(
+        self, operand: str, x: Tensor, quantizer: Quantizer | None, dtype: torch.dtype, packed: bool = False
+    ) -> tuple[Operand, Stored]:
+        """x as an Operand with one draw of codes of `dtype` (or float32 where that cannot hold them), and as what is
+        kept of it with `packed`, for the first GEMM that quantizes it."""
         if quantizer is None:
-            return Operand(x), Kept((x,))
-        form = quantizer.form
-        dtype = held_by(form, dtype)
-        share = None if operand == "weight" else self.share
-        encoded = quantizer.run(x, self.streams[operand], self.hindsight.get(operand), dtype, packed, share)
+            return Operand((x,)), Stored((x,))
+        first, stored, maximum = self._encode(operand, x, quantizer, self.streams[operand], dtype, packed)
         if operand in self.hindsight and self.observe is not None and x.numel():
-            self.observe(operand, encoded.maximum)
+            self.observe(operand, maximum)
         if self.health is not None:
-            quantized = QuantizedTensor(encoded.codes, encoded.scale, encoded.signed, form)
-            self.health[operand] = health(x, quantized)
-        kept = Kept((encoded.fields, encoded.scale, encoded.signed), form, x.shape, is_channels_last(x))
-        return Operand(encoded.codes, encoded.scale, encoded.signed), kept
+            self.health[operand] = health(x, QuantizedTensor(first.codes, first.scale, first.signed, quantizer.form))
+        return first, stored
+
+    def quantize_once_more(
+        self, gemm: str, operand: str, x: Tensor, quantizer: Quantizer | None, dtype: torch.dtype, packed: bool = False
+    ) -> tuple[Operand, Stored]:
+        """`quantize`, for a second GEMM that does it in another way: with a draw of its own."""
+        if quantizer is None:
+            return Operand((x,)), Stored((x,))
+        stream = self.streams[operand]
+        stream = of_gemm(stream, gemm) if quantizer.is_stochastic else stream
+        return self._encode(operand, x, quantizer, stream, dtype, packed)[:2]
+
+    def _encode(self, operand, x, quantizer, stream, dtype, packed) -> tuple[Operand, Stored, Tensor]:
+        share = None if operand == "weight" else self.share
+        dtype = held_by(quantizer.form, dtype)
+        codes, scale, signed, fields, maximum = quantizer.run(
+            x, stream, self.hindsight.get(operand), dtype, packed, share
+        )
+        stored = Stored((fields, scale, signed), quantizer.form, x.shape, is_channels_last(x))
+        return Operand((codes,), scale, signed), stored, maximum
+
+    def quantize_forward(
+        self, operand: str, x: Tensor, gemms: dict[str, Quantizer | None], dtype: torch.dtype, keep: bool
+    ) -> tuple[Operand, Stored]:
+        """x for fprop, and with `keep` what the backward pass takes of it for the other of its two `gemms`."""
+        (_, first), (gemm, second) = gemms.items()
+        same = in_same_codes(first, second)
+        if first is None and second is not None and keep:
+            return Operand((x,)), self.quantize(operand, x, second, dtype, packed=True)[1]
+        found, stored = self.quantize(operand, x, first, dtype, packed=keep and same)
+        if keep and not same:
+            stored = self.quantize_once_more(gemm, operand, x, second, dtype, packed=True)[1]
+        return found, stored
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.
 
-        With two phases they are two quantizations. With N samples the wgrad operand is the sum of N draws' codes, its
-        scale divided by N: one GEMM gives the average of the N weight gradients (SMP).
+        With N samples an operand is the sum of N draws' codes, its scale divided by N: one GEMM gives the average of
+        the N products (SMP). The first draw serves both GEMMs where they encode alike.
         """
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
-        first, _ = self.quantize("gradient", g, dtype)
-        quantizer = self.gradient
-        if quantizer is None or (quantizer.samples == 1 and not quantizer.two_phase):
-            return first, first
-        total, scale, signed, _ = first
-        if quantizer.two_phase:
-            half = scale / 2
-            codes = quantizer.encode(g, half, signed, self.streams["gradient"], 1, total.dtype)
-            return first, Operand(codes, half, signed)
+        for_dgrad, for_wgrad = self.dgrad.gradient, self.wgrad.gradient
+        one, _ = self.quantize("gradient", g, for_dgrad or for_wgrad, dtype)
+        if in_same_codes(for_dgrad, for_wgrad):
+            first = self._average(g, for_dgrad, one)
+            alike = for_dgrad is None or for_dgrad.samples == for_wgrad.samples
+            return first, first if alike else self._average(g, for_wgrad, one)
+        if for_dgrad is None:
+            return Operand((g,)), self._average(g, for_wgrad, one)
+        other, _ = self.quantize_once_more("wgrad", "gradient", g, for_wgrad, dtype)
+        return self._average(g, for_dgrad, one), self._average(g, for_wgrad, other, "wgrad")
+
+    def _average(self, g: Tensor, quantizer: Quantizer | None, one: Operand, gemm: str | None = None) -> Operand:
+        """`one` and the further samples of the quantizer; gemm: whose draws are its own."""
+        if quantizer is None or quantizer.samples == 1:
+            return one
+        (total,), scale, signed = one
+        stream = self.streams["gradient"] if gemm is None else of_gemm(self.streams["gradient"], gemm)
         limit = quantizer.samples * max(quantizer.form.limit, quantizer.form.unsigned_limit)
-        others = ()
-        draws = (
-            quantizer.encode(g, scale, signed, self.streams["gradient"], sample, first.values.dtype)
-            for sample in range(1, quantizer.samples)
+        further = (
+            quantizer.encode(g, scale, signed, stream, sample, total.dtype) for sample in range(1, quantizer.samples)
         )
         if total.dtype == torch.int8 and limit > EXACT[torch.int8] and quantizer.samples <= MAX_INT8_DRAWS:
-            others = tuple(draws)
+            draws = total, *further
         else:
             total = total.to(total.dtype if limit <= EXACT[total.dtype] else torch.float32, copy=True)
-            for codes in draws:
+            for codes in further:
                 total += codes
-        averaged = Operand(total, scale / quantizer.samples, signed, others)
-        return (averaged if quantizer.samples_scope == "both" else first), averaged
+            draws = (total,)
+        return Operand(draws, scale / quantizer.samples, signed)
+
+
+def in_same_codes(first: Quantizer | None, second: Quantizer | None) -> bool:
+    """Whether two GEMMs can share one quantization of a tensor: all but the number of samples is the same."""
+    if first is None or second is None:
+        return first is second
+    return first.encoding == second.encoding
 
 
 def exponent_counts(x: Tensor) -> Tensor:
@@ -169,31 +222,31 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _in_given_types(x: Operand) -> AbstractContextManager:
     """Within, torch multiplies what it is given as it is: autocast would make fp32 bf16."""
-    device_type = x.values.device.type
+    device_type = x.draws[0].device.type
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
-    if a.has_int8() and w.has_int8() and op.int8_pays(w.values.shape)[0]:
-        return op.int8_fprop(a.values, w.values, a.scale * w.scale, float_dtype(dtype), a.signed)
+    if a.has_int8() and w.has_int8() and op.int8_pays(w.codes.shape)[0]:
+        return op.int8_fprop(a.codes, w.codes, a.scale * w.scale, float_dtype(dtype), a.signed)
     compute = float_dtype(dtype)
     with _in_given_types(a):
         return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if g.has_int8() and w.has_int8() and not g.others and op.int8_pays(w.values.shape)[1]:
-        return op.int8_dgrad(g.values, w.values, g.scale * w.scale, float_dtype(dtype), g.signed, a_shape)
-    compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
+    if g.has_int8() and w.has_int8() and len(g.draws) == 1 and op.int8_pays(w.codes.shape)[1]:
+        return op.int8_dgrad(g.codes, w.codes, g.scale * w.scale, float_dtype(dtype), g.signed, a_shape)
+    compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
     with _in_given_types(g):
         return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
 
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if g.has_int8() and a.has_int8() and op.int8_pays(w_shape)[2]:
-        return rescale(op.int8_wgrad([g.values, *g.others], a.values, w_shape), g, a)
+        return rescale(op.int8_wgrad(g.draws, a.codes, w_shape), g, a)
     # A sum of samples that bf16 does not hold comes as float32.
-    compute = torch.float32 if g.values.dtype == torch.float32 else float_dtype(dtype)
+    compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
     with _in_given_types(g):
         return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
 
@@ -206,31 +259,34 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
     codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
-    (a, _), (w, _) = plan.quantize("activation", activation, codes), plan.quantize("weight", weight, codes)
+    a, _ = plan.quantize("activation", activation, plan.fprop.activation, codes)
+    w, _ = plan.quantize("weight", weight, plan.fprop.weight, codes)
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
 
 
 class QuantizedGemm(torch.autograd.Function):
     """fprop, and in the backward pass dgrad and wgrad, each on the operands that the plan quantizes.
 
-    Straight-through for weight and activation; the gradient is quantized once (a draw each sample) for both GEMMs.
+    Straight-through for weight and activation.
     """
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
         codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
-        a, kept_a = plan.quantize("activation", activation, codes, packed=need_a)
-        w, kept_w = plan.quantize("weight", weight, codes, packed=need_w)
-        kept = (*(kept_a.tensors if need_a else ()), *(kept_w.tensors if need_w else ()))
+        gemms = {"fprop": plan.fprop.activation, "wgrad": plan.wgrad.activation}
+        a, stored_a = plan.quantize_forward("activation", activation, gemms, codes, need_a)
+        gemms = {"fprop": plan.fprop.weight, "dgrad": plan.dgrad.weight}
+        w, stored_w = plan.quantize_forward("weight", weight, gemms, codes, need_w)
+        kept = (*(stored_a.tensors if need_a else ()), *(stored_w.tensors if need_w else ()))
         if torch.compiler.is_compiling():  # it makes constants of sizes that no tensor holds
             kept = (*kept, activation.new_empty(()).expand(activation.shape))
         else:
             ctx.a_shape = activation.shape
         ctx.save_for_backward(*kept)
         # Without the tensors: autograd alone may hold them, so that they are freed with the graph.
-        ctx.kept_a, ctx.kept_w = kept_a._replace(tensors=(), shape=()), kept_w._replace(tensors=())
-        ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(kept_a.tensors)
+        ctx.stored_a, ctx.stored_w = stored_a._replace(tensors=(), shape=()), stored_w._replace(tensors=())
+        ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(stored_a.tensors)
         ctx.a_dtype, ctx.like_w = activation.dtype, (weight.shape, weight.dtype)
         return fprop(op, a, w, dtype).to(dtype)
 
@@ -254,11 +310,11 @@ class QuantizedGemm(torch.autograd.Function):
         grad_a = grad_w = None
         if need_w:
             codes = code_dtype(grad_output, int8_dgrad, dtype)
-            w = ctx.kept_w.operand(saved[ctx.split if need_a else 0 :], codes)
+            w = ctx.stored_w.operand(saved[ctx.split if need_a else 0 :], codes)
             grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(ctx.a_dtype)
         if need_a:
             codes = code_dtype(grad_output, int8_wgrad, dtype)
-            a = ctx.kept_a._replace(shape=a_shape).operand(saved[: ctx.split], codes)
+            a = ctx.stored_a._replace(shape=a_shape).operand(saved[: ctx.split], codes)
             grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None
 

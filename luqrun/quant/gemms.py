@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luqrun.internals.of_torch import with_shape
 from luqrun.quant import kernels
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels import backend_for, ops
@@ -33,7 +34,7 @@ _int8_devices: dict[str, bool] = {}  # see kernels._fuses
 def use_int8(device_type: str) -> bool:
     """Whether GEMMs on two operands of codes run on int8 units."""
     if device_type not in _int8_devices:
-        numba = device_type == "cpu" and backend_for("cpu").__name__ == "luqrun.quant.kernels.cpu.backend"
+        numba = device_type == "cpu" and backend_for("cpu").__name__ == kernels.MODULES["cpu"]
         _int8_devices[device_type] = numba and int8.is_fast()
     return _int8_devices[device_type]
 
@@ -45,7 +46,7 @@ def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
     if use_int8(device_type):
         units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
     for form in dict.fromkeys(forms):
-        if not kernels.know(form):
+        if not kernels.has_kernels(form):
             exceptions.append(f"{form.name} quantized in torch operations")
         if use_int8(device_type) and form.code_dtype != torch.int8:
             exceptions.append(f"GEMMs with {form.name} in floating point")
@@ -85,8 +86,7 @@ class LinearOp:
 
     def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
-        # Not a view: autograd forbids in-place work on those that leave a Function.
-        return torch.ops.aten._unsafe_view(out, [*a.shape[:-1], matrix.shape[1]])
+        return with_shape(out, [*a.shape[:-1], matrix.shape[1]])
 
 
 def _rows(x: Tensor) -> Tensor:

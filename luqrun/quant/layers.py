@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from luqrun.errors import TensorError, UserError
-from luqrun.internals import (
+from luqrun.internals.of_torch import (
     PLAIN,
     has_dispatch,
     has_modes,
@@ -64,8 +64,9 @@ class QuantLayer(nn.Module):
         layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
         layer.computed = [False]
         layer._settle()
-        quantizers = {operand: getattr(recipe, operand) for operand in OPERANDS}
-        layer.remembers = [name for name, each in quantizers.items() if each is not None and each.range == "hindsight"]
+        layer.remembers = [
+            operand for operand in OPERANDS if any(each.range == "hindsight" for each in recipe.quantizers(operand))
+        ]
         for operand in layer.remembers:
             with torch.inference_mode(False):
                 maximum = torch.zeros((), dtype=torch.float32, device=layer._device())
@@ -132,10 +133,15 @@ class QuantLayer(nn.Module):
         high_precision = self.training and self.finetune
         if high_precision and learning and "activation" in self.remembers:  # evaluation will need it
             self._observe("activation", ops.statistics(activation, False)[0].float())
+        fprop, dgrad, wgrad = self.recipe.fprop, self.recipe.dgrad, self.recipe.wgrad
+        if high_precision:
+            fprop, wgrad = fprop._replace(activation=None), wgrad._replace(activation=None)
+        if self.finetune:
+            dgrad, wgrad = dgrad._replace(gradient=None), wgrad._replace(gradient=None)
         return Plan(
-            weight=self.recipe.weight,
-            activation=None if high_precision else self.recipe.activation,
-            gradient=None if self.finetune else self.recipe.gradient,
+            fprop=fprop,
+            dgrad=dgrad,
+            wgrad=wgrad,
             streams=self._streams(activation.device, wanted, learning),
             hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
             observe=self._observe if learning else None,
@@ -147,12 +153,12 @@ class QuantLayer(nn.Module):
     def _refuse_to_repeat(self) -> None:
         """Raise UserError where activation checkpointing would repeat a forward with other codes."""
         for operand in ("weight", "activation"):
-            quantizer = getattr(self.recipe, operand)
-            if quantizer is not None and not quantizer.repeats:
-                raise UserError(
-                    f"activation checkpointing cannot repeat {operand}={quantizer}; "
-                    "it needs a forward with rounding=nearest and no hindsight range"
-                )
+            for quantizer in self.recipe.quantizers(operand):
+                if not quantizer.repeats:
+                    raise UserError(
+                        f"activation checkpointing cannot repeat {operand}={quantizer}; "
+                        "it needs a forward with rounding=nearest and no hindsight range"
+                    )
 
     def _streams(self, device: torch.device, wanted: bool, learning: bool) -> dict[str, Tensor]:
         """By operand, the names of this forward's draws."""
@@ -165,8 +171,7 @@ class QuantLayer(nn.Module):
         names = self.streams
         if wanted or self.recipe.has_stochastic_forward:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            redraw_every = 1 if self.recipe.gradient is None else self.recipe.gradient.redraw_every
-            names = ops.next_draws(self.streams, learning, not wanted, rank, redraw_every)
+            names = ops.next_draws(self.streams, learning, not wanted, rank, self.recipe.redraw_every)
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
     @run_while_traced
@@ -186,7 +191,7 @@ class QuantLayer(nn.Module):
         if dist.is_available() and dist.is_initialized():
             maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-        momentum = getattr(self.recipe, operand).hindsight_momentum
+        momentum = next(q.hindsight_momentum for q in self.recipe.quantizers(operand) if q.range == "hindsight")
         update_hindsight(self._buffers[f"{operand}_hindsight"], maximum, momentum)
 
     def extra_repr(self) -> str:

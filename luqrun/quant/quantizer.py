@@ -5,24 +5,22 @@ Immutable and without state: what a hindsight range remembers is a tensor that t
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from luqrun.config import GradientConfig, OperandConfig, check_at_least, check_choice
-from luqrun.errors import UserError
-from luqrun.quant.formats import SAWB, Format, get_format, pack
-from luqrun.quant.kernels import fuses, know, ops
+from luqrun.errors import UserError, check_at_least
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import FORMATS, Format, pack
+from luqrun.quant.kernels import fuses, has_kernels, ops
 from luqrun.quant.kernels.philox import make_stream
 
-RANGES = ("absmax", "sawb", "hindsight")
-ROUNDINGS = ("nearest", "stochastic")
-UNDERFLOWS = ("flush", "nearest", "stochastic")
-SAMPLES_SCOPES = ("wgrad", "both")
 MAX_SAMPLES = 64
+WORDS = {str: "a name", int: "an integer", float: "a number", bool: "true or false"}
 
 SMALLEST = 2.0**-149  # the smallest positive float32
 
@@ -64,16 +62,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How one operand becomes 4-bit codes; the fields are the keys under quant.weight and the others.
+    """How an operand of a GEMM becomes 4-bit codes; the fields are the keys in conf/quant/*.yaml.
 
-    format: see luqrun.quant.formats. range: absmax (the largest code is max|x|, Eq. 11), sawb (integer formats) or
-    hindsight (Eq. 18, with `hindsight_momentum` for eta). rounding: nearest or stochastic. underflow, below the
-    smallest power of two of a logarithmic format: flush, nearest or stochastic (default: as `rounding`). samples:
-    independent draws whose weight gradients are averaged (SMP, 5.1); samples_scope: wgrad, or both for dgrad too.
-    pow2_scale: the scale is rounded up to a power of two (A.7). redraw_every: steps (and micro-steps of one) that
-    share their random numbers (re-use, A.5.2). two_phase: wgrad gets a quantization of its own, with levels half way
-    (in powers) between those of dgrad's: radix 4 only, after Ultra-low (Sun et al., 2020). Raises UserError for what
-    does not go together.
+    format, range, rounding, underflow, pow2_scale, largest: see Encoding. samples: independent draws that are averaged
+    (SMP, 5.1). hindsight_momentum: eta of a hindsight range (Eq. 18). redraw_every: steps (and micro-steps of one) that
+    share their random numbers (re-use, A.5.2). Raises UserError for what does not go together.
     """
 
     format: str
@@ -81,54 +74,28 @@ class Quantizer:
     rounding: str = "nearest"
     underflow: str | None = None
     samples: int = 1
-    samples_scope: str = "wgrad"
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
     redraw_every: int = 1
-    two_phase: bool = False
+    largest: int | None = None
 
     def __post_init__(self):
-        check_choice("range", self.range, RANGES)
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("samples_scope", self.samples_scope, SAMPLES_SCOPES)
+        encoding = Encoding(self.format, self.range, self.rounding, self.underflow, self.pow2_scale, self.largest)
+        object.__setattr__(self, "underflow", encoding.underflow)
+        object.__setattr__(self, "encoding", encoding)  # no field: it follows from them
         check_at_least("samples", self.samples, 1)
         if self.samples > MAX_SAMPLES:
             raise UserError(f"samples={self.samples} is too many; at most {MAX_SAMPLES}")
         if not 0 <= self.hindsight_momentum < 1:
             raise UserError(f"hindsight_momentum={self.hindsight_momentum} is out of range; allowed: 0 <= eta < 1")
-        form = self.form
-        if self.underflow is None:
-            if form.logarithmic:
-                object.__setattr__(self, "underflow", self.rounding)
-        elif not form.logarithmic:
-            raise UserError(f"underflow={self.underflow} is for logarithmic formats; with format={form.name}, omit it")
-        else:
-            check_choice("underflow", self.underflow, UNDERFLOWS)
-        if self.range == "sawb" and (form.logarithmic or form.bits not in SAWB):
-            allowed = ", ".join(f"int{bits}" for bits in SAWB)
-            raise UserError(f"range=sawb has no coefficients for format={form.name}; allowed formats: {allowed}")
         check_at_least("redraw_every", self.redraw_every, 1)
-        if self.redraw_every > 1 and not self.is_stochastic:
-            raise UserError(
-                f"redraw_every={self.redraw_every} needs rounding or underflow=stochastic: nothing is drawn"
-            )
-        if self.two_phase and (form.radix != 4 or self.is_stochastic):  # stochastic, wgrad's would clip and be biased
-            raise UserError("two_phase=true needs format=e3m0_radix4, and rounding and underflow without draws")
-        if self.samples > 1 and not self.is_stochastic:
-            raise UserError(f"samples={self.samples} needs rounding or underflow=stochastic: all draws would be equal")
-
-    @classmethod
-    def from_config(cls, config: OperandConfig | GradientConfig, key: str) -> Quantizer:
-        """From its part of the config; errors name keys under `key` (such as quant.weight)."""
-        try:
-            names = {field.name for field in fields(cls)}
-            return cls(**{name: value for name, value in vars(config).items() if name in names})
-        except UserError as error:
-            raise UserError(f"{key}.{error}") from None
+        for key in ("redraw_every", "samples"):
+            if getattr(self, key) > 1 and not self.is_stochastic:
+                raise UserError(f"{key}={getattr(self, key)} needs rounding or underflow=stochastic: nothing is drawn")
 
     @property
     def form(self) -> Format:
-        return get_format(self.format)
+        return self.encoding.form
 
     @property
     def repeats(self) -> bool:
@@ -137,17 +104,19 @@ class Quantizer:
 
     @property
     def is_stochastic(self) -> bool:
-        return "stochastic" in (self.rounding, self.underflow)
+        return self.encoding.is_stochastic
 
     def __str__(self):
         parts = [self.format, self.range, self.rounding]
         if self.underflow not in (None, self.rounding):
             parts.append(f"underflow={self.underflow}")
         if self.samples > 1:
-            parts.append(f"samples={self.samples}" + (" (both)" if self.samples_scope == "both" else ""))
+            parts.append(f"samples={self.samples}")
         if self.redraw_every > 1:
             parts.append(f"redraw_every={self.redraw_every}")
-        parts += [name for name in ("pow2_scale", "two_phase") if getattr(self, name)]
+        if self.largest is not None:
+            parts.append(f"largest={self.largest}")
+        parts += ["pow2_scale"] if self.pow2_scale else []
         return "/".join(parts)
 
     def measure(
@@ -163,7 +132,7 @@ class Quantizer:
         largest, negative, sum1, sum2 = (statistics if share is None else share(statistics)).unbind()
         maximum = clip = largest.float()
         if self.range == "sawb":
-            c1, c2 = SAWB[self.form.bits]
+            c1, c2 = self.encoding.sawb
             count = max(x.numel(), 1)
             clip = (c1 * (sum2 / count).sqrt() - c2 * (sum1 / count)).float()
             clip = torch.where(clip > 0, torch.minimum(clip, maximum), maximum)
@@ -171,7 +140,7 @@ class Quantizer:
             clip = torch.where(hindsight > 0, hindsight, maximum)
         # No tensor is made from a Python value here: on a GPU that would be a copy that the host waits for.
         signed = torch.ones_like(negative, dtype=torch.bool) if self.form.logarithmic else negative > 0
-        scale = self._scale(clip, torch.where(signed, self.form.limit, self.form.unsigned_limit))
+        scale = self._scale(clip, torch.where(signed, self.largest or self.form.limit, self.form.unsigned_limit))
         return torch.where(maximum.isfinite(), scale, torch.nan), signed, maximum
 
     def _scale(self, clip: Tensor, limit: Tensor) -> Tensor:
@@ -203,8 +172,7 @@ class Quantizer:
         return self._encode(x, scale, signed, stream, sample, dtype or self.form.code_dtype)[0]
 
     def _encode(self, x, scale, signed, stream, sample, dtype, packed=False, observe=False):
-        how = self.format, self.rounding, self.underflow
-        return ops.encode(x.detach(), scale, signed, *how, stream, sample, dtype, packed, observe)
+        return ops.encode(x.detach(), scale, signed, self.encoding.key, stream, sample, dtype, packed, observe)
 
     def run(
         self,
@@ -220,12 +188,11 @@ class Quantizer:
         hindsight, share: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
         x = x.detach()
-        if fuses(x.device.type) and know(self.form) and share is None:
-            how = self.format, self.rounding, self.underflow, self.range, self.pow2_scale, hindsight
-            return Encoded(*ops.quantize(x, *how, stream, dtype, packed))
+        if fuses(x.device.type) and has_kernels(self.form) and self.largest is None and share is None:
+            return Encoded(*ops.quantize(x, self.encoding.key, hindsight, stream, dtype, packed))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
-            scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self.form.limit)
+            scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self.largest or self.form.limit)
             signed = torch.ones_like(negative, dtype=torch.bool)
             codes, fields, maximum = self._encode(x, scale, signed, stream, 0, dtype, packed, observe=True)
             scale = torch.where(maximum.isfinite(), scale, torch.nan)
@@ -261,3 +228,30 @@ def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     underflow = ((codes == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
     error = (codes.double() * scale - x).norm() / x.norm().clamp(min=SMALLEST)
     return torch.stack([clipped, underflow, error.float()])
+
+
+def quantizer(**keys) -> Quantizer:
+    """A quantizer of these keys, as they stand in conf/quant/*.yaml: `format` and what differs from the defaults.
+
+    >>> luqrun.quantizer(format="e3m0", rounding="stochastic").quantize(x, seed=0).dequantize()
+
+    Raises UserError for unknown keys, wrong types and values that do not go together.
+    """
+    known = get_type_hints(Quantizer)
+    for key, value in keys.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"{key} is no key of a quantizer; allowed: {', '.join(near or known)}")
+        _check_type(key, value, known[key])
+    if "format" not in keys:
+        raise UserError(f"format is missing; allowed: {', '.join(FORMATS)}")
+    return Quantizer(**keys)
+
+
+def _check_type(key: str, value: object, hint: object) -> None:
+    """Raise UserError unless the value is of the type; an integer is a float too, and no bool an integer."""
+    allowed = get_args(hint) or (hint,)
+    fits = type(value) in allowed or (float in allowed and type(value) is int)
+    if not fits:
+        names = " or ".join("null" if each is type(None) else WORDS[each] for each in allowed)
+        raise UserError(f"{key}={value!r} must be {names}")

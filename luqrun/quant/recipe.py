@@ -1,93 +1,199 @@
-"""A recipe: a quantizer, or none, for each operand of a layer's GEMMs, and the layers left alone.
-
-A recipe is one YAML under conf/quant/: a new scheme that mixes known parts needs no Python.
-"""
+"""A recipe: a quantizer, or none, for each operand of a layer's three GEMMs, and the layers left alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
-from luqrun.config import QuantConfig, conf_dir
-from luqrun.errors import UserError
+from luqrun.errors import UserError, check_choice
 from luqrun.quant.formats import Format
-from luqrun.quant.quantizer import Quantizer
+from luqrun.quant.quantizer import Quantizer, quantizer
 
 OPERANDS = ("weight", "activation", "gradient")
+OF_GRADIENTS = ("samples", "samples_scope", "redraw_every")  # keys that other operands do not have
+SAMPLES_SCOPES = ("wgrad", "both")
+SKIP = ("first", "last", "shortcut")
+
+
+class Fprop(NamedTuple):
+    """The operands of the output, W a (Eq. 1)."""
+
+    activation: Quantizer | None = None
+    weight: Quantizer | None = None
+
+
+class Dgrad(NamedTuple):
+    """The operands of the input's gradient, W g (Eq. 2)."""
+
+    gradient: Quantizer | None = None
+    weight: Quantizer | None = None
+
+
+class Wgrad(NamedTuple):
+    """The operands of the weight's gradient, g a (Eq. 3). The samples of its gradient are those of SMP (5.1)."""
+
+    gradient: Quantizer | None = None
+    activation: Quantizer | None = None
+
+
+GEMMS = {"fprop": Fprop, "dgrad": Dgrad, "wgrad": Wgrad}
+HIGH_PRECISION = Fprop(), Dgrad(), Wgrad()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Quantizers of the three operands (None: high precision) and `skip`.
+    """The quantizers of the three GEMMs (None: high precision) and `skip`.
 
-    skip: first, last, shortcut, or patterns (fnmatch) of module names, for the layers kept in high precision.
+    skip: first, last, shortcut, or patterns (fnmatch) of module names, for the layers kept in high precision. Where two
+    GEMMs take a tensor in the same encoding, it is quantized once. Raises UserError where the quantizers of an operand
+    remember its range, or share draws between steps, in different ways: there is one memory and one name of a draw.
     """
 
     name: str
-    weight: Quantizer | None = None
-    activation: Quantizer | None = None
-    gradient: Quantizer | None = None
-    skip: tuple[str, ...] = ("first", "last", "shortcut")
+    fprop: Fprop = HIGH_PRECISION[0]
+    dgrad: Dgrad = HIGH_PRECISION[1]
+    wgrad: Wgrad = HIGH_PRECISION[2]
+    skip: tuple[str, ...] = SKIP
+
+    def __post_init__(self):
+        for operand in OPERANDS:
+            found = self.quantizers(operand)
+            momenta = {each.hindsight_momentum for each in found if each.range == "hindsight"}
+            drawn = {each.redraw_every for each in found if each.is_stochastic}
+            for key, values in (("hindsight_momentum", momenta), ("redraw_every", drawn)):
+                if len(values) > 1:
+                    raise UserError(f"{key} of the {operand} must be the same in all GEMMs, not {sorted(values)}")
+        # No field: what each forward asks for.
+        redraw_every = max((each.redraw_every for each in self.quantizers("gradient")), default=1)
+        object.__setattr__(self, "redraw_every", redraw_every)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        weight: Quantizer | None = None,
+        activation: Quantizer | None = None,
+        gradient: Quantizer | None = None,
+        skip: tuple[str, ...] = SKIP,
+        samples_scope: str = "wgrad",
+    ) -> Recipe:
+        """The recipe that quantizes an operand alike in all its GEMMs; only wgrad averages samples, or `both` do."""
+        drawn_once = gradient is not None and samples_scope == "wgrad"
+        first = replace(gradient, samples=1) if drawn_once else gradient
+        return cls(name, Fprop(activation, weight), Dgrad(first, weight), Wgrad(gradient, activation), skip)
+
+    @classmethod
+    def from_config(cls, config) -> Recipe:
+        """From the `quant` part of a run's config, a dataclass with the keys of `from_keys`."""
+        return cls.from_keys(asdict(config))
+
+    @classmethod
+    def from_keys(cls, keys: Mapping) -> Recipe:
+        """From the keys of conf/quant/*.yaml, as nested dicts; UserError names the key that is wrong.
+
+        name, skip. weight, activation, gradient: the keys of a quantizer for all the operand's GEMMs, or None; of these
+        `samples` is for wgrad alone, unless samples_scope=both. fprop, dgrad, wgrad: by operand, what differs in that
+        GEMM: keys to change (None: unchanged), a whole quantizer where there is a `format`, or None: high precision.
+        """
+        known = ("name", *OPERANDS, *GEMMS, "skip")
+        for key in keys:
+            if key not in known:
+                raise UserError(f"quant.{key} is not a key; allowed: {', '.join(known)}")
+        skip = keys.get("skip", SKIP)
+        if not isinstance(skip, list | tuple) or not all(isinstance(entry, str) for entry in skip):
+            raise UserError(f"quant.skip={skip!r} must be a list of names, such as [first, last, shortcut]")
+        plain = {operand: _part(f"quant.{operand}", keys.get(operand)) for operand in OPERANDS}
+        for operand, part in plain.items():
+            if part is not None:
+                scope = part.get("samples_scope", "wgrad")
+                check_choice(f"quant.{operand}.samples_scope", scope, SAMPLES_SCOPES)
+                _build(f"quant.{operand}", operand, part)
+        gemms = {}
+        for gemm, pair in GEMMS.items():
+            changes = _part(f"quant.{gemm}", keys.get(gemm, {}))
+            for key in changes or ():
+                check_choice(f"quant.{gemm}: operand", key, pair._fields)
+            changes = dict.fromkeys(pair._fields) if changes is None else changes
+            made = (_of_gemm(gemm, operand, plain[operand], changes.get(operand, {})) for operand in pair._fields)
+            gemms[gemm] = pair(*made)
+        return cls(name=keys.get("name", "unnamed"), skip=tuple(skip), **gemms)
+
+    def quantizers(self, operand: str) -> list[Quantizer]:
+        """Those of an operand, in the order of its GEMMs."""
+        pairs = (pair for pair in (self.fprop, self.dgrad, self.wgrad) if operand in pair._fields)
+        return [each for each in (getattr(pair, operand) for pair in pairs) if each is not None]
+
+    @property
+    def weight(self) -> Quantizer | None:
+        """Of the first GEMM that quantizes it."""
+        return next(iter(self.quantizers("weight")), None)
+
+    @property
+    def activation(self) -> Quantizer | None:
+        """Of the first GEMM that quantizes it."""
+        return next(iter(self.quantizers("activation")), None)
+
+    @property
+    def gradient(self) -> Quantizer | None:
+        """Of the first GEMM that quantizes it; with wgrad's samples, where they are all that differs."""
+        found = self.quantizers("gradient")
+        same = found and found[-1].encoding == found[0].encoding
+        return (found[-1] if same else found[0]) if found else None
 
     @property
     def forms(self) -> list[Format]:
-        """The formats of the operands that are quantized."""
-        return [quantizer.form for quantizer in (self.weight, self.activation, self.gradient) if quantizer is not None]
+        """The formats that occur, each once."""
+        return list(dict.fromkeys(each.form for operand in OPERANDS for each in self.quantizers(operand)))
 
     @property
     def has_stochastic_forward(self) -> bool:
-        """Whether weights or activations are quantized with draws."""
-        return any(each is not None and each.is_stochastic for each in (self.weight, self.activation))
-
-    @classmethod
-    def from_config(cls, config: QuantConfig) -> Recipe:
-        """From the `quant` part of the config; UserError names the key that is wrong."""
-        if not all(isinstance(entry, str) for entry in config.skip):  # OmegaConf lets a list in a list pass
-            raise UserError(f"quant.skip={list(config.skip)} must be a list of names, such as [first, last, shortcut]")
-        quantizers = {
-            operand: part and Quantizer.from_config(part, f"quant.{operand}")
-            for operand in OPERANDS
-            for part in [getattr(config, operand)]
-        }
-        return cls(name=config.name, skip=tuple(config.skip), **quantizers)
+        """Whether fprop quantizes with draws."""
+        return any(each is not None and each.is_stochastic for each in self.fprop)
 
     @property
     def quantizes(self) -> bool:
         """Whether there is any quantizer at all."""
-        return any(getattr(self, operand) for operand in OPERANDS)
+        return any(self.quantizers(operand) for operand in OPERANDS)
 
     def __str__(self):
-        return ", ".join(f"{operand}={getattr(self, operand) or 'high precision'}" for operand in OPERANDS)
+        return ", ".join(f"{operand}={self._shown(operand)}" for operand in OPERANDS)
+
+    def _shown(self, operand: str) -> str:
+        pairs = {name: getattr(self, name) for name in GEMMS if operand in GEMMS[name]._fields}
+        found = {name: str(getattr(pair, operand) or "high precision") for name, pair in pairs.items()}
+        first, *others = found.items()
+        return " ".join([first[1], *(f"({name}: {shown})" for name, shown in others if shown != first[1])])
 
 
-def recipe(name: str, **overrides) -> Recipe:
-    """The recipe of conf/quant/<name>.yaml, or of a YAML file of one's own (a path), with overrides as keywords.
+def _part(key: str, value: object) -> Mapping | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r} must hold keys, such as format, or be null for high precision")
+    return value
 
-    Keywords are the keys of the file (weight, activation, gradient: None, or a dict of the keys to change; skip) and,
-    for short, `samples` and `samples_scope` of the gradient. Raises UserError for unknown names, keys and values.
 
-    >>> recipe("luq", samples=2, skip=())
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def _of_gemm(gemm: str, operand: str, plain: Mapping | None, changes: object) -> Quantizer | None:
+    """The quantizer of one operand in one GEMM. plain: the keys for all GEMMs; changes: what differs in this one."""
+    key = f"quant.{gemm}.{operand}"
+    changes = _part(key, changes)
+    if changes is None:
+        return None
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes and plain is None:
+        return None
+    base = {} if "format" in changes or plain is None else dict(plain)
+    if gemm == "dgrad" and base.get("samples_scope", "wgrad") == "wgrad":
+        base.pop("samples", None)
+    return _build(key if changes else f"quant.{operand}", operand, {**base, **changes})
 
-    known = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
-    path = Path(name) if name.endswith(".yaml") else conf_dir() / "quant" / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"recipe {name!r} is not known; allowed: {', '.join(known)}, or the path of a .yaml file")
-    for key in ("samples", "samples_scope"):
-        if key in overrides:
-            if overrides.get("gradient", {}) is None:
-                raise UserError(f"{key} is a setting of the gradient's quantizer, and gradient=None removes it")
-            overrides["gradient"] = {**(overrides.get("gradient") or {}), key: overrides.pop(key)}
-    if "skip" in overrides:
-        if overrides["skip"] is None or isinstance(overrides["skip"], str):
-            raise UserError(f"skip={overrides['skip']!r} must be a list, such as [first, last, shortcut]")
-        overrides["skip"] = list(overrides["skip"])
+
+def _build(key: str, operand: str, keys: Mapping) -> Quantizer:
+    keys = dict(keys)
+    for name in OF_GRADIENTS if operand != "gradient" else ():
+        if name in keys:
+            raise UserError(f"{key}.{name} is not a key: only gradients have one, quant.gradient.{name}")
+    keys.pop("samples_scope", None)
     try:
-        config = OmegaConf.merge(QuantConfig, OmegaConf.load(path), overrides)
-        return Recipe.from_config(OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        from luqrun.cli.messages import one_line  # with Hydra, whose errors it knows too
-
-        raise UserError(f"recipe {name!r}: {one_line(error)}") from None
+        return quantizer(**keys)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None

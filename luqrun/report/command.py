@@ -21,7 +21,7 @@ from luqrun.report.render import cells_csv, csv_text, markdown, markdown_finding
 from luqrun.report.tables import Table, build_tables
 from luqrun.runs.folder import write_atomically
 
-INDEX, FINDINGS = "README", "findings"
+INDEX, FINDINGS = "tables", "findings"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

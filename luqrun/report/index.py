@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 def index(
     entries: Sequence[Entry], findings: Sequence[Finding], left_out: Sequence[LeftOut], results: Iterable[int] = ()
 ) -> str:
-    """The Markdown of README.md, the tables in the paper's order. results: which RESULTS the runs are of."""
+    """The Markdown of tables.md, the tables in the paper's order. results: which RESULTS the runs are of."""
     parts = ["# The paper's tables and figures, from our runs"]
     if theirs := sorted(set(results)):
         now = "" if theirs == [RESULTS] else f"; this luqrun is RESULTS {RESULTS}, which computes other numbers"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luqrun.config import Config
+from luqrun.internals.of_torch import allow_recompilations
 from luqrun.quant.convert import quantize_model, set_shared_ranges
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
@@ -38,7 +39,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     network = model
     if config.compile:
         # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        allow_recompilations(64)
         network = torch.compile(model)
         log.info("compile=true: the first step compiles, for a minute or so, and is no part of the time of training")
     if process_group.world_size() == 1:

@@ -174,7 +174,7 @@ def with_quantized_weights(module, names):
 
 def test_attention_keeps_its_keys_and_quantizes_its_projections():
     plain = nn.MultiheadAttention(8, 2, batch_first=True)
-    layer = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4))
+    layer = quantize(copy.deepcopy(plain), Recipe.of("weights", weight=INT4))
     assert isinstance(layer, QuantMultiheadAttention)
     assert isinstance(layer.out_proj, QuantLinear)
     assert list(layer.state_dict()) == list(plain.state_dict())
@@ -184,7 +184,7 @@ def test_attention_keeps_its_keys_and_quantizes_its_projections():
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[0], plain(query, query, query)[0], rtol=1e-3)
     # Activations: the input of the packed projection has int4 codes.
-    layer = quantize(copy.deepcopy(plain), Recipe("activations", activation=INT4))
+    layer = quantize(copy.deepcopy(plain), Recipe.of("activations", activation=INT4))
     plain.out_proj, layer.out_proj = nn.Identity(), nn.Identity()
     plain.out_proj.weight, plain.out_proj.bias = nn.Parameter(torch.eye(8)), nn.Parameter(torch.zeros(8))
     query_values = values(query)
@@ -198,7 +198,7 @@ def test_transformer_encoder_runs_quantized_in_evaluation(norm_first):
     # torch has a fused path for evaluation without gradients that would read the weights past the layers.
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-    model = quantize(copy.deepcopy(plain), Recipe("weights", weight=INT4)).eval()
+    model = quantize(copy.deepcopy(plain), Recipe.of("weights", weight=INT4)).eval()
     weights = [name for name, _ in plain.named_parameters() if "norm" not in name and name.endswith("weight")]
     assert len(weights) == 8
     expected_model = with_quantized_weights(plain, weights).eval()

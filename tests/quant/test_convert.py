@@ -17,7 +17,7 @@ from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
 
 INT4 = Quantizer("int4", range="sawb")
-LUQ = Recipe("luq", INT4, INT4, Quantizer("e3m0", rounding="stochastic"))
+LUQ = Recipe.of("luq", INT4, INT4, Quantizer("e3m0", rounding="stochastic"))
 
 
 class Block(nn.Module):
@@ -77,7 +77,7 @@ def test_skip(skip, expected):
 
 
 def test_skip_of_the_recipe_is_used_unless_overridden():
-    recipe = Recipe("mine", INT4, INT4, skip=("fc", "stem"))
+    recipe = Recipe.of("mine", INT4, INT4, skip=("fc", "stem"))
     assert swapped(quantize_model(Net(), recipe)) == EVERYTHING - {"fc", "stem"}
     assert swapped(quantize_model(Net(), recipe, skip=())) == EVERYTHING
 
@@ -106,7 +106,7 @@ def test_layers_stay_the_objects_that_they_were():
 def test_quantizing_twice_warns_and_changes_nothing():
     model = quantize_model(Net(), LUQ, skip=())
     with pytest.warns(UserWarning, match="quantized already"):
-        assert quantize_model(model, Recipe("other", INT4), skip=()) is model
+        assert quantize_model(model, Recipe.of("other", INT4), skip=()) is model
     assert all(layer.recipe is LUQ for _, layer in quantized_layers(model))
 
 
@@ -183,7 +183,7 @@ def test_print_shows_the_recipe():
         assert "int4/sawb/nearest" in line
         assert "e3m0/absmax/stochastic" in line
         assert "kernel_size" in line
-    assert "gradient=high precision" in repr(quantize_model(nn.Linear(2, 2), Recipe("fwd", INT4, INT4), skip=()))
+    assert "gradient=high precision" in repr(quantize_model(nn.Linear(2, 2), Recipe.of("fwd", INT4, INT4), skip=()))
     attention = repr(quantize_model(nn.MultiheadAttention(4, 2), LUQ, skip=()))
     assert attention.count("int4/sawb/nearest") >= 4  # weight and activation, of the layer and of its out_proj
 
@@ -192,7 +192,7 @@ def test_a_recipe_without_quantizers_leaves_the_model_as_it_is():
     model = Net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert quantize_model(model, Recipe("fp32")) is model
+        assert quantize_model(model, Recipe.of("fp32")) is model
     assert not swapped(model)
 
 

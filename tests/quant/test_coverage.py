@@ -346,5 +346,5 @@ def test_embeddings_norms_and_added_parameters_are_not_told():
 
 
 def test_a_recipe_that_quantizes_nothing_tells_nothing():
-    assert told(lambda: train(quantize(Half(), Recipe("fp32")))) == []
-    assert len(told(lambda: train(quantize(Half(), Recipe("weights", weight=INT4))))) == 1
+    assert told(lambda: train(quantize(Half(), Recipe.of("fp32")))) == []
+    assert len(told(lambda: train(quantize(Half(), Recipe.of("weights", weight=INT4))))) == 1

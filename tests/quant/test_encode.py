@@ -136,7 +136,7 @@ def test_codes_of_elements_on_the_edge(form, rounding):
         x = edges * measured
         x = torch.cat([x, x.nextafter(torch.tensor(0.0)), x.nextafter(torch.tensor(torch.inf))])
         inside = torch.cat([x[x.abs() <= largest], largest[None], -largest[None]])
-        how = measured, signed, form, rounding, quantizer.underflow, stream
+        how = measured, signed, quantizer.encoding, stream
         assert_identical(cpu.encode(x, *how)[0], reference.encode(x, *how)[0], scale)
         found = quantizer.run(inside, stream, None, form.code_dtype)
         assert_identical(found.scale, measured)
@@ -146,6 +146,7 @@ def test_codes_of_elements_on_the_edge(form, rounding):
 ENCODE = """
 import numpy as np
 import torch
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import encode, rows
@@ -159,7 +160,7 @@ for name, rounding, underflow in (("e3m0", "stochastic", "stochastic"), ("int4",
     how = form.logarithmic, rows.MODES[rounding], rows.MODES[underflow], False
     ends = np.float32(-form.limit), np.float32(form.limit)
     encode.encode(x.numpy().view(np.int32), found, words, scale, *ends, *how)
-    how = torch.tensor(scale), torch.tensor(True), form, rounding, underflow, stream
+    how = torch.tensor(scale), torch.tensor(True), Encoding(name, rounding=rounding, underflow=underflow), stream
     assert torch.equal(torch.from_numpy(found), reference.encode(x, *how)[0])
 """
 

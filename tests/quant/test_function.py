@@ -1,6 +1,7 @@
 """The three GEMMs: integers bit for bit, dequantized operands, re-sampling, expectation, dtypes, NaN and Inf."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from torch import nn
 
 import luqrun
 from luqrun.quant.function import exponent_counts
-from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.kernels.philox import make_stream, of_gemm
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import OPERANDS, Recipe
+from luqrun.quant.recipe import OPERANDS, Dgrad, Fprop, Recipe, Wgrad
 
 INT4 = Quantizer("int4", range="sawb")
 E3M0 = Quantizer("e3m0", rounding="stochastic")
-LUQ = Recipe("luq", INT4, INT4, E3M0)
+LUQ = Recipe.of("luq", INT4, INT4, E3M0)
 SEED, STEP = 3, 5
 
 CONVS = {
@@ -58,10 +59,11 @@ def gradients(layer, a, w, g):
     return torch.autograd.grad(gemm(layer, a, w), (a, w), g.double())
 
 
-def drawn(quantizer, g, sample=0, operand="gradient", micro_step=0):
-    """The values (double) that the first layer's draw of this sample gives."""
+def drawn(quantizer, g, sample=0, operand="gradient", micro_step=0, gemm=None):
+    """The values (double) that the first layer's draw of this sample gives; gemm: whose own it is."""
     scale, signed, _ = quantizer.measure(g)
     stream = make_stream(SEED, 0, OPERANDS.index(operand), STEP, micro_step)
+    stream = stream if gemm is None else of_gemm(stream, gemm)
     return quantizer.encode(g, scale, signed, stream, sample).double() * scale.double()
 
 
@@ -112,7 +114,7 @@ def test_dgrad_and_wgrad_are_the_gemms_of_dequantized_operands(name):
 def test_an_operand_without_quantizer_is_in_high_precision(name, missing):
     make, shape = LAYERS[name]
     plain, x = make(), torch.randn(shape, requires_grad=True)
-    recipe = Recipe("mixed", **{operand: getattr(LUQ, operand) for operand in OPERANDS if operand not in missing})
+    recipe = Recipe.of("mixed", **{operand: getattr(LUQ, operand) for operand in OPERANDS if operand not in missing})
     layer = copy.deepcopy(plain)
     if recipe.quantizes:
         layer = quantized(layer, recipe)
@@ -131,14 +133,70 @@ def test_an_operand_without_quantizer_is_in_high_precision(name, missing):
     close(layer.weight.grad, expected[1])
 
 
+E2M0_SR, INT8 = Quantizer("e2m0", rounding="stochastic"), Quantizer("int8")
+
+
+@pytest.mark.parametrize("name", ["linear", "conv, stride and padding"])
+@pytest.mark.parametrize("high", [(), ("fprop",), ("dgrad",), ("wgrad",), ("fprop", "dgrad"), ("fprop", "wgrad")])
+def test_each_gemm_takes_the_operands_that_its_own_quantizers_make(name, high):
+    recipe = Recipe("mixed", Fprop(INT4, INT8), Dgrad(E3M0, INT4), Wgrad(E2M0_SR, INT8))
+    empty = {"fprop": Fprop(), "dgrad": Dgrad(), "wgrad": Wgrad()}
+    recipe = replace(recipe, **{gemm: empty[gemm] for gemm in high})
+    make, shape = LAYERS[name]
+    plain, x = make(), torch.randn(shape, requires_grad=True)
+    layer = quantized(copy.deepcopy(plain), recipe)
+    output = layer(x)
+    g = torch.randn_like(output)
+    output.backward(g)
+
+    def operand(gemm, kind, tensor):
+        quantizer = getattr(getattr(recipe, gemm), kind)
+        if quantizer is None:
+            return tensor.detach().double()
+        if not quantizer.is_stochastic:
+            return values(quantizer, tensor)
+        # wgrad's own draw, where dgrad has drawn in another way before it.
+        return drawn(quantizer, g, gemm="wgrad" if gemm == "wgrad" and recipe.dgrad.gradient else None)
+
+    of = {gemm: lambda kind, tensor, gemm=gemm: operand(gemm, kind, tensor) for gemm in ("fprop", "dgrad", "wgrad")}
+    close(output, gemm(plain, of["fprop"]("activation", x), of["fprop"]("weight", plain.weight)))
+    close(x.grad, gradients(plain, x, of["dgrad"]("weight", plain.weight), of["dgrad"]("gradient", g))[0])
+    close(
+        layer.weight.grad, gradients(plain, of["wgrad"]("activation", x), plain.weight, of["wgrad"]("gradient", g))[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calls"),
+    [
+        (LUQ, ["activation", "weight", "gradient"]),
+        (Recipe.of("smp", INT4, INT4, replace(E3M0, samples=3)), ["activation", "weight", "gradient"]),
+        (replace(LUQ, dgrad=Dgrad(E3M0, INT8)), ["activation", "weight", "weight", "gradient"]),
+        (replace(LUQ, wgrad=Wgrad(E2M0_SR, INT8)), ["activation", "activation", "weight", "gradient", "gradient"]),
+    ],
+    ids=["luq", "smp", "other weight", "other wgrad"],
+)
+def test_a_tensor_is_measured_once_where_two_gemms_encode_it_alike(recipe, calls, monkeypatch):
+    x, layer = torch.randn(5, 40, requires_grad=True), quantized(nn.Linear(40, 24, bias=False), recipe)
+    sizes, made, run = {200: "activation", 960: "weight", 120: "gradient"}, [], Quantizer.run
+
+    def spy(self, tensor, *rest):
+        made.append(sizes[tensor.numel()])
+        return run(self, tensor, *rest)
+
+    monkeypatch.setattr(Quantizer, "run", spy)
+    layer(x).sum().backward()
+    assert made == calls
+
+
 @pytest.mark.parametrize("name", ["linear", "conv, depthwise"])
 @pytest.mark.parametrize("scope", ["wgrad", "both"])
 def test_samples_average_weight_gradients(name, scope):
     samples = 3
-    quantizer = Quantizer("e3m0", rounding="stochastic", samples=samples, samples_scope=scope)
+    quantizer = Quantizer("e3m0", rounding="stochastic", samples=samples)
     make, shape = LAYERS[name]
     x = torch.randn(shape, requires_grad=True)
-    layer = quantized(make(), Recipe("smp", INT4, INT4, quantizer))
+    layer = quantized(make(), Recipe.of("smp", INT4, INT4, quantizer, samples_scope=scope))
     output = layer(x)
     g = torch.randn_like(output)
     output.backward(g)
@@ -154,7 +212,7 @@ def test_samples_average_weight_gradients(name, scope):
 def test_samples_of_a_positive_gradient_are_averaged_exactly_in_bf16():
     # Unsigned int4 codes go to 15, so 32 draws sum to 480: beyond the integers that bf16 holds.
     quantizer = Quantizer("int4", rounding="stochastic", samples=32)
-    layer = quantized(nn.Linear(1, 256, bias=False), Recipe("positive", gradient=quantizer))
+    layer = quantized(nn.Linear(1, 256, bias=False), Recipe.of("positive", gradient=quantizer))
     g = torch.rand(2, 256) * 3 + 8
     g[0, 0] = 15.0  # a scale of 1
     g = g.bfloat16()
@@ -199,7 +257,7 @@ def test_n_samples_divide_the_variance_by_n():
     for samples in (1, 4):
         quantizer = Quantizer("e3m0", rounding="stochastic", samples=samples)
         torch.manual_seed(1)
-        _, dgrads, wgrads = repeated(Recipe("smp", INT4, INT4, quantizer), 400, g, x)
+        _, dgrads, wgrads = repeated(Recipe.of("smp", INT4, INT4, quantizer), 400, g, x)
         totals[samples] = wgrads.var(0).sum(), dgrads.var(0).sum()
     assert abs(totals[1][0] / totals[4][0] / 4 - 1) < 0.25
     assert abs(totals[1][1] / totals[4][1] - 1) < 0.25  # scope wgrad: dgrad keeps its one sample

@@ -9,11 +9,12 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 from kernel_inputs import LAST, assert_identical, modes
 
-from luqrun.quant.formats import FORMATS, unpack
+from luqrun.quant.encoding import RANGES
+from luqrun.quant.formats import FORMATS, SAWB, unpack
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.philox import make_stream
-from luqrun.quant.quantizer import RANGES, SAWB, Quantizer, update_hindsight
+from luqrun.quant.quantizer import Quantizer, update_hindsight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST = torch.finfo(torch.float32).max
@@ -34,11 +35,10 @@ def quantizers(draw) -> Quantizer:
         rounding,
         underflow,
         samples=draw(st.integers(1, 4)) if drawn else 1,
-        samples_scope=draw(st.sampled_from(["wgrad", "both"])),
         pow2_scale=draw(st.booleans()),
         hindsight_momentum=draw(st.floats(0, 0.99)),
         redraw_every=draw(st.integers(1, 3)) if drawn else 1,
-        two_phase=form.radix == 4 and not drawn and draw(st.booleans()),
+        largest=draw(st.integers(1, form.radix * form.limit)) if form.logarithmic and not drawn else None,
     )
 
 
@@ -123,7 +123,7 @@ def test_what_a_quantized_tensor_is(quantizer, x, seed, sample):
 def test_both_backends_agree(quantizer, x, stream, estimate):
     if quantizer.form.radix != 2:
         return  # torch's operations alone
-    form, how = quantizer.form, (quantizer.rounding, quantizer.underflow)
+    form = quantizer.form
     for moments in (False, True):
         left, right = cpu.statistics(x, moments), reference.statistics(x, moments)
         assert_identical(left[:2], right[:2])
@@ -132,7 +132,7 @@ def test_both_backends_agree(quantizer, x, stream, estimate):
     scale, signed, _ = quantizer.measure(x, None if estimate is None else torch.tensor(estimate))
     for sample in range(quantizer.samples):
         for dtype in (form.code_dtype, torch.float32):
-            arguments = x, scale, signed, form, *how, stream, sample, dtype, True, True
+            arguments = x, scale, signed, quantizer.encoding, stream, sample, dtype, True, True
             found = cpu.encode(*arguments), reference.encode(*arguments)
             for left, right in zip(*found, strict=True):
                 assert_identical(left, right, str(quantizer))

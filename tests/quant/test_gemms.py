@@ -10,7 +10,7 @@ from layers import E3M0, INT4, LUQ, quantize
 from torch import nn
 
 import luqrun
-from luqrun.quant import gemms
+from luqrun.quant import gemms, kernels
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.cpu import int8
@@ -39,18 +39,18 @@ LAYERS = {
     "no images": (lambda: nn.Conv2d(8, 4, 3), (0, 8, 9, 10)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
-SMP2 = Recipe("smp2", INT4, INT4, Quantizer("e3m0", rounding="stochastic", samples=2))
+SMP2 = Recipe.of("smp2", INT4, INT4, Quantizer("e3m0", rounding="stochastic", samples=2))
 RECIPES = {
     "luq": LUQ,
     "smp2": SMP2,  # whose sums leave int8
-    "smp4": Recipe("smp4", INT4, INT4, Quantizer("e3m0", rounding="stochastic", samples=4, samples_scope="both")),
-    "int4": Recipe("int4", *[Quantizer("int4", rounding="stochastic", samples=n) for n in (1, 1, 3)]),
+    "smp4": Recipe.of("smp4", INT4, INT4, Quantizer("e3m0", rounding="stochastic", samples=4), samples_scope="both"),
+    "int4": Recipe.of("int4", *[Quantizer("int4", rounding="stochastic", samples=n) for n in (1, 1, 3)]),
     # Codes that leave int8: those of tensors without a negative value, and large powers of two.
-    "int8": Recipe("int8", Quantizer("int8"), Quantizer("int8"), Quantizer("int8")),
-    "e4m0": Recipe("e4m0", Quantizer("e4m0"), Quantizer("e3m0_div128"), Quantizer("e4m0", rounding="stochastic")),
-    "weights": Recipe("weights", weight=INT4),
-    "no gradient": Recipe("forward", INT4, INT4),
-    "no activation": Recipe("weights and gradients", weight=INT4, gradient=E3M0),
+    "int8": Recipe.of("int8", Quantizer("int8"), Quantizer("int8"), Quantizer("int8")),
+    "e4m0": Recipe.of("e4m0", Quantizer("e4m0"), Quantizer("e3m0_div128"), Quantizer("e4m0", rounding="stochastic")),
+    "weights": Recipe.of("weights", weight=INT4),
+    "no gradient": Recipe.of("forward", INT4, INT4),
+    "no activation": Recipe.of("weights and gradients", weight=INT4, gradient=E3M0),
 }
 
 
@@ -128,7 +128,7 @@ def test_formats_without_kernels_or_int8_units_are_named(dense):
     assert gemms.describe("cpu", luqrun.recipe("luq").forms) == plain
     radix4 = "e3m0_radix4 quantized in torch operations, GEMMs with e3m0_radix4 in floating point"
     assert gemms.describe("cpu", luqrun.recipe("radix4_tpr").forms) == f"{plain}, {radix4}"
-    wide = Recipe("wide", INT4, INT4, Quantizer("e4m0", rounding="stochastic"))
+    wide = Recipe.of("wide", INT4, INT4, Quantizer("e4m0", rounding="stochastic"))
     assert gemms.describe("cpu", wide.forms) == f"{plain}, GEMMs with e4m0 in floating point"
 
 
@@ -137,7 +137,7 @@ def test_the_units_are_chosen_by_device_and_backend(monkeypatch):
     for fast, backend, expected in ((True, numba, True), (False, numba, False), (True, "reference", False)):
         monkeypatch.setattr(gemms, "_int8_devices", {})
         monkeypatch.setattr(int8, "is_fast", lambda fast=fast: fast)
-        module = type("Backend", (), {"__name__": f"luqrun.quant.kernels.{backend}"})()
+        module = type("Backend", (), {"__name__": kernels.MODULES[backend]})()
         monkeypatch.setattr(gemms, "backend_for", lambda device_type, module=module: module)
         assert gemms.use_int8("cpu") is expected
         assert gemms.use_int8("cuda") is False

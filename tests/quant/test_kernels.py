@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_inputs import COMPILED, INT_OF_SIZE, LAST, assert_identical, modes, normal, tensors
+from kernel_inputs import COMPILED, INT_OF_SIZE, LAST, assert_identical, encoding, modes, normal, tensors
 
 from luqrun.errors import UserError
 from luqrun.quant import kernels
@@ -31,11 +31,11 @@ def assert_same_encoding(
 ):
     """All that encode returns."""
     signed = (x < 0).any() | form.logarithmic if signed is None else torch.tensor(signed)
-    how = x, scale, signed, form, rounding, underflow, STREAM, sample, dtype, packed, observe
+    how = x, scale, signed, encoding(form, rounding, underflow), STREAM, sample, dtype, packed, observe
     expected, found = reference.encode(*how), cpu.encode(*how)
     assert expected[0].dtype == (dtype or form.code_dtype)
     for left, right in zip(found, expected, strict=True):
-        assert_identical(left, right, how[4:])
+        assert_identical(left, right, how[3:])
     return found[0]
 
 
@@ -92,7 +92,7 @@ def test_codes_of_every_dtype(dtype):
 def test_non_finite_elements_get_code_0(backend):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -torch.nan])
     for form in (INT4, E3M0):
-        how = torch.tensor(1.0), torch.tensor(True), form, "stochastic", "stochastic", STREAM
+        how = torch.tensor(1.0), torch.tensor(True), encoding(form, "stochastic", "stochastic"), STREAM
         assert backend.encode(x, *how)[0].tolist() == [0, 0, 0, 1, 0]
 
 
@@ -101,7 +101,7 @@ def test_non_finite_elements_get_code_0(backend):
 def test_channels_last_gives_the_codes_of_its_contiguous_twin(backend, shape):
     x = torch.randn(shape)
     for form in (INT4, E3M0):
-        how = x.abs().max() / form.limit, torch.tensor(True), form, "stochastic", "stochastic", make_stream(3)
+        how = x.abs().max() / form.limit, torch.tensor(True), encoding(form, "stochastic"), make_stream(3)
         twin, *_ = backend.encode(x, *how)
         codes, *_ = backend.encode(x.to(memory_format=LAST), *how)
         assert torch.equal(codes, twin)
@@ -247,7 +247,7 @@ def test_inputs_stay_as_they_are():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     before, stream, scale = x.detach().clone(), make_stream(1), torch.tensor(0.1)
     for backend, form in product((reference, cpu), (INT4, E3M0)):
-        how = form, "stochastic", "stochastic", stream
+        how = encoding(form, "stochastic"), stream
         codes, fields, _ = backend.encode(x, scale, torch.tensor(True), *how, 0, torch.float32, True, True)
         assert not codes.requires_grad
         assert not backend.statistics(x, True).requires_grad

@@ -4,14 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_inputs import COMPILED, assert_identical
+from kernel_inputs import COMPILED, assert_identical, encoding
 
 from luqrun.quant import quantizer as quantizers
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import make_stream, random_words
-from luqrun.quant.quantizer import SAWB, Quantizer
+from luqrun.quant.quantizer import Quantizer
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -83,7 +83,7 @@ def assert_same_encoding(
     if scale is None:
         scale = finite.abs().max() / form.limit * 0.8 if finite.numel() else torch.tensor(1.0)
     signed = (x < 0).any() if signed is None else torch.tensor(signed)
-    names = form, rounding, underflow, STREAM, 41, dtype, packed, observe
+    names = encoding(form, rounding, underflow), STREAM, 41, dtype, packed, observe
     moved = x.to(DEVICE)  # what is not dense comes out dense on a GPU, perhaps in another memory format
     expected = reference.encode(moved.cpu(), scale, signed, *names)
     codes, fields, maximum = cuda.encode(moved, scale.to(DEVICE), signed.to(DEVICE), *names)
@@ -251,9 +251,7 @@ QUANTIZERS = (
 def assert_same_quantization(quantizer, x, hindsight, monkeypatch):
     """All that Quantizer.run returns, in one call and composed of the reference's kernels."""
     moved, estimate = x.to(DEVICE), torch.tensor(hindsight) if quantizer.range == "hindsight" else None
-    sawb = SAWB[quantizer.form.bits] if quantizer.range == "sawb" else (0.0, 0.0)
-    how = quantizer.form, quantizer.rounding, quantizer.underflow, quantizer.range, quantizer.pow2_scale, sawb
-    found = cuda.quantize(moved, *how, estimate, STREAM, torch.bfloat16, True)
+    found = cuda.quantize(moved, quantizer.encoding, estimate, STREAM, torch.bfloat16, True)
     with monkeypatch.context() as patch:
         patch.setattr(quantizers, "fuses", lambda device_type: False)
         patch.setattr(ops, "backend_for", lambda device_type: reference)
@@ -329,7 +327,7 @@ def test_inputs_stay_as_they_are():
     x = normal(2, 3, 4, 4).to(DEVICE).requires_grad_()
     before, stream = x.detach().clone(), STREAM.to(DEVICE)
     one, true = torch.tensor(0.1, device=DEVICE), torch.tensor(True, device=DEVICE)
-    codes, *_ = cuda.encode(x, one, true, FORMATS["int4"], "stochastic", None, stream, dtype=torch.float32)
+    codes, *_ = cuda.encode(x, one, true, encoding(FORMATS["int4"], "stochastic"), stream, dtype=torch.float32)
     assert not codes.requires_grad
     assert not cuda.statistics(x, True).requires_grad
     assert torch.equal(x, before)

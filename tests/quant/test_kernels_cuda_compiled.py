@@ -13,7 +13,7 @@ import torch
 import luqrun
 from luqrun.errors import UserError
 from luqrun.quant import kernels
-from luqrun.quant.formats import FORMATS
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 
@@ -54,9 +54,18 @@ def test_operators_run_on_them(monkeypatch, shape):
     monkeypatch.setattr(ops, "backend_for", lambda device_type: cuda)
     x = torch.randn(shape)
     x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-    rest = torch.tensor(0.1), torch.tensor(True), "int4", "stochastic", None, STREAM, 3, torch.bfloat16, True, True
-    found, form = ops.encode(x, *rest), FORMATS["int4"]
-    for one, other in zip(found, reference.encode(x, *rest[:2], form, *rest[3:]), strict=True):
+    rest = (
+        torch.tensor(0.1),
+        torch.tensor(True),
+        Encoding("int4", rounding="stochastic").key,
+        STREAM,
+        3,
+        torch.bfloat16,
+        True,
+        True,
+    )
+    found, how = ops.encode(x, *rest), Encoding("int4", rounding="stochastic")
+    for one, other in zip(found, reference.encode(x, *rest[:2], how, *rest[3:]), strict=True):
         assert torch.equal(one, other)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.luqrun.encode, (x, *rest), test_utils=checks)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import LAST, assert_identical, modes, normal
+from kernel_inputs import LAST, assert_identical, encoding, modes, normal
 from test_philox import numpy_philox
 
 from luqrun.quant.formats import FORMATS
@@ -70,7 +70,7 @@ def test_encoding(name, start, monkeypatch):
             with monkeypatch.context() as patch:
                 words_from(patch, start)
                 scale, signed = torch.tensor(0.05), torch.tensor(True)
-                expected = reference.encode(x, scale, signed, form, rounding, underflow, STREAM, 0, dtype)[0]
+                expected = reference.encode(x, scale, signed, encoding(form, rounding, underflow), STREAM, 0, dtype)[0]
             assert_identical(codes, expected)
             packed = reference.pack(expected, form)
             assert torch.equal(fields[: packed.numel()], packed)
@@ -101,7 +101,7 @@ def test_encoding_of_images(size, start, finite, channels):
     words = words[first % 4 :][: channels * pixels].astype(np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "random_words", lambda stream, sample, numel: torch.from_numpy(words))
-        how = torch.tensor(0.05), torch.tensor(True), form, "stochastic", "stochastic", STREAM
+        how = torch.tensor(0.05), torch.tensor(True), encoding(form, "stochastic"), STREAM
         expected = reference.encode(x.contiguous(), *how)[0]
     assert torch.equal(codes.view(*size, channels).permute(2, 0, 1), expected[0])
     assert_edges(edges)

@@ -7,12 +7,13 @@ import torch
 from kernel_inputs import COMPILED, LAST, assert_identical, normal, tensors
 
 from luqrun.quant import quantizer as quantizers
-from luqrun.quant.formats import FORMATS
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import FORMATS, SAWB
 from luqrun.quant.kernels import fuses, ops, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu.driver import CHUNK
 from luqrun.quant.kernels.philox import make_stream
-from luqrun.quant.quantizer import SAWB, Quantizer
+from luqrun.quant.quantizer import Quantizer
 
 STREAM = make_stream(2**61 + 11, 3, 2, 7, 1, 4)
 FIELDS = ("codes", "scale", "signed", "fields", "maximum")
@@ -133,9 +134,8 @@ def test_what_it_does_not_change():
     assert torch.equal(x, before)
     assert torch.equal(stream, make_stream(1))
     assert estimate == 0.5
-    assert not any(each.requires_grad for each in cpu.quantize(
-        x, FORMATS["int4"], "nearest", None, "absmax", False, (0.0, 0.0), None, stream, torch.float32, True
-    ))  # fmt: skip
+    found_too = cpu.quantize(x, Encoding("int4"), None, stream, torch.float32, True)
+    assert not any(each.requires_grad for each in found_too)
     # What comes out is the caller's: a later call leaves it as it is.
     kept = [each.clone() for each in found]
     Quantizer("e3m0", "hindsight", rounding="stochastic").run(2 * x, make_stream(2), None, torch.float32, True)

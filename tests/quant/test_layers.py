@@ -121,7 +121,7 @@ def test_layers_quantized_by_a_second_call_draw_apart():
     layer, x, g = nn.Linear(8, 8, bias=False), torch.randn(5, 8), torch.randn(5, 8)
     model = nn.ModuleDict({"encoder": copy.deepcopy(layer), "decoder": copy.deepcopy(layer)})
     luqrun.quantize_model(model, LUQ, skip=["decoder"])
-    luqrun.quantize_model(model, Recipe("other", INT4, INT4, E3M0), skip=())
+    luqrun.quantize_model(model, Recipe.of("other", INT4, INT4, E3M0), skip=())
     grads = [torch.autograd.grad(model[name](x), model[name].weight, g)[0] for name in model]
     assert not torch.equal(*grads)
 
@@ -275,7 +275,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("gradient", [E3M0, HINDSIGHT.gradient], ids=str)
 @pytest.mark.parametrize("block", [Chain, Twice, Cross])
 def test_checkpointing_changes_nothing(block, gradient, reentrant):
-    plain = quantize(block(), Recipe("nearest forward", INT4, INT4, gradient))
+    plain = quantize(block(), Recipe.of("nearest forward", INT4, INT4, gradient))
     twin = Checkpointed(copy.deepcopy(plain), reentrant)
     for step in range(3):
         x = (torch.randn(5, 3, 8) * (step + 1)).requires_grad_()

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_inputs import LAST, assert_identical, normal
+from kernel_inputs import LAST, assert_identical, encoding, normal
 from layers import INT4, same
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +16,7 @@ import luqrun
 from luqrun.errors import UserError
 from luqrun.quant import gemms, kernels
 from luqrun.quant.convert import set_step
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.cpu import backend as cpu
@@ -66,11 +67,22 @@ def test_statistics(name):
 @pytest.mark.parametrize("name", list(INPUTS))
 def test_encode_and_quantize(name):
     x = INPUTS[name]
-    check(OPERATORS.encode, x, SCALE, TRUE, "e3m0", "stochastic", "flush", STREAM, 3, torch.bfloat16, True, True)
-    check(OPERATORS.encode, x, SCALE, TRUE, "int4", "nearest", None, STREAM, 0, torch.float16)
-    how = "e3m0", "stochastic", "stochastic", "hindsight", False, torch.tensor(0.5), STREAM
+    check(
+        OPERATORS.encode,
+        x,
+        SCALE,
+        TRUE,
+        Encoding("e3m0", rounding="stochastic", underflow="flush").key,
+        STREAM,
+        3,
+        torch.bfloat16,
+        True,
+        True,
+    )
+    check(OPERATORS.encode, x, SCALE, TRUE, Encoding("int4").key, STREAM, 0, torch.float16)
+    how = Encoding("e3m0", "hindsight", "stochastic").key, torch.tensor(0.5), STREAM
     check(OPERATORS.quantize, x, *how, torch.float32, True)
-    how = "int8", "nearest", None, "sawb", True, None, STREAM
+    how = Encoding("int8", "sawb", pow2_scale=True).key, None, STREAM
     check(OPERATORS.quantize, x, *how, torch.int16, False)
 
 
@@ -84,7 +96,7 @@ def test_next_draws(advances, evaluates):
 @pytest.mark.parametrize("shape", [(33,), (2, 3, 4, 5), (0,), ()])
 def test_unpack(form, shape):
     x = normal(*shape)
-    fields = cpu.encode(x, SCALE, TRUE, FORMATS[form], "nearest", "nearest", STREAM, packed=True)[1]
+    fields = cpu.encode(x, SCALE, TRUE, encoding(FORMATS[form], "nearest"), STREAM, packed=True)[1]
     for dtype, last in product(
         (torch.float32, torch.int16, torch.float64), (False, True) if x.dim() == 4 else (False,)
     ):
@@ -178,9 +190,9 @@ class Net(nn.Module):
 
 E3M0 = {"format": "e3m0", "rounding": "stochastic"}
 RECIPES = {
-    "luq": Recipe("luq", INT4, INT4, Quantizer(**E3M0)),
-    "luq_smp2": Recipe("luq_smp2", INT4, INT4, Quantizer(**E3M0, samples=2)),
-    "luq_hindsight": Recipe("luq_hindsight", INT4, INT4, Quantizer(**E3M0, range="hindsight")),
+    "luq": Recipe.of("luq", INT4, INT4, Quantizer(**E3M0)),
+    "luq_smp2": Recipe.of("luq_smp2", INT4, INT4, Quantizer(**E3M0, samples=2)),
+    "luq_hindsight": Recipe.of("luq_hindsight", INT4, INT4, Quantizer(**E3M0, range="hindsight")),
 }
 
 

@@ -8,7 +8,15 @@ import torch
 
 from luqrun.quant.kernels import philox
 from luqrun.quant.kernels.cpu import philox as numba_philox
-from luqrun.quant.kernels.philox import STREAM_FIELDS, make_stream, random_words, stream_words
+from luqrun.quant.kernels.philox import (
+    GEMM_NUMBERS,
+    RANKS,
+    STREAM_FIELDS,
+    make_stream,
+    of_gemm,
+    random_words,
+    stream_words,
+)
 
 MASK = np.uint64(0xFFFFFFFF)
 
@@ -145,3 +153,11 @@ def test_words_are_uniform():
     assert abs(words.mean() - 0.5) * (12 * 2**16) ** 0.5 < 5
     assert words.min() >= 0
     assert words.max() < 1
+
+
+def test_a_gemms_own_draw_has_a_name_of_its_own():
+    stream = make_stream(5, 3, 2, 7, 1, rank=RANKS - 1)
+    names = [stream, *(of_gemm(stream, gemm) for gemm in GEMM_NUMBERS), make_stream(5, 3, 2, 7, 1, rank=0)]
+    words = {tuple(word.item() for word in stream_words(name, sample)) for name in names for sample in (0, 63)}
+    assert len(words) == 2 * len(names)
+    assert torch.equal(stream, make_stream(5, 3, 2, 7, 1, rank=RANKS - 1))  # as it was

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from luqrun.errors import UserError
-from luqrun.quant.formats import FORMATS, get_format, unpack
+from luqrun.quant.formats import FORMATS, SAWB, get_format, unpack
 from luqrun.quant.kernels.philox import make_stream
-from luqrun.quant.quantizer import SAWB, QuantizedTensor, Quantizer, health, update_hindsight
+from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health, update_hindsight
 
 LUQ = Quantizer("e3m0", rounding="stochastic")
 
@@ -252,7 +252,7 @@ def test_nearest_does_not_depend_on_the_seed():
         ({"format": "e3m0", "rounding": "stochastic", "samples": 0}, r"samples=0.*at least 1"),
         ({"format": "e3m0", "rounding": "stochastic", "samples": 1000}, r"samples=1000.*64"),
         ({"format": "e3m0", "samples": 2}, r"samples=2.*stochastic"),
-        ({"format": "e3m0", "samples_scope": "dgrad"}, r"samples_scope=dgrad.*wgrad, both"),
+        ({"format": "e3m0", "redraw_every": 2}, r"redraw_every=2.*nothing is drawn"),
         ({"format": "e3m0", "hindsight_momentum": 1.0}, r"hindsight_momentum=1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -269,8 +269,8 @@ def test_quantize_refuses_integers():
 
 def test_str_tells_what_differs_from_the_defaults():
     assert str(Quantizer("int4", range="sawb")) == "int4/sawb/nearest"
-    text = str(Quantizer("e3m0", rounding="stochastic", underflow="flush", samples=2, samples_scope="both"))
-    assert all(part in text for part in ("e3m0", "stochastic", "flush", "samples=2", "both"))
+    text = str(Quantizer("e3m0", rounding="stochastic", underflow="flush", samples=2, pow2_scale=True))
+    assert all(part in text for part in ("e3m0", "stochastic", "flush", "samples=2", "pow2_scale"))
 
 
 def test_health_counts_clipped_underflow_and_error():

@@ -19,12 +19,13 @@ from luqrun.quant.function import Plan
 from luqrun.quant.kernels import backend_for, ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import Recipe
+from luqrun.quant.recipe import Dgrad, Recipe, Wgrad
 
 FORM = get_format("e3m0_radix4")
 NEAREST = Quantizer("e3m0_radix4")
 STOCHASTIC = Quantizer("e3m0_radix4", rounding="stochastic")
-TWO_PHASE = Quantizer("e3m0_radix4", two_phase=True)
+HALF_WAY = Quantizer("e3m0_radix4", largest=2 * 4096)
+TWO_PHASE = Recipe("two phases", dgrad=Dgrad(NEAREST), wgrad=Wgrad(HALF_WAY))
 POWERS = 4.0 ** torch.arange(7)
 LEVELS = torch.tensor(FORM.levels(), dtype=torch.float64)
 DRAWS = 8192
@@ -95,7 +96,7 @@ def test_every_device_encodes_it_with_the_reference(monkeypatch):
     for quantizer in (NEAREST, STOCHASTIC, Quantizer("e3m0_radix4", range="hindsight", rounding="stochastic")):
         encoded = quantizer.run(x, stream, torch.tensor(2.0), torch.float32)
         assert encoded.scale == (2.0 if quantizer.range == "hindsight" else x.abs().max()) / 4096
-        how = encoded.scale, encoded.signed, FORM, quantizer.rounding, quantizer.underflow, stream
+        how = encoded.scale, encoded.signed, quantizer.encoding, stream
         assert torch.equal(encoded.codes, reference.encode(x, *how, dtype=torch.float32)[0])
 
 
@@ -113,9 +114,10 @@ def test_packing_round_trip(channels_last):
 # Two phases
 
 
-def quantize_gradient(quantizer, g, dtype=torch.float32):
+def quantize_gradient(recipe, g, dtype=torch.float32):
     """(for dgrad, for wgrad) of the first layer in step 0."""
-    return Plan(None, None, quantizer, {"gradient": make_stream()}, {}).quantize_gradient(g, dtype)
+    gemms = recipe.fprop, recipe.dgrad, recipe.wgrad
+    return Plan(*gemms, {"gradient": make_stream()}, {}).quantize_gradient(g, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
@@ -124,7 +126,7 @@ def test_wgrad_gets_the_levels_half_way_between_those_of_dgrad(dtype):
     g = torch.cat([powers, -powers, torch.tensor([4096.0])]) / 64
     for_dgrad, for_wgrad = quantize_gradient(TWO_PHASE, g, dtype)
     assert (for_dgrad.scale, for_wgrad.scale) == (1 / 64, 1 / 128)
-    values = [(operand.values.float() * operand.scale)[:24].view(2, 12) for operand in (for_dgrad, for_wgrad)]
+    values = [(operand.codes.float() * operand.scale)[:24].view(2, 12) for operand in (for_dgrad, for_wgrad)]
     exact = torch.stack([powers, -powers]) / 64
     assert torch.equal(values[0][:, ::2], exact[:, ::2])  # 1, 4, 16, ...
     assert torch.equal(values[1][:, 1::2], exact[:, 1::2])  # 2, 8, 32, ...
@@ -138,15 +140,15 @@ def test_both_phases_round_to_nearest():
         quantize_gradient(TWO_PHASE, g), (g.abs().max() / 4096, g.abs().max() / 8192), strict=True
     ):
         assert operand.scale == scale
-        assert torch.equal(operand.values.long(), nearest_level(g, scale))
-        assert len(operand.values.unique()) <= 16
+        assert torch.equal(operand.codes.long(), nearest_level(g, scale))
+        assert len(operand.codes.unique()) <= 16
 
 
 @pytest.mark.parametrize(("value", "scale"), [(0.0, 0.0), (torch.nan, torch.nan), (torch.inf, torch.nan)])
 def test_phases_of_zeros_and_of_nan(value, scale):
     g = torch.tensor([value, 0.0])
     for operand in quantize_gradient(TWO_PHASE, g):
-        assert not operand.values.any()
+        assert not operand.codes.any()
         torch.testing.assert_close(operand.scale, torch.tensor(scale), equal_nan=True)
 
 
@@ -187,7 +189,9 @@ def test_dgrad_and_wgrad_are_exactly_those_of_the_dequantized_tensors(name):
 
 
 def with_redraw(every, weight=INT4, activation=INT4, **gradient):
-    return Recipe("reuse", weight, activation, Quantizer("e3m0", rounding="stochastic", redraw_every=every, **gradient))
+    return Recipe.of(
+        "reuse", weight, activation, Quantizer("e3m0", rounding="stochastic", redraw_every=every, **gradient)
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -239,19 +243,13 @@ def test_other_operands_draw_anew_in_each_step():
 @pytest.mark.parametrize(
     ("gradient", "named"),
     [
-        ({"two_phase": True}, r"^quant\.gradient\.two_phase=true needs format=e3m0_radix4"),
-        (
-            {"format": "e3m0_radix4", "two_phase": True, "samples": 2},
-            r"^quant\.gradient\.two_phase=true needs .* without",
-        ),
-        (
-            {"format": "e3m0_radix4", "two_phase": True, "rounding": "stochastic"},
-            r"^quant\.gradient\.two_phase=true needs .* without draws",
-        ),
-        ({"redraw_every": 0}, r"^quant\.gradient\.redraw_every=0 is too small"),
-        ({"redraw_every": 2, "rounding": "nearest", "underflow": "flush"}, r"^quant\.gradient\.redraw_every=2 needs"),
-        ({"format": "e3m0_radix8"}, r"^quant\.gradient\.format=e3m0_radix8.*e3m0_radix4"),
-        ({"format": "e3m0_radix4", "range": "sawb"}, r"^quant\.gradient\.range=sawb.*e3m0_radix4"),
+        ({"largest": 65}, r"quant\.gradient\.largest=65 is beyond the largest code, 64: .*without draws"),
+        ({"format": "e3m0_radix4", "largest": 0}, r"quant\.gradient\.largest=0 .*1 to 16384"),
+        ({"format": "int4", "underflow": None, "largest": 7}, r"quant\.gradient\.largest=7 is for logarithmic formats"),
+        ({"redraw_every": 0}, r"quant\.gradient\.redraw_every=0 is too small"),
+        ({"redraw_every": 2, "rounding": "nearest", "underflow": "flush"}, r"quant\.gradient\.redraw_every=2 needs"),
+        ({"format": "e3m0_radix8"}, r"quant\.gradient\.format=e3m0_radix8.*e3m0_radix4"),
+        ({"format": "e3m0_radix4", "range": "sawb"}, r"quant\.gradient\.range=sawb.*e3m0_radix4"),
     ],
     ids=str,
 )
@@ -261,12 +259,13 @@ def test_wrong_settings_name_their_key(gradient, named):
 
 
 def test_weights_have_neither_key():
-    for key in ("two_phase", "redraw_every"):
+    for key in ("samples", "redraw_every"):
         with pytest.raises(UserError, match=key):
             luqrun.recipe("luq", weight={key: 1})
 
 
 def test_str_tells_them():
-    assert str(luqrun.recipe("radix4_tpr").gradient) == "e3m0_radix4/absmax/nearest/two_phase"
+    assert str(luqrun.recipe("radix4_tpr").gradient) == "e3m0_radix4/absmax/nearest"
+    assert str(luqrun.recipe("radix4_tpr").wgrad.gradient) == "e3m0_radix4/absmax/nearest/largest=8192"
     assert str(luqrun.recipe("luq_reuse").gradient) == "e3m0/absmax/stochastic/redraw_every=4"
-    assert not {"two_phase", "redraw_every"} & set(str(E3M0).split("/"))
+    assert str(E3M0) == "e3m0/absmax/stochastic"

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import luqrun
+from luqrun.config import conf_dir
 from luqrun.errors import UserError
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import OPERANDS, Recipe, conf_dir
+from luqrun.quant.recipe import OPERANDS, Recipe
 
 NAMES = sorted(path.stem for path in (conf_dir() / "quant").glob("*.yaml"))
 INT4 = Quantizer("int4", range="sawb")
@@ -48,7 +49,7 @@ def test_every_file_loads_names_itself_and_says_how_to_run_it(name):
     ],
 )
 def test_the_recipes_of_the_paper(name, gradient):
-    assert luqrun.recipe(name) == Recipe(name, INT4, INT4, gradient)
+    assert luqrun.recipe(name) == Recipe.of(name, INT4, INT4, gradient)
 
 
 def test_recipes_of_parts():
@@ -63,7 +64,9 @@ def test_overrides_as_keywords():
     plain = luqrun.recipe("luq")
     assert luqrun.recipe("luq", samples=2) == luqrun.recipe("luq", gradient={"samples": 2})
     assert luqrun.recipe("luq", samples=2).gradient.samples == 2
-    assert luqrun.recipe("luq", samples=2, samples_scope="both").gradient.samples_scope == "both"
+    assert luqrun.recipe("luq", samples=2).dgrad.gradient == plain.gradient
+    both = luqrun.recipe("luq", samples=2, samples_scope="both")
+    assert both.dgrad.gradient == both.wgrad.gradient == luqrun.recipe("luq", samples=2).wgrad.gradient
     both = luqrun.recipe("luq", samples=3, gradient={"format": "e2m0"})
     assert (both.gradient.samples, both.gradient.format, both.gradient.rounding) == (3, "e2m0", "stochastic")
     assert luqrun.recipe("luq", skip=()).skip == ()
@@ -74,6 +77,73 @@ def test_overrides_as_keywords():
     assert luqrun.recipe("fp32", weight={"format": "int4"}).weight == Quantizer("int4")
     assert luqrun.recipe("luq", weight={"range": "absmax"}).weight == Quantizer("int4")
     assert luqrun.recipe("luq") == plain  # nothing sticks
+
+
+def test_a_gemm_overrides_what_an_operand_is_elsewhere():
+    plain, e2m0 = luqrun.recipe("luq"), Quantizer("e2m0", rounding="stochastic")
+    found = luqrun.recipe("luq", wgrad={"gradient": {"format": "e2m0", "rounding": "stochastic"}})
+    assert (found.fprop, found.dgrad) == (plain.fprop, plain.dgrad)
+    assert found.wgrad == (e2m0, INT4)
+    changed = luqrun.recipe("luq", dgrad={"weight": {"range": "absmax"}})  # without a format: keys to change
+    assert changed.dgrad.weight == Quantizer("int4")
+    assert changed.fprop.weight == INT4
+    high = luqrun.recipe("luq", wgrad={"activation": None})
+    assert high.wgrad.activation is None
+    assert high.fprop.activation == INT4
+    assert luqrun.recipe("luq", dgrad=None).dgrad == (None, None)
+    alone = luqrun.recipe("fp32", fprop={"weight": {"format": "int4"}})
+    assert (alone.fprop.weight, alone.dgrad.weight) == (Quantizer("int4"), None)
+    assert "dgrad: high precision" in str(alone)
+
+
+def test_a_schemes_phases_are_two_quantizers():
+    found = luqrun.recipe("radix4_tpr")
+    assert found.dgrad.gradient == Quantizer("e3m0_radix4")
+    assert found.wgrad.gradient == Quantizer("e3m0_radix4", largest=8192)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"fprop": {"gradient": {"format": "int4"}}}, r"fprop.*gradient.*activation, weight"),
+        ({"wgrad": {"gradient": {"formt": "int4"}}}, r"quant\.wgrad\.gradient\.formt.*format"),
+        ({"wgrad": {"gradient": {"samples": 0}}}, r"quant\.wgrad\.gradient\.samples=0"),
+        ({"dgrad": {"weight": {"samples": 2}}}, r"quant\.dgrad\.weight\.samples .*quant\.gradient\.samples"),
+        ({"dgrad": 4}, r"quant\.dgrad=4.*null"),
+        ({"gradient": None, "wgrad": {"gradient": {"samples": 2}}}, r"quant\.wgrad\.gradient\.format is missing"),
+        (
+            {"gradient": {"redraw_every": 2}, "wgrad": {"gradient": {"redraw_every": 3}}},
+            r"redraw_every of the gradient must be the same in all GEMMs, not \[2, 3\]",
+        ),
+    ],
+)
+def test_mistakes_in_a_gemm_are_named(overrides, named):
+    with pytest.raises(UserError, match=named):
+        luqrun.recipe("luq", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"formt": "int4"}, "formt is no key.*format"),
+        ({"format": "int4", "samples": True}, "samples=True must be an integer"),
+        ({"format": 4}, "format=4 must be a name"),
+        ({}, "format is missing.*int4"),
+        ({"format": "int4", "underflow": "flush"}, "underflow=flush"),
+    ],
+)
+def test_a_quantizer_of_keys_names_mistakes(keys, named):
+    with pytest.raises(UserError, match=named):
+        luqrun.quantizer(**keys)
+
+
+def test_a_quantizer_of_keys():
+    assert luqrun.quantizer(format="e3m0", rounding="stochastic", samples=2) == Quantizer(
+        "e3m0", rounding="stochastic", samples=2
+    )
+    assert luqrun.quantizer(format="int4", range="hindsight", hindsight_momentum=0) == Quantizer(
+        "int4", "hindsight", hindsight_momentum=0
+    )
 
 
 @pytest.mark.parametrize(

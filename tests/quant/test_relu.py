@@ -234,7 +234,7 @@ def test_quantize_model_keeps_each_relu_its_hooks_and_its_settings():
 
 
 def test_a_model_of_which_nothing_is_quantized_keeps_its_relus():
-    for recipe, skip in ((Recipe("fp32"), ()), (LUQ, ("*",))):
+    for recipe, skip in ((Recipe.of("fp32"), ()), (LUQ, ("*",))):
         model = model_with_relus()
         if skip:
             with pytest.warns(UserWarning, match="skip"):

@@ -68,10 +68,10 @@ def test_only_what_is_needed():
 def test_wider_formats_take_a_byte_and_operands_without_a_quantizer_what_they_take():
     x = torch.randn(64, 128, requires_grad=True)
     elements = x.numel() + 64 * 128
-    wide = Recipe("wide", Quantizer("int8"), Quantizer("int8"), E3M0)
+    wide = Recipe.of("wide", Quantizer("int8"), Quantizer("int8"), E3M0)
     kept, _ = bytes_kept(quantize(nn.Linear(128, 64), wide), x)
     assert elements <= kept <= 1.05 * elements
-    kept, _ = bytes_kept(quantize(nn.Linear(128, 64), Recipe("weights", weight=INT4)), x)
+    kept, _ = bytes_kept(quantize(nn.Linear(128, 64), Recipe.of("weights", weight=INT4)), x)
     assert 4 * x.numel() <= kept <= 4.6 * x.numel()
 
 

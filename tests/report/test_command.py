@@ -78,7 +78,7 @@ def test_help_is_printed(capsys):
 def test_empty_outputs_say_how_to_begin(tmp_path, capsys):
     assert report(tmp_path) == 0
     assert "no runs of tables under" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["README.md", "findings.md"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["findings.md", "tables.md"]
     assert report(tmp_path, "--check") == 1  # what is not there does not hold
 
 
@@ -89,7 +89,7 @@ def test_a_table_of_numbers_needs_no_extra(tmp_path, capsys, monkeypatch):
     write_run(tmp_path, "table2", "resnet8", "luq", 1, status="running", name="going")
     assert report(tmp_path, "--html") == 0
     printed, out = capsys.readouterr().out, tmp_path / "tables"
-    names = {"README.md", "findings.md", "glyphs.html", *files_of("glyphs-table2")}
+    names = {"tables.md", "findings.md", "glyphs.html", *files_of("glyphs-table2")}
     assert {path.name for path in out.iterdir()} == names
     assert "| resnet8, luq | 79.2 (1); 2 missing | −0.8 (1) | 69.09 (ResNet-18) | −0.61 |" in printed
     assert "luqrun -m +experiment=table2/glyphs model=resnet8 seed=1,2 quant=luq\n" in printed
@@ -122,11 +122,11 @@ def test_two_tables_of_one_study_do_not_overwrite_each_other(tmp_path):
     write_run(tmp_path, "table6", "resnet8", "luq", study="other", name="three")
     report(tmp_path)
     names = {path.name for path in (tmp_path / "tables").glob("*.md")}
-    assert names == {"mine-table2-glyphs.md", "mine-table6-glyphs.md", "other.md", "findings.md", "README.md"}
+    assert names == {"mine-table2-glyphs.md", "mine-table6-glyphs.md", "other.md", "findings.md", "tables.md"}
 
 
 def test_studies_that_are_called_alike_do_not_overwrite_each_other(tmp_path, capsys):
-    studies = ("a/b", "a-b", "a-b-cells", "findings", "table1", "README")
+    studies = ("a/b", "a-b", "a-b-cells", "findings", "table1", "tables")
     for number, study in enumerate(studies):
         write_run(tmp_path, "table2", "resnet8", "luq", study=study, top1=float(number))
     report(tmp_path)
@@ -146,7 +146,7 @@ def test_only_the_tables_that_were_asked_for(tmp_path, capsys):
     assert report(tmp_path, "--table", "table6", "--out", tmp_path / "there", "--html") == 0
     assert "Table 2" not in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "there").iterdir()}
-    assert names == {*files_of("other-table6"), "README.md", "findings.md", "other.html"}
+    assert names == {*files_of("other-table6"), "tables.md", "findings.md", "other.html"}
     assert not (tmp_path / "tables").exists()
 
 
@@ -228,7 +228,7 @@ def test_check_is_one_where_a_claim_does_not_hold(study, tmp_path, capsys):
 def test_the_files_of_a_figure(out):
     assert {path.name for path in out.iterdir()} == {
         *files_of("glyphs-fig2"), "glyphs-fig2.png", "glyphs-fig2.svg", *files_of("glyphs-table2"),
-        "README.md", "findings.md", "glyphs.html",
+        "tables.md", "findings.md", "glyphs.html",
     }  # fmt: skip
     with (out / "glyphs-fig2.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -277,7 +277,7 @@ def test_what_is_measured_has_its_files(tmp_path):
     write_measured(tmp_path)
     report(tmp_path)
     out = tmp_path / "tables"
-    names = {"table1.md", "table1.csv", "table1.json", "fig1a.md", "findings.md", "README.md"}  # what fig1a lacks
+    names = {"table1.md", "table1.csv", "table1.json", "fig1a.md", "findings.md", "tables.md"}  # what fig1a lacks
     assert {each.name for each in out.iterdir()} == names
     with (out / "table1.csv").open(newline="") as file:
         (numbers,) = csv.DictReader(file)
@@ -285,11 +285,11 @@ def test_what_is_measured_has_its_files(tmp_path):
     assert (numbers["bias"], numbers["mse_closed_form"], numbers["variance"]) == ("0.5", "0.125", "0")
     text = (out / "table1.md").read_text()
     assert "```\nluqrun -m +experiment=table1/measured\n```" in text
-    assert text.strip() in (out / "README.md").read_text()
+    assert text.strip() in (out / "tables.md").read_text()
 
 
 def test_the_index_shows_each_table_with_its_figure_findings_and_files(out):
-    text = (out / "README.md").read_text()
+    text = (out / "tables.md").read_text()
     start, fig2, table2, left_out = re.split("^## ", text, flags=re.M)
     assert start.startswith("# ")
     assert fig2.startswith("Fig. 2: parts of LUQ (glyphs/fig2)\n")
@@ -310,7 +310,7 @@ def test_the_index_has_the_paper_s_order_and_finds_odd_names(tmp_path):
     for study, table in (("a", "table6"), ("b c", "table2"), ("c", "table2")):
         write_run(tmp_path, table, "resnet8", "luq", study=study)
     report(tmp_path)
-    text = (tmp_path / "tables" / "README.md").read_text()
+    text = (tmp_path / "tables" / "tables.md").read_text()
     assert re.findall(r"^## (Table .)", text, re.M) == ["Table 2", "Table 2", "Table 6"]
     assert "(b%20c.json)" in text
     assert ".html" not in text  # without --html

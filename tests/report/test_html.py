@@ -43,7 +43,7 @@ def test_a_page_names_what_is_left_out_of_its_own_studies(tmp_path):
         text = (tmp_path / "tables" / f"{own}.html").read_text()
         assert f"{own}/table2/bad_{own}: incomplete" in text
         assert f"bad_{other}" not in text
-    assert {"bad_one", "bad_two"} <= set(re.findall(r"bad_\w+", (tmp_path / "tables" / "README.md").read_text()))
+    assert {"bad_one", "bad_two"} <= set(re.findall(r"bad_\w+", (tmp_path / "tables" / "tables.md").read_text()))
 
 
 class Page(HTMLParser):

@@ -65,7 +65,7 @@ def test_tables_of_summaries_are_those_of_the_folders(outputs, tmp_path):
     assert main([str(one), "--html", "--out", str(two)]) == 0
     assert main([str(one), str(outputs), "--html", "--out", str(three)]) == 0
     names = {path.name for path in one.iterdir()}
-    assert {"glyphs-fig2.json", "glyphs-fig2.svg", "glyphs-table2-cells.csv", "table1.json", "README.md"} <= names
+    assert {"glyphs-fig2.json", "glyphs-fig2.svg", "glyphs-table2-cells.csv", "table1.json", "tables.md"} <= names
     for other in (two, three):
         assert {path.name for path in other.iterdir()} == names
         for name in names - {"glyphs.html", "measured.html"}:  # a page shows the config as its run wrote it

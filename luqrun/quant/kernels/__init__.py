@@ -25,6 +25,15 @@ MODULES = {
 }
 
 
+_own: list[bool] = []  # whether own_process was called
+
+
+def own_process() -> None:
+    """Say that this process is luqrun's own: the CPU's kernels may choose threads and CPU features for all of numba in
+    it (cpu/process.py). It counts from the first kernel on."""
+    _own.append(True)
+
+
 @functools.cache
 def backend_for(device_type: str) -> ModuleType:
     """The module that serves tensors of this device type.
@@ -41,6 +50,8 @@ def backend_for(device_type: str) -> ModuleType:
     if forced is None and device_type not in BACKENDS and device_type != "meta":
         log.warning("there are no kernels for %s: torch operations quantize there, slowly", device_type)
     try:
+        if name == "cpu" and _own:
+            importlib.import_module("luqrun.quant.kernels.cpu.process").claim()
         return importlib.import_module(MODULES[name])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
@@ -61,8 +72,8 @@ def fuses(device_type: str) -> bool:
     return _fuses[device_type]
 
 
-def know(form: Format) -> bool:
-    """Whether the kernels of cpu and cuda know this format. Radix 4 is there to compare with: torch's operations do."""
+def has_kernels(form: Format) -> bool:
+    """Whether cpu and cuda have kernels for this format. Radix 4 is there to compare with: torch's operations do."""
     return form.radix == 2
 
 

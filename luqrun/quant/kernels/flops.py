@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from luqrun.internals import flop_counters
+from luqrun.internals.of_torch import flop_counters
 
 
 def _rows(shape: Sequence[int]) -> int:

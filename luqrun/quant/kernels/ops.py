@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals import PLAIN, has_modes, is_watched, keep_results
-from luqrun.quant.formats import SAWB, Format, get_format
-from luqrun.quant.kernels import backend_for, flops, know, reference
+from luqrun.internals.of_torch import PLAIN, has_modes, is_watched, keep_results
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import Format, get_format
+from luqrun.quant.kernels import backend_for, flops, has_kernels, reference
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.layout import dense, empty
 from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
@@ -54,12 +55,12 @@ def _is_plain(argument: object) -> bool:
 
 
 def _backend(x: Tensor, form: Format):
-    return backend_for(x.device.type) if know(form) else reference
+    return backend_for(x.device.type) if has_kernels(form) else reference
 
 
-def _coded(x: Tensor, format: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
+def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
     """Codes and fields of x without data."""
-    size = get_format(format).field_bytes(x.numel()) if packed else 0
+    size = Encoding.of(encoding).form.field_bytes(x.numel()) if packed else 0
     return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
 
 
@@ -104,34 +105,32 @@ class statistics:
 
 
 @_operator(
-    "encode(Tensor x, Tensor scale, Tensor signed, str format, str rounding, str? underflow, Tensor stream, "
-    "int sample, ScalarType dtype, bool packed=False, bool observe=False) -> (Tensor, Tensor, Tensor)"
+    "encode(Tensor x, Tensor scale, Tensor signed, str encoding, Tensor stream, int sample, ScalarType dtype, "
+    "bool packed=False, bool observe=False) -> (Tensor, Tensor, Tensor)"
 )
 class encode:
-    def run(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
-        form = get_format(format)
-        backend = _backend(x, form)
-        return backend.encode(x, scale, signed, form, rounding, underflow, stream, sample, dtype, packed, observe)
+    """encoding: its `key`."""
 
-    def fake(x, scale, signed, format, rounding, underflow, stream, sample, dtype, packed=False, observe=False):
-        return *_coded(x, format, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)
+    def run(x, scale, signed, encoding, stream, sample, dtype, packed=False, observe=False):
+        how = Encoding.of(encoding)
+        return _backend(x, how.form).encode(x, scale, signed, how, stream, sample, dtype, packed, observe)
+
+    def fake(x, scale, signed, encoding, stream, sample, dtype, packed=False, observe=False):
+        return *_coded(x, encoding, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)
 
 
 @_operator(
-    "quantize(Tensor x, str format, str rounding, str? underflow, str range, bool pow2_scale, "
-    "Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "quantize(Tensor x, str encoding, Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class quantize:
     """Measure, scale and encode in one call; kernels that lack it (the reference's) leave it to Quantizer.run."""
 
-    def run(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
-        form = get_format(format)
-        sawb = SAWB[form.bits] if range == "sawb" else (0.0, 0.0)
-        how = form, rounding, underflow, range, pow2_scale, sawb, hindsight
-        return backend_for(x.device.type).quantize(x, *how, stream, dtype, packed)
+    def run(x, encoding, hindsight, stream, dtype, packed):
+        return backend_for(x.device.type).quantize(x, Encoding.of(encoding), hindsight, stream, dtype, packed)
 
-    def fake(x, format, rounding, underflow, range, pow2_scale, hindsight, stream, dtype, packed):
-        codes, fields = _coded(x, format, dtype, packed)
+    def fake(x, encoding, hindsight, stream, dtype, packed):
+        codes, fields = _coded(x, encoding, dtype, packed)
         scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
         return codes, scale, signed, fields, maximum
 

@@ -1,10 +1,11 @@
 """Philox4x32-10 (Salmon et al. 2011) in torch operations, and the layout of its counters.
 
 Randomness has no state. A draw is named by a *stream*, an int64 tensor of shape (6,):
-(seed, layer, operand, step, micro_step, rank), and by its sample number. One Philox call with the seed as key and
-the other fields as counter turns the name into four words, and since Philox is a bijection of its counter, no two
-names of one seed share them. Two of the words are the key, two the upper counter of the element's own call.
-Elements 4 g .. 4 g + 3 (in row-major order, whatever the memory format) take the four words of counter g.
+(seed, layer, operand, step, micro_step, rank), and by its sample number. The last field also says which GEMM a draw is
+for, where it is that GEMM's own (`of_gemm`). One Philox call with the seed as key and the other fields as counter turns
+the name into four words, and since Philox is a bijection of its counter, no two names of one seed share them. Two of
+the words are the key, two the upper counter of the element's own call. Elements 4 g .. 4 g + 3 (in row-major order,
+whatever the memory format) take the four words of counter g.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ MASK32 = 0xFFFFFFFF
 STREAM_FIELDS = ("seed", "layer", "operand", "step", "micro_step", "rank")
 LAYER, STEP, MICRO_STEP, RANK = (STREAM_FIELDS.index(name) for name in ("layer", "step", "micro_step", "rank"))
 EVALUATION_STEP = 2**32 - 1
+RANKS = 2**14  # processes, at most
+GEMM_NUMBERS = {"fprop": 1, "dgrad": 2, "wgrad": 3}
 SAMPLE_SLOTS = 2**16
 
 
 def make_stream(seed: int = 0, layer: int = 0, operand: int = 0, step: int = 0, micro_step: int = 0, rank: int = 0):
     """The int64 tensor (6,) that names a draw. The seed is taken modulo 2^63."""
     return torch.tensor([seed % 2**63, layer, operand, step, micro_step, rank], dtype=torch.int64)
+
+
+def of_gemm(stream: Tensor, gemm: str) -> Tensor:
+    """The name of a GEMM's own draw, where it quantizes an operand in another way than the GEMM before it."""
+    own = stream.clone()
+    own[RANK] += RANKS * GEMM_NUMBERS[gemm]
+    return own
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

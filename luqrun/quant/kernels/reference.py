@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.formats import pack as pack_fields
 from luqrun.quant.formats import unpack as unpack_fields
@@ -40,40 +41,37 @@ def encode(
     x: Tensor,
     scale: Tensor,
     signed: Tensor,
-    form: Format,
-    rounding: str,
-    underflow: str | None,
+    how: Encoding,
     stream: Tensor,
     sample: int = 0,
     dtype: torch.dtype | None = None,
     packed: bool = False,
     observe: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, fields, maximum): the codes of x / scale in `form`, and what else one pass over x can give.
+    """(codes, fields, maximum): the codes of x / scale, and what else one pass over x can give.
 
     codes: x's shape and memory format, as `dtype` (default form.code_dtype; every floating type holds them exactly
     down to bf16). fields: with `packed`, `pack(codes)`, else empty. maximum: with `observe`, max|x| as 0-dim float32
     (NaN where x has a NaN), else empty.
 
     scale: 0-dim float32; 0 and NaN give zero codes, so the values become 0 and NaN. signed: 0-dim bool, for
-    integer formats. rounding: nearest (linear domain; ties to even for integers, away from zero for powers of two,
-    Eq. 14) or stochastic (Eq. 12). underflow, for logarithmic formats below 1: flush, nearest or stochastic
-    (Eq. 10). stream, sample: see kernels.philox; read only where something is stochastic. Values beyond the
-    largest code are clipped to it, non-finite ones get code 0: the quantizer makes their scale NaN.
+    integer formats. how: its range is not read. Nearest rounding is in the linear domain, with ties to even for
+    integers, away from zero for powers of two (Eq. 14); stochastic rounding is Eq. 12, below 1 Eq. 10. stream, sample:
+    see kernels.philox; read only where something is stochastic. Values beyond the largest code are clipped to it,
+    non-finite ones get code 0: the quantizer makes their scale NaN.
     """
-    x = dense(x.detach()).float()
-    draws = None
-    if "stochastic" in (rounding, underflow if form.logarithmic else None):
+    x, form, draws = dense(x.detach()).float(), how.form, None
+    if how.is_stochastic:
         draws = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
     usable = (x.abs() <= FLOAT32_MAX) & (scale > 0)
     if form.logarithmic:
         magnitude = torch.where(usable, x.abs() / scale, 0.0).clamp(max=form.limit)
-        magnitude = _log_magnitude(magnitude, form.radix, rounding, underflow, draws)
+        magnitude = _log_magnitude(magnitude, how, draws)
         codes = torch.where(x < 0, -magnitude, magnitude)
     else:
         limit = torch.where(signed, form.limit, form.unsigned_limit)
         ratio = torch.where(usable, x / scale, 0.0).clamp(torch.where(signed, -limit, 0), limit)
-        codes = ratio.round() if rounding == "nearest" else _stochastic_round(ratio, draws)
+        codes = ratio.round() if how.rounding == "nearest" else _stochastic_round(ratio, draws)
     codes = codes.to(form.code_dtype)
     fields = pack(codes, form) if packed else torch.empty(0, dtype=torch.uint8, device=x.device)
     maximum = statistics(x, False)[0].float() if observe else x.new_empty(0)
@@ -113,23 +111,23 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return torch.where(bits > 0, grad, 0)
 
 
-def _log_magnitude(ratio: Tensor, radix: int, rounding: str, underflow: str, draws: Tensor | None) -> Tensor:
+def _log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
     """|x| / scale >= 0 to 0 or a power of the radix, by arithmetic on the float32 bit pattern."""
     bits = ratio.contiguous().view(torch.int32)
-    if radix == 4:
+    if how.form.radix == 4:
         # The exponent's lowest bit is odd for even powers (its bias is 127): the power of four below.
         low = (((bits >> 23) - 1 | 1) << 23).view(torch.float32)
         position = (ratio / low - 1) / 3
-        up = (draws >> 1) < (position * 2.0**31).to(torch.int64) if rounding == "stochastic" else ratio >= 2.5 * low
+        up = (draws >> 1) < (position * 2.0**31).to(torch.int64) if how.rounding == "stochastic" else ratio >= 2.5 * low
         power = torch.where(up, 4 * low, low)
     else:
         # 23 random bits (or one half) added to the mantissa carry into the exponent as often as they should.
-        carry = (draws & 0x7FFFFF).to(torch.int32) if rounding == "stochastic" else 0x400000
+        carry = (draws & 0x7FFFFF).to(torch.int32) if how.rounding == "stochastic" else 0x400000
         power = ((bits + carry) & 0x7F800000).view(torch.float32)
-    if underflow == "stochastic":
+    if how.underflow == "stochastic":
         below = ((draws >> 1) < (ratio * 2.0**31).to(torch.int64)).float()
     else:
-        below = (ratio >= 0.5).float() if underflow == "nearest" else torch.zeros_like(ratio)
+        below = (ratio >= 0.5).float() if how.underflow == "nearest" else torch.zeros_like(ratio)
     return torch.where(ratio >= 1, power, below)
 
 

@@ -16,6 +16,7 @@ import numba
 import torch
 from torch import Tensor
 
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels.cpu import driver, loops
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
@@ -61,10 +62,10 @@ def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _how(form: Format, rounding: str, underflow: str | None, range: int, moments: bool, pow2_scale: bool, sample: int):
+def _how(how: Encoding, range: int, moments: bool, sample: int) -> tuple[int, ...]:
     """The `how` that numba_quantize.quantize takes: seven integers. moments: for GIVEN, whether to find the maximum."""
-    modes = MODES[rounding], MODES[underflow if form.logarithmic else None]
-    return int(form.logarithmic), *modes, range, int(moments), int(pow2_scale), sample
+    modes = MODES[how.rounding], MODES[how.underflow]
+    return int(how.form.logarithmic), *modes, range, int(moments), int(how.pow2_scale), sample
 
 
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
@@ -80,12 +81,7 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
 
 def quantize(
     x: Tensor,
-    form: Format,
-    rounding: str,
-    underflow: str | None,
-    range: str,
-    pow2_scale: bool,
-    sawb: tuple[float, float],
+    how: Encoding,
     hindsight: Tensor | None,
     stream: Tensor,
     dtype: torch.dtype,
@@ -93,13 +89,13 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, signed, fields, maximum): what Quantizer.run gives, sample 0, in one call.
 
-    sawb: the coefficients of the format; hindsight: the estimate of the maximum, 0-dim, or None.
+    hindsight: the estimate of the maximum, 0-dim, or None.
     """
-    x, numbers = _loadable(x), (*sawb, 0.0 if hindsight is None else hindsight.item())
+    x, numbers = _loadable(x), (*how.sawb, 0.0 if hindsight is None else hindsight.item())
     scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
     addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
-    how = _how(form, rounding, underflow, RANGES[range], range == "sawb", pow2_scale, 0)
-    codes, fields = _encode(x, addresses, form, stream, how, numbers, dtype, packed)
+    steps = _how(how, RANGES[how.range], how.range == "sawb", 0)
+    codes, fields = _encode(x, addresses, how.form, stream, steps, numbers, dtype, packed)
     return codes, scale, signed, fields, maximum
 
 
@@ -107,9 +103,7 @@ def encode(
     x: Tensor,
     scale: Tensor,
     signed: Tensor,
-    form: Format,
-    rounding: str,
-    underflow: str | None,
+    how: Encoding,
     stream: Tensor,
     sample: int = 0,
     dtype: torch.dtype | None = None,
@@ -120,9 +114,8 @@ def encode(
     given = [scale.item(), float(signed.item()), 0, 0, 0, 0]
     results = torch.tensor(given, dtype=torch.float64, device="cpu")
     addresses = results.data_ptr(), (0, 0, 0)
-    how = _how(form, rounding, underflow, GIVEN, observe, False, sample)
-    dtype = dtype or form.code_dtype
-    codes, fields = _encode(_loadable(x), addresses, form, stream, how, (0.0, 0.0, 0.0), dtype, packed)
+    steps, dtype = _how(how, GIVEN, observe, sample), dtype or how.form.code_dtype
+    codes, fields = _encode(_loadable(x), addresses, how.form, stream, steps, (0.0, 0.0, 0.0), dtype, packed)
     return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
 
 

@@ -6,16 +6,13 @@ way would cost more than the work itself where layers are small.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib
 import logging
 import os
 import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -23,11 +20,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, typeof
-from numba.core import cgutils, event
-from numba.core import types as nb
+from numba import types as nb
 from numba.extending import intrinsic
 
+from luqrun.internals.of_numba import cgutils, event, threading_layer
 from luqrun.quant.kernels.cpu import rows
+from luqrun.quant.kernels.cpu.process import share_openmp
 from luqrun.quant.kernels.cpu.rows import f32, row_loop
 
 log = logging.getLogger(__name__)
@@ -37,22 +35,10 @@ CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the num
 INT8, INT16, FLOAT32, BF16 = 0, 1, 2, 3  # what the codes are stored as
 
 
-def _openmp_found() -> bool:
-    # torch brings an OpenMP library of its own. With its symbols global, numba's threads are torch's, and need not be
-    # woken (50 to 300 us a call) when work passes from one to the other.
-    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    try:
-        importlib.import_module("numba.np.ufunc.omppool")
-    except ImportError:
-        return False
-    return True
-
-
-# numba's own workqueue aborts when two Python threads enter it and sleeps between tasks: OpenMP, or one thread.
-THREADED = _openmp_found()
-if THREADED:
-    numba.config.THREADING_LAYER = "omp"
+# numba's own workqueue aborts when two Python threads enter it and sleeps between tasks: without a better layer, one
+# thread. (Asked for before a kernel runs, as numba launches one layer a process.)
+share_openmp()
+THREADED = threading_layer() in ("omp", "tbb")
 
 # Only the loops written as prange: any other array expression would be a round of waking threads of its own.
 _ELSE_SERIAL = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")

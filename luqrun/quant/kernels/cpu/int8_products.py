@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from luqrun.internals.of_torch import int_mm
 from luqrun.quant.kernels.cpu.proofs import Proofs, random_codes
 
 MOST_VIEWS = 1024  # of views that are kept, a few a layer
@@ -73,7 +74,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if 1 in (rows, depth, columns):
         a, b = _unambiguous(a), _unambiguous(b)
     exact = proven(rows, depth, columns, a.stride(), b.stride(), torch.get_num_threads())
-    return torch._int_mm(a, b, out=out) if exact else _in_doubles(a, b, out)
+    return int_mm(a, b, out=out) if exact else _in_doubles(a, b, out)
 
 
 def _in_doubles(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def _trial(kind: Kind) -> bool:
     a, b = left.as_strided(sizes[0], kind.left_strides), right.as_strided(sizes[1], kind.right_strides)
     a[0], a[-1], b[:, 0] = 127, -127, 127
     found = torch.full((kind.rows, kind.columns), -1, dtype=torch.int32, device="cpu")
-    torch._int_mm(a, b, out=found)
+    int_mm(a, b, out=found)
     weights = weights.view(-1, 2).double()
     return torch.equal(_times(found, weights), _times(a, _times(b, weights)))
 

@@ -1,6 +1,6 @@
 """Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: measuring, packing,
-and the ReLU's mask; numba_encode has those that encode. numba_quantize and numba_loops drive them over whole tensors,
-on all cores.
+and the ReLU's mask; `encode` has those that encode. `quantize` and `loops` drive them over whole tensors, on all
+cores.
 
 `bits` are bit patterns: int32 of float32, and where it is said uint16 of bf16.
 """
@@ -32,15 +32,11 @@ if config.DISABLE_JIT:
     raise UserError(
         "NUMBA_DISABLE_JIT leaves the CPU without kernels: unset it, or set LUQRUN_KERNELS=reference (slow)"
     )
-# What numba compiles for: this CPU, unless the user said otherwise (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME=generic).
+# What numba compiles for: this CPU, unless something else was asked for (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME=generic).
 _host = config.CPU_FEATURES is None
 _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_FEATURES).split(",")
 # Without the instruction a fused multiply-add would be a function's call.
 HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
-# On Intel's CPUs LLVM leaves half of each AVX-512 register unused, as the first ones that had them clocked down. All of
-# it takes 0.6 of the time. For all of numba in this process, unless something was decorated before.
-if _host and config.ENABLE_AVX and "+avx512f" in _features:
-    config.CPU_FEATURES = ",".join([*_features, "-prefer-256-bit"])
 _LOOPS = ("driver", "encode", "loops", "philox", "quantize", "rows")  # the modules that hold compiled functions
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels.cuda import loops as kernels
 from luqrun.quant.kernels.layout import dense, empty, in_memory_order, is_channels_last
@@ -59,12 +60,7 @@ def _partial_statistics(x: Tensor, moments: bool, unless: Tensor | None) -> tupl
 
 def quantize(
     x: Tensor,
-    form: Format,
-    rounding: str,
-    underflow: str | None,
-    range: str,
-    pow2_scale: bool,
-    sawb: tuple[float, float],
+    how: Encoding,
     hindsight: Tensor | None,
     stream: Tensor,
     dtype: torch.dtype,
@@ -72,18 +68,19 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As cpu.backend.quantize: three launches or few more, and with a hindsight maximum one pass over x."""
     x = _native(x)
-    estimate = None if hindsight is None or range != "hindsight" else hindsight.to(x.device)
+    estimate = None if hindsight is None or how.range != "hindsight" else hindsight.to(x.device)
     # Whether integer codes have a sign is known from the present alone.
-    once = estimate is not None and form.logarithmic
-    partials, programs = _partial_statistics(x, range == "sawb", estimate if once else None)
+    once = estimate is not None and how.form.logarithmic
+    partials, programs = _partial_statistics(x, how.range == "sawb", estimate if once else None)
     scale, signed, maximum = (
         torch.empty((), dtype=each, device=x.device) for each in (torch.float32, torch.bool, torch.float32)
     )
-    constants = {name: value for name, value in _constants(form).items() if "BITS" not in name}
-    how = {"SAWB": range == "sawb", "C1": _pattern(sawb[0]), "C2": _pattern(sawb[1]), "POW2": pow2_scale}
+    constants = {name: value for name, value in _constants(how.form).items() if "BITS" not in name}
+    c1, c2 = map(_pattern, how.sawb)
+    constants |= {"SAWB": how.range == "sawb", "C1": c1, "C2": c2, "POW2": how.pow2_scale}
     outputs = partials, estimate, scale, signed, maximum, programs, x.numel()
-    _launch(kernels.choose_scale, 1, *outputs, **constants, **how, CHECKED=not once, BLOCK=STATISTICS_PROGRAMS)
-    codes, fields, found = encode(x, scale, signed, form, rounding, underflow, stream, 0, dtype, packed, once)
+    _launch(kernels.choose_scale, 1, *outputs, **constants, CHECKED=not once, BLOCK=STATISTICS_PROGRAMS)
+    codes, fields, found = encode(x, scale, signed, how, stream, 0, dtype, packed, once)
     if once:
         maximum, scale = found, torch.where(found.isfinite(), scale, torch.nan)
     return codes, scale, signed, fields, maximum
@@ -98,9 +95,7 @@ def encode(
     x: Tensor,
     scale: Tensor,
     signed: Tensor,
-    form: Format,
-    rounding: str,
-    underflow: str | None,
+    how: Encoding,
     stream: Tensor,
     sample: int = 0,
     dtype: torch.dtype | None = None,
@@ -110,7 +105,7 @@ def encode(
     """See reference.encode."""
     assert 0 <= sample < SAMPLE_SLOTS
     x = _native(x)
-    device, numel, last = x.device, x.numel(), is_channels_last(x)
+    device, numel, last, form = x.device, x.numel(), is_channels_last(x), how.form
     codes = torch.empty_like(x, dtype=dtype or form.code_dtype)
     # The two codes of a byte are neighbours in memory: an odd number of channels would pair two pixels.
     beside = packed and not (last and form.field_bits == 4 and x.shape[1] % 2)
@@ -119,10 +114,10 @@ def encode(
     maximum = torch.zeros(() if observe else 0, dtype=torch.int32, device=device)
     if numel == 0:
         return codes, fields, maximum.view(torch.float32)
-    draws = "stochastic" in (rounding, underflow if form.logarithmic else None)
+    draws = how.is_stochastic
     tensors = (x, codes, fields if beside else None, maximum if observe else None, scale.to(device), signed.to(device))
     stream = stream.to(device) if draws else None
-    options = dict(_constants(form), ROUNDING=rounding, UNDERFLOW=underflow)
+    options = dict(_constants(form), ROUNDING=how.rounding, UNDERFLOW=how.underflow)
     if draws and last:
         _encode_channels_last(tensors, stream, sample, options)
     else:

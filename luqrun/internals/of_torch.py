@@ -1,12 +1,9 @@
-"""What luqrun asks of torch through interfaces that torch does not promise; tests/test_torch_internals.py probes each.
-
-Nothing of the rest of luqrun is needed here.
-"""
+"""What luqrun asks of torch through interfaces that it does not promise; test_of_torch.py probes each."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import torch
@@ -14,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves  # noqa: F401 for others
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
 # Their memory is what it seems. A subclass may have none of its own (jagged, DTensor, FakeTensor).
@@ -21,6 +19,30 @@ PLAIN = (Tensor, nn.Parameter)
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.backward.__code__
 _CALL = nn.Module._call_impl.__code__
+
+
+def int_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of two int8 matrices in int32."""
+    return torch._int_mm(a, b) if out is None else torch._int_mm(a, b, out=out)
+
+
+def with_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x in another shape, over the same memory, and no view: autograd forbids in-place work on views that leave a
+    Function."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
+def allow_recompilations(limit: int) -> None:
+    """Let torch.compile compile one function at least so often: layers share theirs."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it cannot trace, or finds no working C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return TorchDynamoException, CppCompileError, InvalidCxxCompiler
 
 
 def in_backward() -> bool:

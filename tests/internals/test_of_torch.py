@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from luqrun import internals
+from luqrun.internals import of_torch
 
 
 class Spy(torch.autograd.Function):
@@ -30,40 +30,40 @@ class Spy(torch.autograd.Function):
 
 def test_a_backward_pass_is_known():
     seen, x = [], torch.ones(2, requires_grad=True)
-    Spy.apply(x, internals.in_backward, seen).sum().backward()
+    Spy.apply(x, of_torch.in_backward, seen).sum().backward()
     assert seen == [False, True]
 
 
 @pytest.mark.parametrize(("reentrant", "again"), [(False, (True, False)), (True, (True, True))])
 def test_a_repeated_forward_is_known(reentrant, again):
     seen, x = [], torch.ones(2, requires_grad=True)
-    checkpoint(lambda x: Spy.apply(x, internals.repeats_forward, seen), x, use_reentrant=reentrant).sum().backward()
+    checkpoint(lambda x: Spy.apply(x, of_torch.repeats_forward, seen), x, use_reentrant=reentrant).sum().backward()
     assert seen[:2] == [(False, True), again]
 
 
 def test_who_watches_is_known():
-    assert not internals.is_watched()
+    assert not of_torch.is_watched()
     with FlopCounterMode(display=False):
-        assert internals.has_modes()
-        assert internals.is_watched()
+        assert of_torch.has_modes()
+        assert of_torch.is_watched()
     with torch.profiler.profile():
-        assert internals.is_watched()
-        assert not internals.has_modes()
+        assert of_torch.is_watched()
+        assert not of_torch.has_modes()
     seen = []
-    torch.jit.trace(lambda x: seen.append(internals.is_watched()) or x, torch.ones(1), check_trace=False)
+    torch.jit.trace(lambda x: seen.append(of_torch.is_watched()) or x, torch.ones(1), check_trace=False)
     assert seen == [True]
 
 
 def test_transforms_are_known():
     seen = []
-    torch.func.vmap(lambda x: seen.append(internals.is_transformed()) or x)(torch.ones(2))
+    torch.func.vmap(lambda x: seen.append(of_torch.is_transformed()) or x)(torch.ones(2))
     assert seen == [True]
-    assert not internals.is_transformed()
+    assert not of_torch.is_transformed()
 
 
 def test_many_gradients_at_once_are_known():
     seen, x = [], torch.ones(2, requires_grad=True)
-    x.register_hook(lambda gradient: seen.append(internals.is_batched(gradient)))
+    x.register_hook(lambda gradient: seen.append(of_torch.is_batched(gradient)))
     torch.autograd.grad(x * 2, x, torch.ones(3, 2), is_grads_batched=True)
     torch.autograd.grad(x * 2, x, torch.ones(2))
     assert seen == [True, False]
@@ -73,32 +73,32 @@ def test_what_forward_mode_follows_is_known():
     x = torch.ones(2)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
-        assert internals.has_tangent(dual)
-        assert not internals.has_tangent(x)
-    assert not internals.has_tangent(x)
+        assert of_torch.has_tangent(dual)
+        assert not of_torch.has_tangent(x)
+    assert not of_torch.has_tangent(x)
 
 
 def test_tensors_that_wrap_others_are_known():
     jagged = torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged)
-    assert internals.has_dispatch(jagged)
+    assert of_torch.has_dispatch(jagged)
     for plain in (torch.ones(1), nn.Parameter(torch.ones(1)), nn.Buffer(torch.ones(1))):
-        assert not internals.has_dispatch(plain)
-        assert type(plain) in internals.PLAIN
-        assert type(copy.deepcopy(plain)) in internals.PLAIN
+        assert not of_torch.has_dispatch(plain)
+        assert type(plain) in of_torch.PLAIN
+        assert type(copy.deepcopy(plain)) in of_torch.PLAIN
     with torch._subclasses.FakeTensorMode():
         fake = torch.ones(1)
-    assert type(fake) not in internals.PLAIN
-    assert not internals.has_dispatch(fake)
+    assert type(fake) not in of_torch.PLAIN
+    assert not of_torch.has_dispatch(fake)
 
 
 def test_the_outermost_module_is_known():
     class Inner(nn.Module):
         def forward(self, x):
-            seen.append(internals.outermost_module())
+            seen.append(of_torch.outermost_module())
             return x
 
     seen = []
     outer = nn.Sequential(nn.Sequential(Inner()))
     outer(torch.ones(1))
     assert seen == [outer]
-    assert internals.outermost_module() is None
+    assert of_torch.outermost_module() is None

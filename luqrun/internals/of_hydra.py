@@ -1,0 +1,63 @@
+"""What luqrun asks of Hydra through interfaces that it does not promise; test_of_hydra.py probes each."""
+
+from __future__ import annotations
+
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
+from hydra.core.object_type import ObjectType
+
+_READER = "hydra._internal.core_plugins.file_config_source"
+_REPOSITORY = "hydra._internal.config_repository"
+
+
+def args_parser() -> ArgumentParser:
+    """The parser of Hydra's own options, whose `overrides` are the rest of a command line."""
+    return get_args_parser()
+
+
+def ships_with_hydra(plugin: type) -> bool:
+    """Whether a launcher or sweeper is Hydra's own, which runs the jobs in this process."""
+    return plugin.__module__.startswith("hydra._internal")
+
+
+def read_when_raised(error: Exception) -> tuple[Path | None, str | None]:
+    """(file, name) of the config that Hydra was reading when it raised the error: it names them in its frames only.
+
+    The file, where it could not be read; the name, such as schedule/mine, where its defaults list is wrong.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if module == _READER and "full_path" in frame.f_locals:
+            return Path(frame.f_locals["full_path"]), None
+        if module == _REPOSITORY and isinstance(error, ValueError) and "defaults" in str(error):
+            return None, str(frame.f_locals.get("config_path"))
+    return None, None
+
+
+@contextmanager
+def groups_listed_once() -> Iterator[None]:
+    """In here Hydra lists the options of a group in a hundredth of the time, as for --help: it copies all that it knows
+    for each look at one."""
+    private = ConfigLoaderImpl.get_group_options
+
+    def options(self, group_name, results_filter=ObjectType.CONFIG, config_name=None, overrides=None):
+        if config_name is not None or overrides:
+            return private(self, group_name, results_filter, config_name, overrides)
+        return list(listed(self, group_name, results_filter))
+
+    @cache
+    def listed(loader, group_name: str, results_filter: ObjectType | None) -> list[str]:
+        return loader.repository.get_group_options(group_name, results_filter)
+
+    ConfigLoaderImpl.get_group_options = options
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.get_group_options = private
