@@ -256,7 +256,7 @@ def test_divergence_is_a_result_and_stays_one(luqrun, tmp_path):
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
-    arguments = (*FAST, "schedule.epochs=8", "tracking.log_every=1")
+    arguments = (*FAST, "schedule.epochs=12", "tracking.log_every=1")
     command = subprocess.Popen(
         [sys.executable, "-m", "luqrun", *arguments, "tracking.checkpoint_every=2"],
         cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -280,7 +280,7 @@ def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     assert [name for name in os.listdir(folder / "checkpoints") if name.startswith(".")] == []
 
     done = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"]
-    assert 2 <= done < 64
+    assert 2 <= done < 96
     result = luqrun(*arguments)
     assert result.code == 0
     assert re.search(rf"continuing from .*last\.pt: epoch \d+, step {done}\n", result.err)
@@ -288,7 +288,7 @@ def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     assert (resumed["status"], resumed["start"]) == ("finished", run["start"])
     assert not resumed.get("reason")  # of the interruption
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 65))
+    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 97))
 
 
 def test_options_may_stand_among_the_overrides(luqrun, tmp_path):

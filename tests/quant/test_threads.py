@@ -10,7 +10,7 @@ import pytest
 import thread_code
 
 TWO_THREADS = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
-LIMIT = 400  # seconds, of which compiling takes some
+LIMIT = 900  # seconds, of which compiling takes some
 
 
 def run(folder, *arguments):
