@@ -1,4 +1,4 @@
-"""Watch a run from outside while it trains many steps: memory, threads, open files, bytes written.
+"""CoverageCheck a run from outside while it trains many steps: memory, threads, open files, bytes written.
 
 For tests/runs/test_kills.py and scripts/soak.py. Needs Linux: it reads /proc.
 """

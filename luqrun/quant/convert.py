@@ -13,9 +13,16 @@ from torch import nn
 
 from luqrun.errors import UserError
 from luqrun.quant.attention import QuantMultiheadAttention
-from luqrun.quant.coverage import Other, Watch, all_of, is_lazy, other_layers, tell_others
+from luqrun.quant.coverage import (
+    CoverageCheck,
+    Unquantized,
+    is_lazy,
+    shown_names,
+    unquantized_layers,
+    warn_of_unquantized,
+)
 from luqrun.quant.dataflow import Ends, find_ends
-from luqrun.quant.draws import tell_apart
+from luqrun.quant.draws import rename_copies
 from luqrun.quant.layers import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear
 from luqrun.quant.recipe import Recipe
 
@@ -56,7 +63,7 @@ def quantize_model(
     if not recipe.quantizes:
         return model
     found = {name: module for name, module in model.named_modules() if type(module) in TWINS}
-    others = other_layers(model, TWINS)
+    others = unquantized_layers(model, TWINS)
     left = _skipped(model, found, others, recipe.skip if skip is None else skip, example)
     others = {name: other for name, other in others.items() if name not in left}
     for name, other in others.items():
@@ -68,14 +75,14 @@ def quantize_model(
     chosen = {name: module for name, module in found.items() if name not in left}
     first_index = sum(1 for _ in quantized_layers(model))  # of an earlier call: no two layers share their draws
     if patched:
-        text = f"the forward of {all_of(patched)} is patched, on the layer itself: left in high precision"
+        text = f"the forward of {shown_names(patched)} is patched, on the layer itself: left in high precision"
         warnings.warn(text, stacklevel=2)
     elif not chosen:
         why = "there is no Conv2d, Linear or attention left to swap"
         why = "its layers are quantized already" if first_index else why
         why = "every layer is skipped, see skip=()" if found else why
         warnings.warn(f"recipe {recipe.name}: nothing was quantized, {why}", stacklevel=2)
-    tell_others(model, others)
+    warn_of_unquantized(model, others)
     log.debug("quantizing %d of %d layers", len(chosen), len(found))
     twins = {
         name: TWINS[type(module)].from_module(module, recipe, seed, index)
@@ -86,9 +93,9 @@ def quantize_model(
     for name, module in chosen.items():
         if module is not model:  # which may be kept to compare with
             module.__class__, module.__dict__ = type(twins[name]), vars(twins[name])
-    _settle(model)
+    _adapt_neighbours(model)
     if model not in chosen.values():
-        Watch(model, list(chosen.items()))
+        CoverageCheck(model, list(chosen.items()))
         return model
     if twins[""]._compiled_call_impl is not None:
         twins[""]._compiled_call_impl = None
@@ -97,7 +104,7 @@ def quantize_model(
     return twins[""]
 
 
-def _settle(model: nn.Module) -> None:
+def _adapt_neighbours(model: nn.Module) -> None:
     """Adapt what stands around quantized layers."""
     for module in model.modules():
         if type(module) is nn.ReLU:
@@ -134,7 +141,7 @@ def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: i
 
 
 def _skipped(
-    model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], skip: Sequence[str], example
+    model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unquantized], skip: Sequence[str], example
 ) -> set[str]:
     """The names that the entries of `skip` mean; a pattern may name one of `others`, which is then not told."""
     left, names, ends = set(), list(found), None
@@ -155,7 +162,7 @@ def _skipped(
     return left
 
 
-def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Other], example) -> Ends:
+def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unquantized], example) -> Ends:
     layers = {**found, **{name: other.module for name, other in others.items()}, **dict(quantized_layers(model))}
     registered = {name: layers[name] for name, _ in model.named_modules() if name in layers}
     return find_ends(model, registered, list(found), example)
@@ -178,7 +185,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 def set_step(model: nn.Module, step: int) -> None:
     """Set the step that names the draws: with it, a resumed run needs nothing else."""
     layers = [layer for _, layer in quantized_layers(model)]
-    tell_apart(layers)
+    rename_copies(layers)
     for layer in layers:
         layer.set_step(step)
 

@@ -29,14 +29,14 @@ LOOKED_UP_OR_ADDED = ("bias", "embed", "token", "pos", "table")  # in the name o
 SHOWN = 3
 
 
-class Other(NamedTuple):
+class Unquantized(NamedTuple):
     """A layer that multiplies by weights of its own and is of a kind that luqrun does not quantize."""
 
     module: nn.Module
     kind: str
 
 
-def other_layers(model: nn.Module, known: Iterable[type]) -> dict[str, Other]:
+def unquantized_layers(model: nn.Module, known: Iterable[type]) -> dict[str, Unquantized]:
     """By name, the layers with matrices for parameters whose type is not one of `known`, nor a quantized one."""
     known, others = tuple(known), {}
     for name, module in model.named_modules():
@@ -46,7 +46,7 @@ def other_layers(model: nn.Module, known: Iterable[type]) -> dict[str, Other]:
         if isinstance(module, KINDS) or any(_multiplies(*each) for each in module.named_parameters(recurse=False)):
             kind = type(module)
             is_namesake = kind.__name__ in {each.__name__ for each in KINDS}
-            others[name] = Other(module, f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__)
+            others[name] = Unquantized(module, f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__)
     return others
 
 
@@ -68,7 +68,7 @@ def is_lazy(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, UninitializedTensorMixin)
 
 
-def tell_others(model: nn.Module, others: dict[str, Other]) -> None:
+def warn_of_unquantized(model: nn.Module, others: dict[str, Unquantized]) -> None:
     """Warn, in one line, which layers stay in high precision, and which share of the model's weights they hold."""
     if not others:
         return
@@ -87,8 +87,8 @@ def tell_others(model: nn.Module, others: dict[str, Other]) -> None:
     )
     layers = "1 layer stays" if len(others) == 1 else f"{len(others)} layers stay"
     share = f"{percent:.{0 if percent >= 10 else 2}f} % of the weights"
-    kin = any(isinstance(other.module, KINDS) for other in others.values())
-    why = " (a subclass of a layer may compute something else)" if kin else ""
+    related = any(isinstance(other.module, KINDS) for other in others.values())
+    why = " (a subclass of a layer may compute something else)" if related else ""
     warnings.warn(
         f"{layers} in high precision, {share}: {kinds}. luqrun does not quantize these kinds{why}; "
         "names in skip silence this",
@@ -96,7 +96,7 @@ def tell_others(model: nn.Module, others: dict[str, Other]) -> None:
     )
 
 
-def all_of(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
     """The names; of more than a few, patterns that hold them all, which skip takes too."""
     if len(names) <= SHOWN:
         return ", ".join(name or "the model" for name in names)
@@ -104,7 +104,7 @@ def all_of(names: Sequence[str]) -> str:
     return ", ".join(f"{pattern} ({count} layers)" if count > 1 else pattern for pattern, count in patterns.items())
 
 
-class Watch:
+class CoverageCheck:
     """Tells, once, which of the layers that a call of quantize_model swapped did not compute in the first training.
 
     A hook of the model looks after its first forward with gradients. Where it does not (a part of the model is called
@@ -147,7 +147,7 @@ class Watch:
         if silent:
             whose = "1 layer is" if len(silent) == 1 else f"{len(silent)} of {total} layers are"
             warnings.warn(
-                f"{whose} shown as quantized and did not compute in the first training forward: {all_of(silent)}. "
+                f"{whose} shown as quantized and did not compute in the first training forward: {shown_names(silent)}. "
                 "Either nothing used them, or other code reads their weights, in high precision",
                 stacklevel=2,
             )
@@ -157,7 +157,7 @@ class Watch:
         for number, (_, layer) in enumerate(self.layers):
             for parameter in layer.parameters(recurse=False):
                 if parameter.requires_grad:
-                    handle = parameter.register_post_accumulate_grad_hook(_Arrival(self, number))
+                    handle = parameter.register_post_accumulate_grad_hook(_GradientHook(self, number))
                     self.arrivals.setdefault(number, []).append(handle)
 
     def __getstate__(self) -> dict:
@@ -168,10 +168,10 @@ class Watch:
         self._listen()
 
 
-class _Arrival:
+class _GradientHook:
     """Passes on to a watch that the gradient of a layer's weight has arrived."""
 
-    def __init__(self, watch: Watch, number: int):
+    def __init__(self, watch: CoverageCheck, number: int):
         self.watch, self.number = weakref.ref(watch), number
 
     def __call__(self, parameter: Tensor) -> None:

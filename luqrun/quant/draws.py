@@ -7,16 +7,12 @@ luqrun.quant.kernels.philox. A forward whose gradient is wanted takes the names 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luqrun.quant.kernels.philox import LAYER, make_stream
 from luqrun.quant.recipe import OPERANDS
-
-if TYPE_CHECKING:
-    from luqrun.quant.layers import QuantLayer
 
 LARGEST_MODEL = 2**20  # layers; the names of copies of one layer lie that far apart
 
@@ -27,32 +23,32 @@ def first_streams(seed: int, index: int) -> Tensor:
         return torch.stack([make_stream(seed, layer=index, operand=number) for number in range(len(OPERANDS))])
 
 
-class Kin:
+class CopyGroup:
     """What the deep copies of a layer have in common.
 
     A copy of a whole model repeats the model's draws. Copies of a layer inside one model (nn.TransformerEncoder makes
-    such) must not: `tell_apart` renames those that it finds.
+    such) must not: `rename_copies` renames those that it finds.
     """
 
-    def __init__(self, has_copies: bool = False):
-        self.has_copies = has_copies
+    def __init__(self, was_copied: bool = False):
+        self.was_copied = was_copied
 
-    def __deepcopy__(self, memo: dict) -> Kin:
-        self.has_copies = True
+    def __deepcopy__(self, memo: dict) -> CopyGroup:
+        self.was_copied = True
         return self
 
     def __reduce__(self):
-        return Kin, (self.has_copies,)
+        return CopyGroup, (self.was_copied,)
 
 
-def tell_apart(layers: Iterable[QuantLayer]) -> None:
+def rename_copies(layers: Iterable[nn.Module]) -> None:
     """Give each copy of a layer among a model's quantized `layers` draws of its own, by its place; the first keeps what
     it has."""
-    taken: dict[Kin, set[int]] = {}
+    taken: dict[CopyGroup, set[int]] = {}
     for layer in layers:
-        if not layer.kin.has_copies:
+        if not layer.copies.was_copied:
             continue
-        used, own = taken.setdefault(layer.kin, set()), int(layer.streams[0, LAYER])
+        used, own = taken.setdefault(layer.copies, set()), int(layer.streams[0, LAYER])
         while own in used:
             own += LARGEST_MODEL
         used.add(own)

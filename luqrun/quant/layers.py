@@ -25,7 +25,7 @@ from luqrun.internals.of_torch import (
     repeats_forward,
     run_while_traced,
 )
-from luqrun.quant.draws import Kin, first_streams, tell_apart
+from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
 from luqrun.quant.function import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
@@ -48,7 +48,7 @@ class QuantLayer(nn.Module):
 
     recipe: Recipe
     streams: Tensor
-    kin: Kin
+    copies: CopyGroup
     finetune: bool
     health: dict | None
     shares_ranges: bool
@@ -61,9 +61,9 @@ class QuantLayer(nn.Module):
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
         layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
-        layer.streams, layer.kin, layer.told_apart_in = first_streams(seed, index), Kin(), None
+        layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
-        layer._settle()
+        layer._prepare_device()
         layer.remembers = [
             operand for operand in OPERANDS if any(each.range == "hindsight" for each in recipe.quantizers(operand))
         ]
@@ -81,10 +81,10 @@ class QuantLayer(nn.Module):
                 self._buffers[key] = buffer.float()
                 if key in unmade and not buffer.is_meta:  # to_empty: no parameter initialisation reaches it
                     self._buffers[key].zero_()
-        self._settle()
+        self._prepare_device()
         return self
 
-    def _settle(self) -> None:
+    def _prepare_device(self) -> None:
         """Prepare for the device that the parameters are on, before a compiler looks: it cannot trace the loading of
         kernels, and would compile once more for streams that move in the first forward."""
         device = self._device()
@@ -166,8 +166,8 @@ class QuantLayer(nn.Module):
             return dict(zip(OPERANDS, self.streams.to(device).unbind(), strict=True))
         if self.streams.device != device:
             self._move_streams(device)
-        if self.kin.has_copies:
-            self._tell_apart()
+        if self.copies.was_copied:
+            self._rename_copies()
         names = self.streams
         if wanted or self.recipe.has_stochastic_forward:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -175,14 +175,14 @@ class QuantLayer(nn.Module):
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
     @run_while_traced
-    def _tell_apart(self) -> None:
+    def _rename_copies(self) -> None:
         model = outermost_module()
-        if model is not None and (self.told_apart_in is None or self.told_apart_in() is not model):
-            tell_apart(module for module in model.modules() if isinstance(module, QuantLayer))
-            self.told_apart_in = weakref.ref(model)
+        if model is not None and (self.renamed_in is None or self.renamed_in() is not model):
+            rename_copies(module for module in model.modules() if isinstance(module, QuantLayer))
+            self.renamed_in = weakref.ref(model)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "told_apart_in": None}
+        return {**super().__getstate__(), "renamed_in": None}
 
     def _observe(self, operand: str, maximum: Tensor) -> None:
         if operand != "gradient" and not self.training:  # as batch norm's statistics; but a backward pass is training

@@ -13,14 +13,14 @@ from torch import nn
 from luqrun.config import ModelConfig
 from luqrun.errors import UserError
 from luqrun.quant.convert import TWINS, quantize_model, quantized_layers
-from luqrun.quant.coverage import other_layers
+from luqrun.quant.coverage import unquantized_layers
 from luqrun.quant.dataflow import find_ends
 from luqrun.tasks.classification.networks import MODELS, build_model
 from tests.layers import LUQ
 
 
 def layers_of(model):
-    others = {name: other.module for name, other in other_layers(model, TWINS).items()}
+    others = {name: other.module for name, other in unquantized_layers(model, TWINS).items()}
     return {name: each for name, each in model.named_modules() if type(each) in TWINS or name in others}
 
 

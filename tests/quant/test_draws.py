@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import luqrun
-from luqrun.quant.draws import tell_apart
+from luqrun.quant.draws import rename_copies
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.philox import LAYER, MICRO_STEP, RANK
 
@@ -135,7 +135,7 @@ def test_a_copy_and_its_original_in_one_model_draw_apart_wherever_they_are():
     train_step(Both(), x)
     assert not torch.equal(online[0].weight.grad, target[0].weight.grad)
     before = layer.streams.clone()
-    tell_apart([layer, target[0]])  # once more changes nothing
+    rename_copies([layer, target[0]])  # once more changes nothing
     assert torch.equal(before, layer.streams)
 
 

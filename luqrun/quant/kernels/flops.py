@@ -35,7 +35,7 @@ def _wgrad(grads_shapes, a_shape, *_, out_shape, **__) -> int:
 FORMULAS = {"int8_conv": _conv, "int8_conv_dgrad": _dgrad, "int8_conv_wgrad": _wgrad}
 
 
-def tell_counters() -> None:
+def register_formulas() -> None:
     """Let counters that are there, and those to come, know the formulas."""
     for registry, register in flop_counters():
         for name, formula in FORMULAS.items():

@@ -38,7 +38,7 @@ def _operator(schema: str):
             # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
             if is_watched() or not all(map(_is_plain, arguments)):
                 if not torch.compiler.is_compiling() and has_modes():
-                    flops.tell_counters()
+                    flops.register_formulas()
                 return operator(*arguments)
             return cls.run(*arguments)
 
