@@ -1,7 +1,7 @@
 """Random layers whose GEMMs are compared with int64 arithmetic, bit for bit, through the layers' ops.
 
-For tests/test_exactness.py and scripts/exactness.py. Each case is a layer of random sizes and random codes; each is
-computed with int8 codes, of patches and by oneDNN's convolution, and in floating point, on any CPU.
+For tests/quant/test_exactness.py and scripts/exactness.py. Each case is a layer of random sizes and random
+codes; each is computed with int8 codes, of patches and by oneDNN's convolution, and in floating point, on any CPU.
 """
 
 import random

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from hypothesis import HealthCheck, settings
 
-# LUQRUN_FUZZ=50 pytest tests/test_fuzz_*.py --hypothesis-show-statistics: fifty times as many, and others each time.
+# LUQRUN_FUZZ=50 pytest tests/*/test_fuzz_*.py --hypothesis-show-statistics: fifty times as many, and others each time.
 TIMES = int(os.environ.get("LUQRUN_FUZZ", "1"))
 
 

@@ -1,4 +1,6 @@
-"""Jobs of several processes: `python -m luqrun` under torchrun. For test_distributed.py and scripts/rank_death.py."""
+"""Jobs of several processes, under torchrun or forked from a warm one. For test_distributed.py, test_process_group.py
+and scripts/rank_death.py.
+"""
 
 import os
 import signal
@@ -8,6 +10,7 @@ import time
 
 from running import TINY, metrics
 from shell import environment
+from torch.distributed import TCPStore
 
 from luqrun.runs.folder import RunFolder
 
@@ -17,18 +20,43 @@ RUN = (*TINY, "dataset.batch_size=24", "finetune=fnt1", "quant=luq_hindsight", "
 STEPS = 20
 
 
-def torchrun(cache, processes, *arguments, **variables):
-    """The command that starts that many processes, and its environment (shell.environment)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return {"args": [*command, *map(str, arguments)], "env": environment(cache, **variables), "text": True}
+class Ranks:
+    """The processes that `torchrun --nproc-per-node=processes` starts, without its seconds of imports for each.
+
+    They have torchrun's variables and, as under it, a store that another process serves. Nobody ends them where one
+    dies: they find out by themselves.
+    """
+
+    def __init__(self, shell, cwd, processes, *arguments, script=None, **variables):
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # 0: a port that is free
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, **variables}
+        self.ranks = []
+        for rank in range(processes):
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            self.ranks.append(shell.start(cwd, *map(str, arguments), script=script, **own))
+
+    def finish(self) -> tuple[int, str]:
+        """(exit code, console) at the end of all: the code of the first that failed, what each said after the other."""
+        deadline, results = time.monotonic() + LIMIT, []
+        for rank in self.ranks:
+            result = rank.wait(max(deadline - time.monotonic(), 1))
+            if result is None:
+                rank.kill()
+                result = rank.wait()
+            results.append(result)
+        codes = [result.code for result in results if result.code]
+        return codes[0] if codes else 0, "".join(result.out + result.err for result in results)
 
 
-def start(cwd, processes, *overrides, options=(), **variables):
-    """A job in the folder `cwd`; its output goes to the file `console` there."""
-    command = torchrun(cwd / "cache", processes, "-m", "luqrun", *RUN, *overrides, **variables)
-    command["args"][3:3] = options
+def start(cwd, processes, *overrides, options=()):
+    """A job under torchrun in the folder `cwd`; its output goes to the file `console` there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
     with (cwd / "console").open("w") as console:
-        return subprocess.Popen(**command, cwd=cwd, stdout=console, stderr=console, start_new_session=True)
+        return subprocess.Popen(
+            [*command, "-m", "luqrun", *RUN, *overrides],
+            cwd=cwd, env=environment(cwd / "cache"), stdout=console, stderr=console, start_new_session=True,
+        )  # fmt: skip
 
 
 def finish(job, cwd):
@@ -54,7 +82,7 @@ def reached(cwd, step):
         if logged and any(line["step"] >= step for line in metrics(RunFolder(logged[0].parent))):
             return
         time.sleep(0.05)
-    raise AssertionError((cwd / "console").read_text())
+    raise AssertionError(f"step {step} was not reached in {LIMIT} s in {cwd}")
 
 
 def processes_of(job) -> list[int]:

@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at random instants, start them again until they finish, and compare what they end with.
 
-For tests/test_kills.py and scripts/kill_test.py. Needs Linux: the processes are looked up in /proc.
+For tests/runs/test_kills.py and scripts/kill_test.py. Needs Linux: the processes are looked up in /proc.
 """
 
 import json

@@ -80,7 +80,8 @@ _FITTING = {
     list: st.lists(st.one_of(_words, st.integers(1, 100)), max_size=3),
     NoneType: st.one_of(st.integers(0, 100), st.floats(0), _words, ODD),
 }
-_TYPES = {key: type(functools.reduce(getattr, key.split("."), tiny())) for key in KEYS}
+_TINY = tiny()
+_TYPES = {key: type(functools.reduce(getattr, key.split("."), _TINY)) for key in KEYS}
 _near = st.builds(
     str.format,
     st.sampled_from(["{}x", "{}.x", "x.{}", "{}@a", "{}@", ".{}", "{}.", "hydra.{}", "{}[0]", "{}.0", "{} ", "/{}"]),

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do: torchrun starts this file, and each leaves its findings in a folder."""
+"""What the processes of tests/runtime/test_process_group.py do: each leaves its findings in a folder."""
 
 import os
 import sys

@@ -44,13 +44,13 @@ def tiny(*overrides) -> Config:
 
 
 @contextmanager
-def quiet_machine(cache):
-    """One thread, since the machine is shared, and the glyphs cached in the test's own folder."""
+def quiet_machine(cache=None):
+    """One thread, since the machine is shared, and the glyphs cached in the folder `cache` or the suite's."""
     threads = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     try:
-        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)):
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)} if cache else {}):
             yield
     finally:
         torch.set_num_threads(threads[0])
@@ -61,7 +61,7 @@ def train(path, *overrides) -> tuple[dict, RunFolder]:
     """Run `luqrun OVERRIDES` on tiny glyphs in this process, in the folder `path`: (summary, folder)."""
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
-    with quiet_machine(path.parent / "cache"):
+    with quiet_machine():
         return trainer.run(tiny(*overrides), folder), folder
 
 

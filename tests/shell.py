@@ -1,7 +1,8 @@
 """For the tests of the command line: processes of `python -m luqrun` without two seconds of imports each.
 
 Run as a script it imports what the job needs and then forks for each command on its standard input, a line of JSON. The
-child is what `python -m luqrun ARGUMENTS` is: the same main, its own file descriptors, and a real exit code.
+child is what `python -m luqrun ARGUMENTS` is: the same main, its own file descriptors, and a real exit code. Scripts in
+tests/ run in the same way.
 """
 
 import json
@@ -64,9 +65,11 @@ class Shell:
     def luqrun(self, cwd, *arguments, **variables) -> Result:
         return self.start(cwd, *arguments, **variables).wait()
 
-    def start(self, cwd, *arguments, file_size=None, **variables) -> Process:
-        """file_size: bytes that the process may write to one file (ulimit -f)."""
-        return Process(self, self.ask({"start": [str(cwd), arguments, variables, file_size]}))
+    def start(self, cwd, *arguments, script=None, file_size=None, **variables) -> Process:
+        """script: of tests/, to run in place of luqrun. file_size: bytes that the process may write to one file
+        (ulimit -f). variables: of its environment.
+        """
+        return Process(self, self.ask({"start": [str(cwd), script, arguments, variables, file_size]}))
 
     def ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -78,7 +81,7 @@ class Shell:
         self.process.stdout.close()
 
 
-def _child(cwd, arguments, variables, file_size, out, err):
+def _child(cwd, script, arguments, variables, file_size, out, err):
     import resource
     import runpy
 
@@ -89,24 +92,28 @@ def _child(cwd, arguments, variables, file_size, out, err):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(cwd)
     os.environ.update(variables)
-    sys.argv = ["luqrun", *arguments]
-    runpy.run_module("luqrun", run_name="__main__", alter_sys=True)
+    sys.argv = [script or "luqrun", *arguments]
+    if script is None:
+        runpy.run_module("luqrun", run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / "tests" / script), run_name="__main__")
 
 
 def _serve():
     import tempfile
 
-    import numba
+    from hydra.core.plugins import Plugins
 
-    import luqrun.cli
-    import luqrun.quant.kernels.cpu.int8
-    import luqrun.train.trainer  # noqa: F401
-    from luqrun.quant.kernels import backend_for, own_process
+    import luqrun.cli.command  # noqa: F401
+    from luqrun.quant.kernels import own_process
 
     own_process()
-    backend_for("cpu")
+    from running import train
 
-    numba.njit(lambda number: number)(1)  # the compiler loads more at its first use
+    # A run, for what is loaded only at its first use: kernels, their compiler, the writer of curves.
+    Plugins.instance()
+    with tempfile.TemporaryDirectory() as folder:
+        train(Path(folder) / "run", "quant=luq", "finetune=fnt1")
     running = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,6 +1,6 @@
 """CoverageCheck a run from outside while it trains many steps: memory, threads, open files, bytes written.
 
-For tests/test_kills.py and scripts/soak.py. Needs Linux: it reads /proc.
+For tests/runs/test_kills.py and scripts/soak.py. Needs Linux: it reads /proc.
 """
 
 import json

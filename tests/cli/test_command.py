@@ -19,7 +19,6 @@ from luqrun import __version__ as luqrun_version
 from luqrun.runs.identity import run_id
 
 FAST = (*TINY, "quant=fp32")
-PARTS = ("torchvision", "triton", "numba", "tensorboard", "transformers")
 
 
 @pytest.fixture
@@ -258,7 +257,7 @@ def test_divergence_is_a_result_and_stays_one(luqrun, tmp_path):
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
-    arguments = (*FAST, "schedule.epochs=20", "tracking.log_every=1")
+    arguments = (*FAST, "schedule.epochs=12", "tracking.log_every=1")
     command = subprocess.Popen(
         [sys.executable, "-m", "luqrun", *arguments, "tracking.checkpoint_every=2"],
         cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -282,7 +281,7 @@ def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     assert [name for name in os.listdir(folder / "checkpoints") if name.startswith(".")] == []
 
     done = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"]
-    assert 2 <= done < 160
+    assert 2 <= done < 96
     result = luqrun(*arguments)
     assert result.code == 0
     assert re.search(rf"continuing from .*last\.pt: epoch \d+, step {done}\n", result.err)
@@ -290,7 +289,7 @@ def test_asked_to_stop_and_the_same_command_again(luqrun, tmp_path, asked):
     assert (resumed["status"], resumed["start"]) == ("finished", run["start"])
     assert not resumed.get("reason")  # of the interruption
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 161))
+    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 97))
 
 
 def test_options_may_stand_among_the_overrides(luqrun, tmp_path):
@@ -307,20 +306,6 @@ def test_options_may_stand_among_the_overrides(luqrun, tmp_path):
 def test_the_version_is_ours(luqrun):
     result = luqrun("--version")
     assert (result.code, result.out) == (0, f"luqrun {luqrun_version}\n")
-
-
-def loaded_by(*arguments) -> set[str]:
-    """Which of the heavy modules the process has in the end."""
-    code = f"import atexit, sys; atexit.register(lambda: print('LOADED', *(set({PARTS}) & set(sys.modules))))\n"
-    result = subprocess.run([sys.executable, "-c", code + "\n".join(arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return set(result.stdout.splitlines()[-1].split()[1:])
-
-
-def test_import_and_help_load_nothing_heavy():
-    help_command = "sys.argv = ['luqrun', '--help']; import runpy; runpy.run_module('luqrun', run_name='__main__')"
-    assert loaded_by("import luqrun", "luqrun.recipe('luq')") == set()
-    assert loaded_by(help_command) == set()
 
 
 def test_waiting_threads_soon_sleep(tmp_path):

@@ -13,7 +13,7 @@ from running import TINY, quiet_machine
 from luqrun.cli import command as cli
 
 
-@examples(20)
+@examples(8)
 @given(texts=overrides)
 def test_any_override_is_refused_by_name_or_obeyed(cache, texts):
     with tempfile.TemporaryDirectory() as folder, quiet_machine(cache):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numba
 import pytest
@@ -15,8 +16,8 @@ from luqrun.quant.kernels.cpu import ahead, driver
 
 LOOPS = """
 import numpy as np
-from luqrun.kernels.numba_driver import CHUNK, driver, floats
-from luqrun.kernels.numba_rows import row_loop
+from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
+from luqrun.quant.kernels.cpu.rows import row_loop
 
 @row_loop()
 def twice(values):
@@ -98,16 +99,23 @@ def test_other_processes_compile_once_and_this_one_loads(loops, children, monkey
     assert len(children) == 2
 
 
-def test_who_is_asked_to_stop_ends_the_others_and_leaves(loops, children):
+def test_who_is_asked_to_stop_ends_the_others_and_leaves(loops, children, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)  # one other
+
     class Asked(BaseException):
         pass
 
     def handle(number, frame):
         raise Asked
 
+    def ask():
+        while not children:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     before = signal.signal(signal.SIGUSR1, handle)
     try:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        threading.Thread(target=ask, daemon=True).start()
         with pytest.raises(Asked):
             ahead.compile_all(rehearsed(loops), lambda done, total: None)
     finally:
@@ -165,10 +173,12 @@ def test_of_two_processes_one_compiles_and_the_other_waits(loops, children, capl
         started = []
 
         def let_go():
+            while "another process compiles" not in caplog.text:
+                time.sleep(0.01)
             started.extend(children)
             other.stdin.close()
 
-        threading.Timer(0.5, let_go).start()
+        threading.Thread(target=let_go, daemon=True).start()
         with caplog.at_level("INFO"):
             ahead.compile_all(versions, lambda done, total: None)
     assert not started  # nobody compiled before

@@ -25,7 +25,7 @@ api.PyMem_RawFree(memory)
 """
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_gemm_is_exact(seed):
     tally = Tally()
     for number in range(25 * TIMES):
@@ -73,7 +73,7 @@ def checking(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_no_memory_is_written_outside_its_bounds():
-    done = checking([sys.executable, str(SCRIPT), "--cases", str(40 * TIMES), "--seed", "11"])
+    done = checking([sys.executable, str(SCRIPT), "--cases", str(15 * TIMES), "--seed", "11"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "random layers, seed 11" in done.stdout
     assert checking([sys.executable, "-c", OVERRUN]).returncode < 0  # or nothing was checked

@@ -26,7 +26,7 @@ def published(undrawn, tmp_path_factory):
     return out
 
 
-@examples(40)
+@examples(15)
 @given(
     done=st.lists(st.tuples(st.integers(0, 10**6), st.booleans(), VALUES), min_size=1, max_size=3),
     garbage=st.one_of(st.none(), GARBAGE),

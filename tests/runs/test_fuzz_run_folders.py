@@ -58,13 +58,13 @@ def check_report(pristine, done, *more) -> None:
             assert path.name in counted or named or _without_cell(path) or "fig1a" in str(path), path
 
 
-@examples(40)
+@examples(15)
 @given(done=st.lists(changes(*FILES), min_size=1, max_size=3))
 def test_the_report_names_what_it_leaves_out(pristine, undrawn, done):
     check_report(pristine, done)
 
 
-@examples(3)
+@examples(2)
 @given(done=st.lists(changes(*FILES), min_size=1, max_size=3))
 def test_with_figures_and_pages(pristine, done):
     pytest.importorskip("matplotlib")
@@ -103,7 +103,7 @@ TOUCHED = (*FILES, "checkpoints/last.pt", "run.log", ".lock")
 COMMANDS = [(), (), ("study=b", "reuse=true"), ("finetune=fnt1", "resume=base"), ("tracking.log_every=3",)]
 
 
-@examples(12)
+@examples(5)
 @given(done=st.lists(changes(*TOUCHED, without="a pipe"), min_size=1, max_size=3), more=st.sampled_from(COMMANDS))
 def test_the_command_in_a_garbled_folder(work, done, more):
     with tempfile.TemporaryDirectory() as temporary, quiet_machine(work / "cache"):
@@ -168,7 +168,7 @@ def test_pictures_of_garbled_curves(work, tmp_path, capsys, events):
     assert (ended.value.code, len([line for line in err.splitlines() if "pictures.py: " in line])) == (1, 1)
 
 
-@examples(25)
+@examples(8)
 @given(done=st.lists(changes("config.yaml", "checkpoints/last.pt", without="a pipe"), min_size=1, max_size=2))
 def test_pictures_of_a_garbled_run(work, done):
     pytest.importorskip("matplotlib")

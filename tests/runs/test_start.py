@@ -1,6 +1,7 @@
 """Resuming: an interrupted run, continued, is the run that was never interrupted, bit for bit."""
 
 import errno
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,6 +12,8 @@ from luqrun.errors import UserError
 from luqrun.runs import checkpoint
 from luqrun.train import trainer
 from luqrun.train.trainer import Trainer
+
+WHOLE = ("finetune=fnt1", "tracking.histogram_every=5")
 
 
 def interrupt(monkeypatch, owner, name, call):
@@ -24,19 +27,6 @@ def interrupt(monkeypatch, owner, name, call):
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, interrupted)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """uninterrupted(*overrides): the folder of that run done in one go."""
-    done = {}
-
-    def folder(*overrides):
-        if overrides not in done:
-            done[overrides] = train(tmp_path_factory.mktemp("whole") / "run", *overrides)[1]
-        return done[overrides]
-
-    return folder
 
 
 def assert_same_run(one, other):
@@ -62,12 +52,12 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("overrides", "owner", "name", "call"),
     [
-        (("finetune=fnt1",), Trainer, "train_step", 7),  # mid-epoch, two steps after a checkpoint
-        (("finetune=fnt1",), Trainer, "train_step", 15),  # mid-epoch in the fine-tune phase
-        (("finetune=fnt1",), Trainer, "evaluate", 1),  # all steps of the epoch done
-        (("finetune=fnt1",), checkpoint, "save", 3),  # the epoch's metrics written, no checkpoint
-        (("finetune=fnt1",), checkpoint, "save", 4),  # best.pt written, last.pt not
-        (("finetune=fnt1",), Trainer, "summarize", 1),  # all done but the summary
+        (WHOLE, Trainer, "train_step", 7),  # mid-epoch, two steps after a checkpoint
+        (WHOLE, Trainer, "train_step", 15),  # mid-epoch in the fine-tune phase
+        (WHOLE, Trainer, "evaluate", 1),  # all steps of the epoch done
+        (WHOLE, checkpoint, "save", 3),  # the epoch's metrics written, no checkpoint
+        (WHOLE, checkpoint, "save", 4),  # best.pt written, last.pt not
+        (WHOLE, Trainer, "summarize", 1),  # all done but the summary
         (("schedule.accumulate=2", "schedule.epochs=2"), Trainer, "train_step", 7),
         (("dataset.workers=1", "dataset.augment=true"), Trainer, "train_step", 7),
         (("quant=luq_hindsight", "model=mobilenet_tiny"), Trainer, "train_step", 7),  # with dropout
@@ -75,8 +65,8 @@ def assert_same_run(one, other):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, uninterrupted, overrides, owner, name, call):
-    whole = uninterrupted(*overrides)
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, monkeypatch, trained, overrides, owner, name, call):
+    whole = trained(*overrides)
     interrupt(monkeypatch, owner, name, call)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
@@ -103,27 +93,27 @@ def counting(train_step, steps):
     return counted
 
 
-def test_two_runs_are_equal_and_another_seed_is_not(tmp_path, uninterrupted):
-    one, two, other = uninterrupted("finetune=none"), train(tmp_path / "2")[1], train(tmp_path / "3", "seed=1")[1]
+def test_two_runs_are_equal_and_another_seed_is_not(tmp_path, trained):
+    one, two, other = trained(), train(tmp_path / "2")[1], train(tmp_path / "3", "seed=1")[1]
     assert_same_run(one, two)
     assert metrics(one) != metrics(other)
 
 
-def test_a_trained_run_can_be_fine_tuned_later(tmp_path, uninterrupted):
-    whole, trained = uninterrupted("finetune=fnt3"), uninterrupted("finetune=none")
-    summary, tuned = train(tmp_path / "tuned", "finetune=fnt3", f"resume={trained.checkpoints / 'last.pt'}")
+def test_a_trained_run_can_be_fine_tuned_later(tmp_path, trained):
+    whole, base = trained("finetune=fnt3"), trained()
+    summary, tuned = train(tmp_path / "tuned", "finetune=fnt3", f"resume={base.checkpoints / 'last.pt'}")
     assert_same_tensors(last(tuned)["model"], last(whole)["model"])
     assert_same_tensors(last(tuned)["optimizer"], last(whole)["optimizer"])
     assert summary["finetune"] == whole.summary()["finetune"]
     assert summary["before_finetune"] == whole.summary()["before_finetune"]
-    assert not trained.run().get("reason")
+    assert not base.run().get("reason")
     # The other run's checkpoint is not touched, and its lines are not copied.
-    assert last(trained)["progress"]["epoch"] == 1
+    assert last(base)["progress"]["epoch"] == 1
     assert {line["phase"] for line in metrics(tuned)} == {"finetune"}
 
 
-def test_resume_from_a_path_refuses_another_run(tmp_path, uninterrupted):
-    path = uninterrupted("finetune=none").checkpoints / "last.pt"
+def test_resume_from_a_path_refuses_another_run(tmp_path, trained):
+    path = trained().checkpoints / "last.pt"
     for override, key in (("schedule.lr=0.2", "schedule.lr"), ("quant=fp32", "quant"), ("seed=1", "seed")):
         with pytest.raises(UserError) as refusal:
             train(tmp_path / f"other-{key}", override, f"resume={path}")
@@ -154,9 +144,9 @@ def test_a_run_without_checkpoint_starts_over_with_fresh_metrics(tmp_path, monke
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8, 8]
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, uninterrupted):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, trained):
     overrides = ("finetune=fnt1", "tracking.checkpoint_every=5")
-    whole = uninterrupted("finetune=fnt1")
+    whole = trained(*WHOLE)
     save, calls = checkpoint.write_atomically, Counter()
 
     def fills(path, data):
@@ -189,13 +179,20 @@ def test_the_best_checkpoint_survives_an_interruption_beside_it(tmp_path, monkey
     assert torch.load(folder.checkpoints / "best.pt", weights_only=True)["progress"]["epoch"] == 2
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of WHOLE, interrupted in its fine-tune, with several checkpoints behind it."""
+    path = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, Trainer, "train_step", 12)
+        with pytest.raises(KeyboardInterrupt):
+            train(path, *WHOLE, "tracking.checkpoint_every=3")
+    return path
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "gone", "a folder"])
-def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatch, caplog, uninterrupted, harm):
-    overrides = ("finetune=fnt1",)
-    interrupt(monkeypatch, Trainer, "train_step", 12)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, caplog, interrupted, trained, harm):
+    path = shutil.copytree(interrupted, tmp_path / "run") / "checkpoints" / "last.pt"
     good = path.read_bytes()
     middle = len(good) // 2
     content = {"truncated": good[:middle], "flipped": good[:middle] + b"?" + good[middle + 1 :], "empty": b""}
@@ -204,10 +201,10 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, monke
         path.mkdir()
     elif harm != "gone":
         path.write_bytes(content[harm])
-    _, resumed = train(tmp_path / "run", *overrides, "tracking.checkpoint_every=3")
+    _, resumed = train(tmp_path / "run", *WHOLE, "tracking.checkpoint_every=3")
     assert "Going on from the one before" in caplog.text
     assert (path.with_name("damaged.pt")).exists() == (harm != "gone")
-    assert_same_run(resumed, uninterrupted(*overrides))
+    assert_same_run(resumed, trained(*WHOLE))
 
 
 def test_two_damaged_checkpoints_are_refused(tmp_path, monkeypatch):

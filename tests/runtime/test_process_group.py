@@ -1,29 +1,24 @@
 """Two and three processes, gloo between them: what they share, what each has for itself, and that it adds up."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 import rank_code
 import torch
-from jobs import torchrun
+from jobs import Ranks
 from running import build_trainer, metrics, quiet_machine, train
 
 from luqrun import tasks
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
 
-HERE = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(request, tmp_path_factory):
+def found(request, shell, tmp_path_factory):
     """(what each process found, the folder) of that many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = torchrun(folder / "cache", request.param, HERE / "rank_code.py", folder)
-    job = subprocess.run(**command, capture_output=True, timeout=400)
-    assert job.returncode == 0, job.stderr
+    code, said = Ranks(shell, folder, request.param, folder, script="rank_code.py").finish()
+    assert code == 0, said
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)], folder
 
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from running import last, metrics, quiet_machine, tiny, train
@@ -93,9 +92,10 @@ def test_another_thread_than_the_main_one_gets_none():
     [("train_step", 5, 5), ("train_step", 8, 8), ("evaluate", 1, 8), ("train_step", 11, 11)],
     ids=["mid-epoch", "last step", "evaluation", "fine-tune"],
 )
-def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, name, call, step):
+def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, trained, name, call, step):
     """Eight steps an epoch; the run that goes on afterwards equals the one that never stopped."""
-    overrides = ("finetune=fnt1", "tracking.checkpoint_every=0")
+    overrides = ("finetune=fnt1", "tracking.histogram_every=5")
+    whole = trained(*overrides)
     original, calls, requests = getattr(Trainer, name), [], Requests()
 
     def asked(self, *arguments):
@@ -107,14 +107,13 @@ def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, n
     monkeypatch.setattr(Trainer, name, asked)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    with pytest.raises(Stopped, match="SIGUSR1"), quiet_machine(tmp_path / "cache"):
+    with pytest.raises(Stopped, match="SIGUSR1"), quiet_machine():
         trainer.run(tiny(*overrides), folder, requests)
     assert last(folder)["progress"]["step"] == step
     assert folder.summary() is None
     assert len(calls) == call  # nothing after it
     monkeypatch.undo()
     _, resumed = train(tmp_path / "run", *overrides)
-    _, whole = train(tmp_path / "whole", *overrides)
     assert metrics(resumed) == metrics(whole)
 
 
@@ -125,10 +124,9 @@ def test_a_read_that_does_not_end_does_after_a_signal(tmp_path, monkeypatch, num
     saved = []
 
     def read():
-        with handled() as requests, requests.deferred():
+        with handled() as requests, requests.deferred(), requests.reading(lambda: saved.append(requests.check())):
             threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
-            with requests.reading(lambda: saved.append(requests.check())):
-                (tmp_path / "pipe").read_bytes()
+            (tmp_path / "pipe").read_bytes()
 
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(Stopped) as stopped:
@@ -137,16 +135,15 @@ def test_a_read_that_does_not_end_does_after_a_signal(tmp_path, monkeypatch, num
     assert signal.getsignal(signal.SIGALRM) == before
 
 
-def test_a_read_that_ends_in_time_lets_the_step_end(monkeypatch):
-    monkeypatch.setattr(signals, "READING", 0.2)
+def test_a_read_that_ends_in_time_lets_the_step_end():
     with handled() as requests, requests.deferred():
         with requests.reading(pytest.fail):
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.4)  # the step
+        os.kill(os.getpid(), signal.SIGALRM)  # which the timer may send just then: the step goes on
         assert requests.check() == signal.SIGTERM
 
 
-def test_a_run_that_is_blocked_in_a_read_writes_where_it_is(tmp_path, monkeypatch):
+def test_a_run_that_is_blocked_in_a_read_writes_where_it_is(tmp_path, monkeypatch, trained):
     """It is asked to stop while the fifth batch does not come, and goes on as if nothing had been."""
     monkeypatch.setattr(signals, "READING", 0.1)
     served, original = [], MemoryImages.batch
@@ -159,16 +156,15 @@ def test_a_run_that_is_blocked_in_a_read_writes_where_it_is(tmp_path, monkeypatc
             (tmp_path / "pipe").read_bytes()
         return original(self, indices, keys)
 
-    overrides = ("quant=fp32", "tracking.checkpoint_every=0")
+    whole = trained("quant=fp32")
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(MemoryImages, "batch", blocked)
-        with pytest.raises(Stopped), quiet_machine(tmp_path / "cache"), handled() as requests:
-            trainer.run(tiny(*overrides), folder, requests)
+        with pytest.raises(Stopped), quiet_machine(), handled() as requests:
+            trainer.run(tiny("quant=fp32"), folder, requests)
     assert last(folder)["progress"]["step"] == 4
-    _, resumed = train(tmp_path / "run", *overrides)
-    _, whole = train(tmp_path / "whole", *overrides)
+    _, resumed = train(tmp_path / "run", "quant=fp32")
     assert metrics(resumed) == metrics(whole)
 
 

@@ -1,4 +1,7 @@
-"""luqrun under torchrun: whole jobs that stop, lose a process, and go on, with as many processes or others."""
+"""Whole jobs of several processes that stop, lose a process, and go on, with as many processes or others.
+
+torchrun starts them where it has a part in what is tested: it hands on signals, restarts, or dies.
+"""
 
 import os
 import shutil
@@ -7,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import LIMIT, STEPS, finish, processes_of, reached, run_folder, start
+from jobs import LIMIT, RUN, STEPS, Ranks, finish, processes_of, reached, run_folder, start
 from running import assert_same_tensors, last, metrics
 
 from luqrun.runs.folder import RunFolder
@@ -22,10 +25,16 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def ranks(shell):
+    """ranks(cwd, processes, *overrides): a job without torchrun."""
+    return lambda cwd, processes, *overrides: Ranks(shell, cwd, processes, *RUN, *overrides)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks, tmp_path_factory):
     """The folder of a job that was left alone."""
     cwd = tmp_path_factory.mktemp("whole")
-    code, console = finish(start(cwd, PROCESSES), cwd)
+    code, console = ranks(cwd, PROCESSES).finish()
     assert code == 0, console
     return cwd
 
@@ -42,24 +51,24 @@ def stopped(tmp_path_factory):
     return cwd, console
 
 
-def test_a_second_job_on_the_same_run_is_refused(uninterrupted):
+def test_a_second_job_on_the_same_run_is_refused(ranks, uninterrupted):
     with run_folder(uninterrupted).locked():  # as the first process of another job does
-        code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
+        code, console = ranks(uninterrupted, PROCESSES).finish()
     assert code != 0
     assert console.count("luqrun (rank 0)") == console.count("is being run by another process") == 1
     assert "luqrun (rank 1)" not in console
 
 
-def test_a_finished_run_is_shown_once(uninterrupted):
+def test_a_finished_run_is_shown_once(ranks, uninterrupted):
     before = sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*"))
-    code, console = finish(start(uninterrupted, PROCESSES), uninterrupted)
+    code, console = ranks(uninterrupted, PROCESSES).finish()
     assert code == 0
     assert console.count("this run is finished") == console.count("top-1 %") == 1
     assert sorted(path.stat().st_mtime_ns for path in run_folder(uninterrupted).path.glob("checkpoints/*")) == before
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(uninterrupted, stopped, tmp_path, processes):
+def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(ranks, uninterrupted, stopped, tmp_path, processes):
     """With as many as before by the same command, bit-identically; with others as another run, by resume=PATH."""
     before, console = stopped
     assert console.count("stopped by SIGTERM; the same command continues from the last checkpoint") == 1
@@ -68,7 +77,7 @@ def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(uninterrupted,
     done = last(begun)["progress"]["step"]
     assert 4 <= done < STEPS
     path = begun.checkpoints / "last.pt"
-    code, console = finish(start(tmp_path, processes, *([f"resume={path}"] * (processes != PROCESSES))), tmp_path)
+    code, console = ranks(tmp_path, processes, *([f"resume={path}"] * (processes != PROCESSES))).finish()
     assert code == 0, console
     assert console.count(f"step {done}\n") == 1
     if processes != PROCESSES:
@@ -82,14 +91,14 @@ def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(uninterrupted,
         assert_same_run(folder, run_folder(uninterrupted))
 
 
-def test_a_process_that_dies_ends_the_job(stopped, tmp_path):
+def test_a_process_that_dies_ends_the_others(ranks, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
-    job = start(tmp_path, PROCESSES)
+    job = ranks(tmp_path, 2)
     reached(tmp_path, 8)
-    os.kill(processes_of(job)[1], signal.SIGKILL)
-    code, console = finish(job, tmp_path)
-    assert code != 0
-    assert "exitcode: -9" in console
+    job.ranks[1].kill()
+    code, console = job.finish()
+    assert code == 1
+    assert "another process of this job has ended" in console
     assert run_folder(tmp_path).summary() is None
 
 
@@ -101,6 +110,7 @@ def test_with_a_restart_the_job_goes_on_bit_identically(uninterrupted, stopped, 
     code, console = finish(job, tmp_path)
     assert code == 0, console
     assert console.count("continuing from") == 2
+    assert "exitcode: -9" in console or "Signal 9" in console
     assert_same_run(run_folder(tmp_path), run_folder(uninterrupted))
 
 
@@ -118,8 +128,8 @@ def test_without_torchrun_the_processes_write_a_checkpoint_and_end(tmp_path):
     assert "stopped by SIGTERM; the same command continues" in (tmp_path / "console").read_text()
 
 
-def test_what_a_process_refuses_is_on_the_console(tmp_path):
-    code, console = finish(start(tmp_path, 2, "dataset.batch_size=23"), tmp_path)
+def test_what_a_process_refuses_is_on_the_console(ranks, tmp_path):
+    code, console = ranks(tmp_path, 2, "dataset.batch_size=23").finish()
     assert code != 0
     assert "luqrun (rank 1): dataset.batch_size=23 must be a multiple of the 2 processes" in console
     assert not (tmp_path / "outputs").exists()

@@ -38,13 +38,13 @@ def points(folder, tag) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def luq_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("luq") / "run", "finetune=fnt1", "tracking.histogram_every=5")[1]
+def luq_run(trained):
+    return trained("finetune=fnt1", "tracking.histogram_every=5")
 
 
 @pytest.fixture(scope="module")
-def fp32_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("fp32") / "run", "quant=fp32")[1]
+def fp32_run(trained):
+    return trained("quant=fp32")
 
 
 def test_the_curves_are_the_lines_of_metrics_jsonl(luq_run):

@@ -30,7 +30,7 @@ from luqrun.quant.kernels.cpu.driver import Version
 log = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds between two looks at what goes on elsewhere
-LOCK = "luqrun.train.compiling.lock"
+LOCK = "luqrun.compiling.lock"
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 DONE = "compiled "  # how a compiling process begins the line that names a function
 Progress = Callable[[int, int], None]  # how many functions are compiled, of how many
@@ -163,7 +163,7 @@ def _start(versions: Sequence[Version]) -> subprocess.Popen:
     if numba.config.CPU_FEATURES is not None:  # the cache keeps code for each of them apart
         environment["NUMBA_CPU_FEATURES"] = numba.config.CPU_FEATURES
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", "from luqrun.quant.kernels import ahead; ahead.work()"],
+        [sys.executable, "-P", "-c", "from luqrun.quant.kernels.cpu import ahead; ahead.work()"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
     )  # fmt: skip
     wanted = [(each.driver.__module__, each.driver.__name__, each.parallel, each.signature) for each in versions]
