@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.runtime.seeds import mix
-from luqrun.tasks.classification.data import ImageData, build_dataset
+from luqrun.tasks.classification.data import build_dataset
+from luqrun.tasks.classification.image_data import ImageData
 from luqrun.tasks.classification.pixels import MemoryImages
 from luqrun.tasks.examples import Collated
 from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, in_order, train_loader, val_loader

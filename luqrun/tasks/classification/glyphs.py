@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import ImageData, subset
+from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import MemoryImages
 
 log = logging.getLogger(__name__)

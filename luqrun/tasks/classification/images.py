@@ -15,8 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import ImageData, subset
 from luqrun.tasks.classification.folders import Split, names_and_sizes, scan, told
+from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
 
