@@ -154,8 +154,11 @@ def main(folder: Path) -> None:
     found["trained"], found["evaluated"] = trained(folder), evaluated(folder)
     found["labelled"] = labelled(folder / f"labelled{process_group.rank()}")
     found["gathered"] = process_group.gather({"rank": process_group.rank()})
-    found["sums"] = process_group.add_up([1.0, process_group.rank()]), process_group.largest(process_group.rank())
-    found["told"] = process_group.from_first(lambda: f"by {process_group.rank()}")
+    found["sums"] = (
+        process_group.all_reduce_sum([1.0, process_group.rank()]),
+        process_group.all_reduce_max(process_group.rank()),
+    )
+    found["told"] = process_group.run_on_first(lambda: f"by {process_group.rank()}")
     torch.save(found, folder / f"{process_group.rank()}.pt")
     process_group.leave()
     # Not the interpreter's way out: after FSDP, torch 2.14 now and then aborts while its threads are torn down.

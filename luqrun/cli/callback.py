@@ -25,7 +25,7 @@ from luqrun.runtime import process_group
 REFUSED = (UserError, OSError, OmegaConfBaseException, HydraException)
 
 
-class Checks(Callback):
+class RunCallback(Callback):
     """What must hold before Hydra makes a folder or starts a sweep. (Hydra swallows all errors here but SystemExit.)"""
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun import RESULTS, __version__
 from luqrun.cli import overrides, own_configs, sweeps
 from luqrun.cli.callback import close_logs
-from luqrun.cli.messages import is_hydras, one_line, out_of_memory, refuse, stumbled
+from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
 from luqrun.cli.overrides import options_first
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.startup import quick_start, quieten_libraries
@@ -42,7 +42,7 @@ from luqrun.runs.start import diverged_base
 from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
 from luqrun.runtime.openmp import limit_spinning
-from luqrun.runtime.signals import Requests, Stopped, hand_on, handled
+from luqrun.runtime.signals import Requests, Stopped, call_earlier_handler, handled
 from luqrun.runtime.slurm import join_ranks, planned_ranks
 
 log = logging.getLogger("luqrun")
@@ -61,7 +61,7 @@ def main() -> None:
             print(f"luqrun {__version__}")
             sys.exit()
         sys.argv[1:] = options_first(sys.argv[1:])
-        own_configs.refuse_passed_over(sys.argv[1:])
+        own_configs.refuse_shadowed(sys.argv[1:])
         try:
             with quick_start():
                 hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
@@ -84,14 +84,14 @@ def main() -> None:
     except Exception as error:
         if "No trials are completed" in str(error):  # Optuna's, where all have failed
             _tell_failures()
-        if not is_hydras(error):
+        if not raised_by_hydra(error):
             raise
         located = own_configs.located(error, sys.argv[1:])
         if located is not error:
             refuse(located)
         if isinstance(error.__cause__, OSError):  # run.log cannot be opened
             refuse(error.__cause__)
-        refuse(UserError(stumbled(error, sys.argv[1:])))
+        refuse(UserError(explain_override(error, sys.argv[1:])))
 
 
 def _tell_failures() -> None:
@@ -160,13 +160,13 @@ def job(composed: DictConfig) -> float | None:
                     log.warning(line)
             process_group.join()
             held.callback(process_group.leave)
-            summary = process_group.from_first(lambda: _begin(config, data, folder, held))
+            summary = process_group.run_on_first(lambda: _begin(config, data, folder, held))
             if summary is None:
                 with _marking_failure(folder):
                     summary = _work(config, folder, requests)
             if folder.writes:
                 print(_closing_table(config, summary, folder), flush=True)
-            requests.insist()
+            requests.raise_if_asked()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
             refuse(busy)
@@ -182,7 +182,7 @@ def job(composed: DictConfig) -> float | None:
             then = "shows the result, for the run is finished,"
         if folder.writes:
             log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
-        handed_on = hand_on(stopped.number)
+        handed_on = call_earlier_handler(stopped.number)
         # A rank that leaves with an error could end the first one before that has asked Slurm to run the job again.
         sys.exit(0 if handed_on and not process_group.is_first() else stopped.exit_code)
     except BrokenPipeError:
@@ -315,7 +315,7 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         with logging_redirect_tqdm():
             return process_group.recorded(trainer.run)(config, folder, requests)
     except (MemoryError, RuntimeError) as error:
-        if process_group.lost_another(error):
+        if process_group.lost_a_peer(error):
             raise UserError(
                 "another process of this job has ended (it says why); the same command goes on from the last checkpoint"
             ) from None

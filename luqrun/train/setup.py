@@ -73,4 +73,4 @@ def eager(on: bool) -> AbstractContextManager:
 
 def share_buffers(model: nn.Module) -> None:
     """Give every process the first one's running statistics: each has those of its own examples."""
-    process_group.take_from_first(model.buffers())
+    process_group.broadcast(model.buffers())

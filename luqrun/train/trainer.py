@@ -125,7 +125,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Continue where `resume` and the folder say; whether from a checkpoint of this run's own."""
-        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data.fingerprint))
+        start = process_group.run_on_first(lambda: find_start(self.config, self.folder, self.data.fingerprint))
         if start is None:
             self.folder.rewind({})
             return False
@@ -257,12 +257,12 @@ class Trainer:
         """The weight of a step in all processes, of which this one has `weight`."""
         if self.task.equal_weights:
             return weight * process_group.world_size()
-        return int(process_group.add_up([weight])[0])
+        return int(process_group.all_reduce_sum([weight])[0])
 
     def _add_up(self, passes: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums over micro-batches and processes: the only wait for a GPU."""
         values = torch.stack([torch.stack(list(each.values())) for each in passes]).tolist()
-        return dict(zip(passes[0], process_group.add_up(map(sum, zip(*values, strict=True))), strict=True))
+        return dict(zip(passes[0], process_group.all_reduce_sum(map(sum, zip(*values, strict=True))), strict=True))
 
     def _forward_and_backward(self, batch: Batch, weight: int, total: int) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch, the part weight / total of the step; returns its sums, float64 ()."""
@@ -292,7 +292,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         number = self.requests.check()
-        asked = int(process_group.largest(-1 if number is None else ASKING.index(number)))
+        asked = int(process_group.all_reduce_max(-1 if number is None else ASKING.index(number)))
         if asked >= 0:
             self.save_checkpoint()
             raise Stopped(ASKING[asked])

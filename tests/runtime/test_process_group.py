@@ -117,8 +117,8 @@ def test_the_first_alone_writes(found):
 
 def test_what_a_dead_process_leaves_to_the_others_is_known_from_their_own_errors(monkeypatch):
     gloo = RuntimeError("[pair.cc:545] Read error [127.0.0.1]:14482: Connection reset by peer.")
-    assert not process_group.lost_another(gloo)
+    assert not process_group.lost_a_peer(gloo)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert process_group.lost_another(gloo)
-    assert process_group.lost_another(RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"))
-    assert not process_group.lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert process_group.lost_a_peer(gloo)
+    assert process_group.lost_a_peer(RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"))
+    assert not process_group.lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
