@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luqrun.errors import UserError, check_at_least, check_at_most, check_choice  # noqa: F401
+from luqrun.errors import UserError
 
 if TYPE_CHECKING:
     from luqrun.quant.recipe import Recipe

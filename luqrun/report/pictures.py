@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from luqrun.config import PRECISIONS, Config, check_choice
-from luqrun.errors import UserError
+from luqrun.config import PRECISIONS, Config
+from luqrun.errors import UserError, check_choice
 from luqrun.quant.convert import quantize_model, quantized_layers, set_step
 from luqrun.quant.formats import get_format
 from luqrun.quant.recipe import Recipe

@@ -7,7 +7,8 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from luqrun.config import Config, check_choice
+from luqrun.config import Config
+from luqrun.errors import check_choice
 from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
 
 if TYPE_CHECKING:

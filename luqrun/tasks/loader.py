@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from luqrun.config import DatasetConfig, check_at_least
-from luqrun.errors import UserError
+from luqrun.config import DatasetConfig
+from luqrun.errors import UserError, check_at_least
 from luqrun.runtime.seeds import AUGMENT, ORDER, mix
 from luqrun.runtime.signals import ASKING
 from luqrun.tasks.task import Batch, Data, Examples

@@ -8,8 +8,8 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from luqrun.config import FinetuneConfig, ScheduleConfig, check_at_least, check_at_most, check_choice
-from luqrun.errors import UserError
+from luqrun.config import FinetuneConfig, ScheduleConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 
 SCHEDULES = ("step", "cosine", "onecycle")
 OPTIMIZERS = ("sgd", "adamw")

@@ -8,8 +8,8 @@ Nothing heavy is imported before a data set is built.
 
 from __future__ import annotations
 
-from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
-from luqrun.errors import UserError
+from luqrun.config import DatasetConfig, GlyphsConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.tasks.classification.image_data import ImageData
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")

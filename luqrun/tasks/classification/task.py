@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luqrun.config import Config, check_choice
+from luqrun.config import Config
+from luqrun.errors import check_choice
 from luqrun.runs.metric import Metric
 from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
