@@ -14,18 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.cli.messages import one_line
-from luqrun.config import (
-    BATCH_NORMS,
-    DEVICES,
-    JOBS,
-    PRECISIONS,
-    RANGE_SCOPES,
-    Config,
-    check_at_least,
-    check_at_most,
-    check_choice,
-)
-from luqrun.errors import UserError
+from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
 
