@@ -1,4 +1,4 @@
-"""Walking through class folders: what is an image, what is left out and told, and links that lead in circles."""
+"""Walking through class folders: what is an image, what is left out, and links that lead in circles."""
 
 import os
 
@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import build_dataset
-from luqrun.tasks.classification.folders import names_and_sizes, scan, told
+from luqrun.tasks.classification.folders import describe_left_out, names_and_sizes, scan
 
 
 def put(*paths):
@@ -34,7 +34,7 @@ def test_the_order_is_that_of_torchvision(train):
     found, theirs = scan(train), ImageFolder(train)
     assert found.classes == theirs.classes
     assert list(zip(found.paths, found.labels, strict=True)) == theirs.samples
-    assert told(found.left_out) == ""
+    assert describe_left_out(found.left_out) == ""
 
 
 def test_hidden_folders_and_files_are_neither_classes_nor_images(train):
@@ -44,17 +44,17 @@ def test_hidden_folders_and_files_are_neither_classes_nor_images(train):
     (train / ".DS_Store").write_text("")
     found = scan(train)
     assert (found.classes, names(found)) == (["a", "b"], before)
-    assert told(found.left_out) == "4 hidden"
+    assert describe_left_out(found.left_out) == "4 hidden"
 
 
 def test_files_that_are_left_out_are_counted_by_kind(train):
     for name in ("a/0.gif", "a/1.GIF", "b/2.gif", "b/notes.txt", "b/README", "stray.png", "b/x.heic", "b/y.avif"):
         (train / name).write_text("")
-    assert told(scan(train).left_out).startswith("3 .gif, 1 ")
+    assert describe_left_out(scan(train).left_out).startswith("3 .gif, 1 ")
     assert sorted(scan(train).left_out.elements()) == [
         *(".avif", ".gif", ".gif", ".gif", ".heic", ".txt", "beside the class folders", "without a suffix")
     ]
-    assert told(scan(train).left_out).endswith(" more")
+    assert describe_left_out(scan(train).left_out).endswith(" more")
 
 
 @pytest.mark.parametrize("to", ["a", "a/x", "a/x/again"])

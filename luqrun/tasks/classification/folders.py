@@ -109,7 +109,7 @@ def _is_image(name: str) -> bool:
     return not _hidden(name) and name.lower().endswith(IMG_EXTENSIONS)
 
 
-def told(left_out: Counter) -> str:
+def describe_left_out(left_out: Counter) -> str:
     """Such as "12 .gif, 2 hidden"; "" where nothing is left out."""
     kinds = (+left_out).most_common()  # without the zeros
     shown = [f"{count:,} {kind}" for kind, count in kinds[:SHOWN]]

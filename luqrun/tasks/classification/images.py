@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.folders import Split, names_and_sizes, scan, told
+from luqrun.tasks.classification.folders import Split, describe_left_out, names_and_sizes, scan
 from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
@@ -142,7 +142,7 @@ def _folders(config: DatasetConfig, root: Path) -> ImageData:
         image_size=config.image_size,
         fingerprint=_folders_fingerprint(config, train, val),
         of=len(train.paths),
-        left_out=told(train.left_out + val.left_out),
+        left_out=describe_left_out(train.left_out + val.left_out),
     )
 
 
@@ -155,7 +155,7 @@ def _scan(config: DatasetConfig, folder: Path) -> Split:
     filled = set(found.labels)
     empty = [str(folder / name) for label, name in enumerate(found.classes) if label not in filled]
     if empty:
-        there = f" (left out of {folder}: {told(found.left_out)})" if found.left_out else ""
+        there = f" (left out of {folder}: {describe_left_out(found.left_out)})" if found.left_out else ""
         raise _wrong(config, f"there are no images in {_some(empty)}{there}")
     return found
 
