@@ -13,10 +13,10 @@ from luqrun.errors import UserError
 def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_path, there):
     config = tiny(f"resume={tmp_path / 'gone.pt'}")
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
-        validate(config, tmp_path)
+        validate(config, lambda: tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / there).write_text("{}")
-    validate(config, tmp_path)
+    validate(config, lambda: tmp_path)
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
         validate(config)
 
