@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import histogram_raw, hparams, scalar
 
 from luqrun.config import Config, flatten
 from luqrun.quant.convert import quantized_layers
-from luqrun.quant.recipe import OPERANDS
+from luqrun.quant.recipe import GEMMS, OPERANDS
 from luqrun.runs.folder import EVENTS, RunFolder
 from luqrun.runs.identity import NOT_IN_RESULT
 from luqrun.train.events import EventFile
@@ -118,12 +118,22 @@ def hyper_parameters(config: Config) -> dict[str, str | float | bool]:
 
     Its columns are those of the run it finds first. It takes no list and no None: what can be absent is text.
     """
-    values = flatten(dataclasses.asdict(config))
-    shown = {}
+    settings = dataclasses.asdict(config)
+    for gemm in GEMMS:
+        settings["quant"][gemm] = _changes(settings["quant"][gemm])
+    values, shown = flatten(settings), {}
     for key, kind in _keys(Config).items():
         value = values.get(key)
         shown[key] = ABSENT if value is None else value if kind in (bool, int, float) else str(value)
     return shown
+
+
+def _changes(gemm: dict | None) -> str | None:
+    """What differs in one GEMM, mostly nothing, as one text: a column for each key would drown the others."""
+    if gemm is None:
+        return "high precision"
+    changes = {key: value for key, value in flatten(gemm).items() if value is not None or key in gemm}
+    return ", ".join(f"{key}={'high precision' if value is None else value}" for key, value in changes.items()) or None
 
 
 def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, type]:
@@ -134,11 +144,12 @@ def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, t
             continue
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         absent = optional or type(None) in parts
+        is_gemm = prefix == "quant." and name in GEMMS
         nested = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-        if nested is not None:
+        if nested is not None and not is_gemm:
             kinds |= _keys(nested, f"{prefix}{name}.", absent)
         else:
-            kinds[prefix + name] = str if absent else parts[0]
+            kinds[prefix + name] = str if absent or is_gemm else parts[0]
     return kinds
 
 

@@ -19,7 +19,7 @@ from luqrun.runs.folder import RunFolder
 from luqrun.runtime.signals import Requests, Stopped
 from luqrun.tasks.classification.task import Classification
 from luqrun.train.events import EventFile
-from luqrun.train.tracking import Tracker
+from luqrun.train.tracking import Tracker, hyper_parameters
 from luqrun.train.trainer import Trainer
 from luqrun.train.trainer import run as run_training
 
@@ -151,6 +151,19 @@ def test_hyper_parameters_compare_across_recipes(luq_run, fp32_run):
     assert values["schedule.lr"] == pytest.approx(0.1)
     assert values["quant.skip"] == "['first', 'last', 'shortcut']"
     assert set(declared) == set(values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dgrad", "wgrad"),
+    [
+        ((), "none", "none"),
+        (("quant=radix4_tpr",), "none", "gradient.largest=8192"),
+        (("quant.dgrad.weight=null", "quant.wgrad=null"), "weight=high precision", "high precision"),
+    ],
+)
+def test_what_differs_in_a_gemm_is_one_hyper_parameter(overrides, dgrad, wgrad):
+    shown = hyper_parameters(tiny(*overrides))
+    assert (shown["quant.dgrad"], shown["quant.wgrad"]) == (dgrad, wgrad)
 
 
 def test_no_health_where_nothing_is_quantized(fp32_run):
