@@ -219,10 +219,8 @@ def test_runs_of_the_same_settings_beside_a_new_one_are_named(tmp_path):
     line = runs_beside(tiny(), {}, ours)
     assert "\n" not in line
     assert line.startswith(f"of the same settings, beside this run: {tmp_path / start}00000001, a run of RESULTS 1 (")
-    assert (
-        f"{two.path}, a run by 2 processes, this one has 1, whose last checkpoint resume={two.checkpoints}/last.pt takes"
-        in line
-    )
+    last = f"resume={two.checkpoints}/last.pt"
+    assert f"{two.path}, a run by 2 processes, this one has 1, whose last checkpoint {last} takes; " in line
     assert f"{earlier.path}, a run of an earlier luqrun, which named its folder otherwise. Nothing" in line
     for number in (0, 4, 5):
         assert f"0000000{number}" not in line
