@@ -219,15 +219,16 @@ def runs_beside(config: Config, data: dict, folder: Path) -> str:
             continue
         try:
             run = read_json(path, RUN)
-            why = difference(Identity.stored(None, run), ours)
-            if not why and run.get("layout", 1) != LAYOUT:
-                why = "of an earlier luqrun, which named its folder otherwise"
+            why, last = difference(Identity.stored(None, run), ours), path / "checkpoints" / "last.pt"
+            if run.get("layout", 1) != LAYOUT:
+                why = why or "of an earlier luqrun, which named its folder otherwise"
+            elif why and last.is_file() and not difference(Identity.stored(None, run), ours, ("processes",)):
+                why += f", whose last checkpoint resume={last} takes"
             theirs = flatten(deciding_settings(read_config(path))) if why else {}
         except Unusable:
             continue
         if why and all(theirs[key] == settings[key] for key in theirs.keys() & settings.keys()):
-            last = path / "checkpoints" / "last.pt"
-            found.append(f"{path}, a run {why}" + (f", whose last checkpoint is {last}" if last.is_file() else ""))
+            found.append(f"{path}, a run {why}")
     if not found:
         return ""
     more = f"; and {len(found) - SHOWN} more" if found[SHOWN:] else ""

@@ -212,12 +212,15 @@ def test_runs_of_the_same_settings_beside_a_new_one_are_named(tmp_path):
     config = yaml.safe_load((earlier.path / "config.yaml").read_text())
     del config["seed"], config["quant"]["skip"]
     (earlier.path / "config.yaml").write_text(yaml.safe_dump({**config, "old": 3}))  # another schema
+    earlier.checkpoints.mkdir()
+    (earlier.checkpoints / "last.pt").touch()
     for name, text in (("00000004", "[1]"), ("00000005", "{")):
         (hold(tmp_path, tiny(), name=start + name).path / "run.json").write_text(text)
     line = runs_beside(tiny(), {}, ours)
     assert "\n" not in line
     assert line.startswith(f"of the same settings, beside this run: {tmp_path / start}00000001, a run of RESULTS 1 (")
-    assert f"{two.path}, a run by 2 processes, this one has 1, whose last checkpoint is {two.checkpoints}" in line
+    last = f"resume={two.checkpoints}/last.pt"
+    assert f"{two.path}, a run by 2 processes, this one has 1, whose last checkpoint {last} takes; " in line
     assert f"{earlier.path}, a run of an earlier luqrun, which named its folder otherwise. Nothing" in line
     for number in (0, 4, 5):
         assert f"0000000{number}" not in line

@@ -81,7 +81,7 @@ def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(ranks, uninter
     assert code == 0, console
     assert console.count(f"step {done}\n") == 1
     if processes != PROCESSES:
-        why = f"a run by {PROCESSES} processes, this one has {processes}, whose last checkpoint is {path}"
+        why = f"a run by {PROCESSES} processes, this one has {processes}, whose last checkpoint resume={path} takes"
         assert f"{begun.path}, {why}" in console
         (folder,) = [RunFolder(each) for each in begun.path.parent.iterdir() if each != begun.path]
         assert folder.run()["world_sizes"] == [PROCESSES, processes]
