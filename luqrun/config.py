@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luqrun.errors import UserError, check_at_least, check_at_most, check_choice  # noqa: F401
+from luqrun.errors import UserError
 
 if TYPE_CHECKING:
     from luqrun.quant.recipe import Recipe
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
-TASKS = ("train", "rounding")
+JOBS = ("train", "rounding")
 BATCH_NORMS = ("local", "sync")
 RANGE_SCOPES = ("rank", "global")
 
@@ -204,7 +204,7 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    task: str = "train"
+    job: str = "train"
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"

@@ -15,7 +15,7 @@ from fuzzing import at_most
 from hypothesis import strategies as st
 from report_runs import write_run, write_study
 
-from luqrun.report import experiments, figures, measured
+from luqrun.report import experiments, figures, rounding
 from luqrun.report.command import main as tables
 from luqrun.runs.folder import RunFolder
 
@@ -134,7 +134,7 @@ def _places(document) -> list[tuple]:
 
 
 def _make_measured(folder: Path) -> None:
-    """Make of a run one of task=rounding."""
+    """Make of a run one of job=rounding."""
     drawn = {"x": [0.0, 0.5, 1.0], "draws": 9, "z": 1.5, "operand": "weight", "quantizer": "int4/absmax", "bin": [0, 1]}
     numbers = {name: [0.0, 0.2, 0.0] for name in ("bias", "variance", "mse")}
     row = {**drawn, "drawn": "nearest", "measured": numbers, "closed_form": numbers}
@@ -164,7 +164,7 @@ def without_figures() -> Iterator[None]:
     """Figures take half a second each; and what a table expects is read once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda table: None)
-        patch.setattr(measured, "draw", lambda records: None)
+        patch.setattr(rounding, "draw", lambda records: None)
         patch.setattr(experiments, "expected", functools.cache(experiments.expected))
         patch.setattr("luqrun.report.tables.expected", experiments.expected)
         yield

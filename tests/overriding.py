@@ -160,7 +160,7 @@ def _one_step(config: Config, folder, requests) -> dict:
     samples = quant.gradient.samples if quant.gradient else 1
     small = images <= 1000 and data.image_size <= 64 and samples <= 4 and data.workers <= 1
     large = config.model.name in ("resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2", "vit_b_16")
-    if config.task != "train" or config.compile or large or not small:
+    if config.job != "train" or config.compile or large or not small:
         return {"diverged": 0}
     requests.received = signal.SIGTERM
     return trainer.run(config, folder, requests)

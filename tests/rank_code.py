@@ -2,8 +2,10 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import running
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import luqrun
+from luqrun import tasks
+from luqrun.config import DatasetConfig
 from luqrun.quant.convert import set_shared_ranges
 from luqrun.quant.layers import over_processes
 from luqrun.quant.quantizer import Quantizer
@@ -116,6 +120,22 @@ def sharded():
     return [[each.detach().clone() for each in found] for found in weights]
 
 
+def labelled(path: Path):
+    """Of a task whose batches weigh differently: the gradient of 12 words in two micro-batches, and an evaluation.
+
+    The words are sorted by their lengths, and each process has others: its every micro-batch has a weight of its own.
+    """
+    path.mkdir()
+    config = replace(running.tiny("quant=fp32"), dataset=DatasetConfig(name="words", batch_size=6))
+    run = trainer.Trainer(config, RunFolder(path), torch.device("cpu"))
+    words = run.data.train
+    order = (words.labels >= 0).sum(1).argsort().numpy()[::5][:12]
+    own = np.array_split(order, process_group.world_size())[process_group.rank()]
+    run.accumulate_gradients([words.batch(each, None) for each in np.array_split(own, 2)], record_health=False)
+    run.tracker.close()
+    return torch.cat([each.grad.flatten() for each in run.model.parameters()]), run.evaluate()
+
+
 def trained(folder):
     path = folder / "run"
     if process_group.is_first():
@@ -128,11 +148,17 @@ def trained(folder):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    tasks.MODULES["words"] = "labelling"
     process_group.join()
     found = {each.__name__: each() for each in (statistics, shared_ranges, hindsight, stochastic_forward, sharded)}
     found["trained"], found["evaluated"] = trained(folder), evaluated(folder)
-    found["sums"] = process_group.add_up([1.0, process_group.rank()]), process_group.largest(process_group.rank())
-    found["told"] = process_group.from_first(lambda: f"by {process_group.rank()}")
+    found["labelled"] = labelled(folder / f"labelled{process_group.rank()}")
+    found["gathered"] = process_group.gather({"rank": process_group.rank()})
+    found["sums"] = (
+        process_group.all_reduce_sum([1.0, process_group.rank()]),
+        process_group.all_reduce_max(process_group.rank()),
+    )
+    found["told"] = process_group.run_on_first(lambda: f"by {process_group.rank()}")
     torch.save(found, folder / f"{process_group.rank()}.pt")
     process_group.leave()
     # Not the interpreter's way out: after FSDP, torch 2.14 now and then aborts while its threads are torn down.

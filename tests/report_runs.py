@@ -126,7 +126,7 @@ def write_two_tables(outputs: Path) -> Path:
 
 
 def write_measured(outputs: Path, table="table1") -> None:
-    """A run of task=rounding, of one quantizer in one bin."""
+    """A run of job=rounding, of one quantizer in one bin."""
     row = {
         "operand": "weight", "quantizer": "int4/sawb/nearest", "bin": [0, 1], "draws": 8, "drawn": "nearest",
         "x": [0.0, 0.5], "z": 0.0,
@@ -150,11 +150,12 @@ def a_record(table, row, column, seed, top1, *, scale="glyphs", study=None, curv
         row=row,
         column=column,
         seed=seed,
-        top1=top1,
+        value=top1,
         curve=tuple(curve or (() if diverged else (4.0, 30.5, top1))),
         rounding=(),
-        config=f"seed: {seed}\n",
+        config={"seed": seed},
         run=run_json("diverged" if diverged else "finished", overrides),
+        more={},
     )
 
 

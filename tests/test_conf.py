@@ -18,7 +18,8 @@ from luqrun.cli.validation import to_config, validate
 from luqrun.config import CellConfig, Config, FinetuneConfig, conf_dir
 from luqrun.errors import UserError
 from luqrun.report import experiments
-from luqrun.runs.folder import RunFolder, run_id
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.identity import run_id
 from luqrun.train import trainer
 from luqrun.train.schedules import learning_rate
 
@@ -193,7 +194,7 @@ def test_an_experiment_is_valid_at_every_point_of_its_sweep(name):
     for config in found:
         validate(config)
         assert config.study != "default"
-    assert len({run_id(config) for config in found}) == len(found)
+    assert len({run_id(config, {}) for config in found}) == len(found)
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if table_and_scale(name)[1] in ("glyphs", "measured")])
@@ -238,7 +239,7 @@ def test_a_sweep_is_what_its_scale_promises(name):
     for at, config in enumerate(found):
         if tunes and config.finetune.epochs:
             alone = dataclasses.replace(config, finetune=FinetuneConfig(name="none"))
-            assert run_id(alone) in {run_id(earlier) for earlier in found[:at]}
+            assert run_id(alone, {}) in {run_id(earlier, {}) for earlier in found[:at]}
 
 
 @pytest.mark.parametrize("table", sorted({table for table, scale in map(table_and_scale, SWEEPS) if scale == "cifar"}))
@@ -318,7 +319,7 @@ def test_a_model_of_the_experiments_trains_a_step(model, images, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("task=tune", ("task=tune", "train, rounding")),
+        ("job=tune", ("job=tune", "train, rounding")),
         ("reuse=maybe", ("reuse", "maybe")),
         ("cell.tabel=fig2", ("cell.tabel", "cell.table")),
         ("quant.gradient.pow2_scale=both", ("quant.gradient.pow2_scale", "both")),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
-from luqrun.config import ModelConfig, ScheduleConfig
+from luqrun.config import ModelConfig, ScheduleConfig, recipe
 from luqrun.quant import function, gemms, kernels, quantizer
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.formats import get_format
@@ -23,7 +23,6 @@ from luqrun.quant.function import code_dtype
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import recipe
 from luqrun.tasks.classification.networks import build_model
 from luqrun.train.schedules import build_optimizer
 

@@ -25,7 +25,7 @@ from luqrun.runtime import process_group
 REFUSED = (UserError, OSError, OmegaConfBaseException, HydraException)
 
 
-class Checks(Callback):
+class RunCallback(Callback):
     """What must hold before Hydra makes a folder or starts a sweep. (Hydra swallows all errors here but SystemExit.)"""
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
@@ -34,7 +34,11 @@ class Checks(Callback):
             overrides.refuse_alone(config)
             overrides.repeated(config)
             with own_configs.naming_files(config, sys.argv[1:]):
-                validate(to_config(config), Path(config.hydra.run.dir))
+                own = to_config(config)
+                validate(own, lambda: Path(config.hydra.run.dir))
+            from luqrun.tasks import fingerprint_data  # loads numpy
+
+            fingerprint_data(own)  # the folder is named for the data: without them there is none
             if process_group.is_first():
                 make_folder(Path(config.hydra.run.dir))
         except REFUSED as error:

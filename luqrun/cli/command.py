@@ -27,20 +27,23 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun import RESULTS, __version__
 from luqrun.cli import overrides, own_configs, sweeps
 from luqrun.cli.callback import close_logs
-from luqrun.cli.messages import is_hydras, one_line, out_of_memory, refuse, stumbled
+from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
 from luqrun.cli.overrides import options_first
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.startup import quick_start, quieten_libraries
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
-from luqrun.runs.folder import SUMMARY, Busy, RunFolder, now, provenance, run_id, write_atomically
-from luqrun.runs.identity import refuse_another, refuse_other_settings
-from luqrun.runs.twins import adopt, diverged_base, find_twin
+from luqrun.runs.folder import Busy, RunFolder, now, provenance, write_atomically
+from luqrun.runs.identity import LAYOUT, refuse_other_run, run_id, runs_beside
+from luqrun.runs.metric import Metric
+from luqrun.runs.reading import CONFIG, SUMMARY, metric_of
+from luqrun.runs.start import diverged_base
+from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
 from luqrun.runtime.openmp import limit_spinning
-from luqrun.runtime.signals import Requests, Stopped, hand_on, handled
-from luqrun.runtime.slurm import join_ranks
+from luqrun.runtime.signals import Requests, Stopped, call_earlier_handler, handled
+from luqrun.runtime.slurm import join_ranks, planned_ranks
 
 log = logging.getLogger("luqrun")
 
@@ -58,7 +61,7 @@ def main() -> None:
             print(f"luqrun {__version__}")
             sys.exit()
         sys.argv[1:] = options_first(sys.argv[1:])
-        own_configs.refuse_passed_over(sys.argv[1:])
+        own_configs.refuse_shadowed(sys.argv[1:])
         try:
             with quick_start():
                 hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
@@ -81,14 +84,14 @@ def main() -> None:
     except Exception as error:
         if "No trials are completed" in str(error):  # Optuna's, where all have failed
             _tell_failures()
-        if not is_hydras(error):
+        if not raised_by_hydra(error):
             raise
         located = own_configs.located(error, sys.argv[1:])
         if located is not error:
             refuse(located)
         if isinstance(error.__cause__, OSError):  # run.log cannot be opened
             refuse(error.__cause__)
-        refuse(UserError(stumbled(error, sys.argv[1:])))
+        refuse(UserError(explain_override(error, sys.argv[1:])))
 
 
 def _tell_failures() -> None:
@@ -111,13 +114,20 @@ def _resolve_run_id(*, _root_: DictConfig) -> str:
         raise UserError(circular)
     _resolving.append(True)
     try:
-        return run_id(to_config(_root_))
-    except UserError as error:
+        config = to_config(_root_)
+        return run_id(config, _fingerprint(config), planned_ranks(_root_.hydra))
+    except (UserError, OSError) as error:
         if len(_resolving) > 1:
             raise UserError(circular) from error
         return "refused-" + hashlib.sha256(str(error).encode()).hexdigest()[:8]
     finally:
         _resolving.clear()
+
+
+def _fingerprint(config: Config) -> dict:
+    from luqrun.tasks import fingerprint_data  # loads numpy
+
+    return fingerprint_data(config)
 
 
 _resolving: list[bool] = []  # one for each time that ${run_id:} was asked for while it was made
@@ -141,7 +151,8 @@ def job(composed: DictConfig) -> float | None:
         with handled() as requests, ExitStack() as held:
             with own_configs.naming_files(HydraConfig.instance().cfg, sys.argv[1:]):
                 config = to_config(composed)
-                validate(config, folder.path)
+                validate(config, lambda: folder.path)
+            data = _fingerprint(config)
             if folder.writes and HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
                 log.warning("this config is a sweep (hydra.sweeper.params), which only -m runs: without, it is one run")
             if folder.writes and HydraConfig.get().mode == RunMode.RUN:
@@ -149,13 +160,13 @@ def job(composed: DictConfig) -> float | None:
                     log.warning(line)
             process_group.join()
             held.callback(process_group.leave)
-            summary = process_group.from_first(lambda: _begin(config, folder, held))
+            summary = process_group.run_on_first(lambda: _begin(config, data, folder, held))
             if summary is None:
                 with _marking_failure(folder):
                     summary = _work(config, folder, requests)
             if folder.writes:
                 print(_closing_table(config, summary, folder), flush=True)
-            requests.insist()
+            requests.raise_if_asked()
     except Busy as busy:
         if HydraConfig.get().mode == RunMode.RUN:
             refuse(busy)
@@ -171,7 +182,7 @@ def job(composed: DictConfig) -> float | None:
             then = "shows the result, for the run is finished,"
         if folder.writes:
             log.warning("stopped by %s; the same command %s in %s", stopped, then, folder.path)
-        handed_on = hand_on(stopped.number)
+        handed_on = call_earlier_handler(stopped.number)
         # A rank that leaves with an error could end the first one before that has asked Slurm to run the job again.
         sys.exit(0 if handed_on and not process_group.is_first() else stopped.exit_code)
     except BrokenPipeError:
@@ -191,21 +202,22 @@ def job(composed: DictConfig) -> float | None:
         if requests.received is not None:  # asked to stop, it failed at that: the sweep ends all the same
             sys.exit(Stopped(requests.received).exit_code)
         raise failure
-    return _objective(summary)
+    return None if summary is None else _objective(summary, folder.metric())
 
 
-def _objective(summary: dict | None) -> float | None:
-    """The final top-1; of a diverged run 0, the worst there is; None where there is none."""
-    if summary is None:
-        return None
-    return 0.0 if "diverged" in summary else summary.get("val/top1")
+def _objective(summary: dict, metric: Metric) -> float | None:
+    """The metric in the end, its negative where less is better; of a diverged run the worst there is; None where there
+    is none."""
+    value = metric.worst if "diverged" in summary else summary.get(metric.name)
+    return value if value is None or metric.higher_is_better else -value
 
 
 def _closing_table(config: Config, summary: dict, folder: RunFolder) -> str:
+    run = folder.run()
     try:
-        return closing_table(config, summary, folder.path, folder.run().get("overrides", []))
+        return closing_table(config, summary, folder.path, run.get("overrides", []), metric_of(run))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise folder.damaged(SUMMARY, f"{type(error).__name__}: {error}") from None
+        raise folder.damaged(f"{SUMMARY} is damaged ({type(error).__name__}: {error})") from None
 
 
 def _only_warn() -> None:
@@ -236,42 +248,54 @@ def _marking_failure(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _begin(config: Config, folder: RunFolder, held: ExitStack) -> dict | None:
-    """Lock the folder until `held` ends; the result, where there is one already, or None for a run to be done."""
+def _begin(config: Config, data: dict, folder: RunFolder, held: ExitStack) -> dict | None:
+    """Lock the folder until `held` ends; the result, where there is one already, or None for a run to be done.
+
+    data: the fingerprint of what the run reads.
+    """
     held.enter_context(folder.locked())
-    refuse_other_settings(config, folder)  # before anything in another run's folder is changed
+    refuse_other_run(config, data, folder)  # before anything in another run's folder is changed
     with _marking_failure(folder):
         summary, run = folder.summary(), folder.run()
-        if summary is not None or run.get("status") == "diverged":
-            return _ended(config, folder, summary, run)
-        write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        if folder.ended():
+            return _ended(config, data, folder, summary, run)
+        begun = folder.begun()
+        if not begun and (others := runs_beside(config, data, folder.path)):
+            log.info("%s", others)
+        write_atomically(folder.path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         started = {"start": run.get("start", now()), "end": None, "reason": None, "reused": None}
         given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as given: ${..x} means nothing here
-        whose = {"results": RESULTS, "world_sizes": [process_group.world_size()]}
-        folder.update_run(status="running", overrides=given, **whose, **started, **provenance())
-        begun = folder.checkpoints.exists()
-        twin = find_twin(config, folder) if config.reuse and not begun else None
-        base = diverged_base(config, folder) if twin is None and not begun else None
-        if twin is not None:
+        decides = {"layout": LAYOUT, "results": RESULTS, "data": data, "world_sizes": [process_group.world_size()]}
+        folder.update_run(status="running", overrides=given, **decides, **started, **provenance())
+        if folder.checkpoints.exists():
+            return None
+        if config.reuse and (twin := find_twin(config, folder, data)):
             log.info("taken over from %s, the same run in another study (in a new study, reuse=false trains it)", twin)
             return adopt(twin, folder)
-        if base is not None:
+        if base := diverged_base(config, folder, data):
             log.info("diverged as the run without fine-tuning, %s, did", base)
             return adopt(base, folder)
         return None
 
 
-def _ended(config: Config, folder: RunFolder, summary: dict | None, run: dict) -> dict:
-    """The result that is there, if it is this run's."""
-    note = refuse_another(config, folder)
+def _ended(config: Config, data: dict, folder: RunFolder, summary: dict | None, run: dict) -> dict:
+    """The result that is there, which is this run's."""
     what = "diverged before, and would again" if summary is None else "is finished"
-    by_name = folder.path.name == run_id(config)
+    by_name = folder.path.name == run_id(config, data)
     elsewhere = "study=NAME" if by_name else "a folder of its own (hydra.run.dir, hydra.sweep.subdir)"
-    log.info("this run %s%s; %s runs it again elsewhere", what, note, elsewhere)
+    log.info("this run %s%s; %s runs it again elsewhere", what, _notes(data, run), elsewhere)
     if config.tracking.profile_steps:
         asked = f"tracking.profile_steps={config.tracking.profile_steps}"
         log.warning("%s: nothing is profiled, as nothing is trained; with reuse=false %s trains it", asked, elsewhere)
     return {"diverged": run.get("diverged_at_step")} if summary is None else summary
+
+
+def _notes(data: dict, run: dict) -> str:
+    """What is to be said beside a result: "", or such as " (trained by 2, then 1 processes)"."""
+    root, sizes = (run.get("data") or {}).get("root"), run.get("world_sizes", [])
+    notes = [] if root == data.get("root") else [f"with dataset.root={root}"]
+    notes += [f"trained by {', then '.join(map(str, sizes))} processes"] if len(sizes) > 1 else []
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
@@ -279,7 +303,7 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
     from luqrun.quant.kernels import own_process
 
     own_process()
-    if config.task == "rounding":
+    if config.job == "rounding":
         from luqrun.train import rounding_experiment
 
         return rounding_experiment.run(config, folder)
@@ -291,7 +315,7 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         with logging_redirect_tqdm():
             return process_group.recorded(trainer.run)(config, folder, requests)
     except (MemoryError, RuntimeError) as error:
-        if process_group.lost_another(error):
+        if process_group.lost_a_peer(error):
             raise UserError(
                 "another process of this job has ended (it says why); the same command goes on from the last checkpoint"
             ) from None

@@ -24,12 +24,13 @@ from luqrun.runtime import process_group
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
 ANYTHING: dict = {}  # a part of Hydra's settings whose keys depend on the option
+RENAMED = {"task": "job=train or job=rounding"}  # keys of earlier versions, and what says the same now
 HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 
 def one_line(error: BaseException) -> str:
     """The error's text in one line: the key or file, what is wrong, what is allowed."""
-    return " ".join(re.sub("UserError raised while resolving interpolation: ", "", _told(error)).split())
+    return " ".join(re.sub("UserError raised while resolving interpolation: ", "", _message(error)).split())
 
 
 def refuse(error: Exception) -> None:
@@ -39,7 +40,7 @@ def refuse(error: Exception) -> None:
     sys.exit(1)
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     text = str(error)
     # Before OSError, which Hydra's error for a group option that does not exist is too.
     if found := re.search(r"Could not (?:find|load) '(hydra/\w+)/(submitit_local|submitit_slurm|optuna)'", text):
@@ -94,6 +95,8 @@ def unknown_key(key: str) -> str:
     """That a key does not exist, with the nearest that do."""
     if found := re.match(r"hydra\.(sweeper|launcher)\.", key):
         return f"{key} is not a key of the hydra/{found[1]} in use; hydra/{found[1]}=NAME with -m chooses another"
+    if key in RENAMED:
+        return f"{key} is not a key any more; write {RENAMED[key]}"
     near = _nearest(key)
     hint = f"did you mean {' or '.join(near)}?" if near else "luqrun --help lists the keys"
     return f"{key} is not a key; {hint}"
@@ -111,7 +114,7 @@ def _nearest(key: str) -> list[str]:
         for segment in name.split("."):
             part = part.setdefault(segment, {})
     tree["hydra"].update(launcher=ANYTHING, sweeper=ANYTHING)
-    found = _spelled(key.lower().split("."), tree)
+    found = _similar_keys(key.lower().split("."), tree)
     last = key.lower().rpartition(".")[2]
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = found or difflib.get_close_matches(key.lower(), known, n=2)
@@ -121,16 +124,16 @@ def _nearest(key: str) -> list[str]:
     return [f"+{name}" if name in adding else name for name in near if name != key]
 
 
-def _spelled(segments: list[str], tree: dict) -> list[str]:
+def _similar_keys(segments: list[str], tree: dict) -> list[str]:
     """The dotted keys of the tree, of as many segments, whose segments are all the same or close; at most two."""
     if not segments or tree is ANYTHING:
         return [".".join(segments)]
     first, *rest = segments
     near = [first] if first in tree else difflib.get_close_matches(first, list(tree), n=2)
-    return [each + (f".{end}" if end else "") for each in near for end in _spelled(rest, tree[each])][:2]
+    return [each + (f".{end}" if end else "") for each in near for end in _similar_keys(rest, tree[each])][:2]
 
 
-def is_hydras(error: Exception) -> bool:
+def raised_by_hydra(error: Exception) -> bool:
     """Whether Hydra or what it stands on raised this, and no run had begun: then the command line is to blame."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
@@ -141,7 +144,7 @@ def is_hydras(error: Exception) -> bool:
     return raised_by != ["luqrun"] and not in_job
 
 
-def stumbled(error: Exception, arguments: Sequence[str]) -> str:
+def explain_override(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra does not say itself: which of the overrides it could not digest, in whose frames it is a variable."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "Only one of" in text:  # of the options that say what to do

@@ -40,7 +40,7 @@ def own_folders(arguments: Sequence[str]) -> list[Path]:
     return [Path(each.removeprefix("file://")) for each in folders if not re.match(r"(pkg|structured):", each)]
 
 
-def refuse_passed_over(arguments: Sequence[str]) -> None:
+def refuse_shadowed(arguments: Sequence[str]) -> None:
     """Raise UserError for a file of one's own with the name of a shipped one, which comes first in Hydra's search."""
     folders = own_folders(arguments)
     for shipped in (conf_dir(), Path(hydra.conf.__file__).parent) if folders else ():

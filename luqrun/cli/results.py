@@ -8,10 +8,19 @@ from pathlib import Path
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.sweeps import Job, own_overrides
 from luqrun.config import Config
+from luqrun.runs.metric import TOP1, Metric
+
+RATE = "_per_second"  # how summary.json ends the name of the speed; before it stands what is counted
+LABELS = {"val/top5": "top-5 %"}  # of what else an evaluation reports
 
 
-def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequence[str] = ()) -> str:
-    """A short table of a finished run: accuracies before and after each fine-tune epoch, speed, places."""
+def closing_table(
+    config: Config, summary: dict, folder: Path, overrides: Sequence[str] = (), metric: Metric = TOP1
+) -> str:
+    """A short table of a finished run: its metrics before and after each fine-tune epoch, speed, places.
+
+    metric: what it is judged by, which stands first.
+    """
     study = _shown(folder.parent)
     given = [f"settings     {shell_words(overrides)}"] if overrides else []
     where = [
@@ -28,13 +37,16 @@ def closing_table(config: Config, summary: dict, folder: Path, overrides: Sequen
         )
     quantized = [name for name in ("weight", "activation") if getattr(config.quant, name) is not None]
     formats = " and ".join(f"{getattr(config.quant, name).format.upper()} {name}s" for name in quantized)
-    rows = [("after", "top-1 %", "top-5 %", "loss")]
-    rows.append(_row(f"{_epochs(config.schedule.epochs)}, quant={config.quant.name}", summary["before_finetune"]))
+    before = summary["before_finetune"]
+    names = [metric.name, *(name for name in before if name != metric.name)]
+    rows = [("after", metric.label, *(_label(name) for name in names[1:]))]
+    rows.append(_row(f"{_epochs(config.schedule.epochs)}, quant={config.quant.name}", before, names))
     for number, result in enumerate(summary["finetune"], 1):
-        rows.append(_row(f"+ {_epochs(number, 'fine-tune ')}", result))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}  {row[1]:>7}  {row[2]:>7}  {row[3]:>7}" for row in rows]
-    speed = f"{summary['images_per_second']:.0f} images/s in training, {summary['train_seconds']:.0f} s of it"
+        rows.append(_row(f"+ {_epochs(number, 'fine-tune ')}", result, names))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(map(str.rjust, row[1:], widths[1:])) for row in rows]
+    rate, unit = next((value, name.removesuffix(RATE)) for name, value in summary.items() if name.endswith(RATE))
+    speed = f"{rate:.0f} {unit}/s in training, {summary['train_seconds']:.0f} s of it"
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
     return "\n".join(["", title, *lines, f"{speed}, {memory}", *where])
@@ -44,8 +56,13 @@ def _epochs(number: int, kind: str = "") -> str:
     return f"{number} {kind}epoch" + ("s" if number > 1 else "")
 
 
-def _row(label: str, result: dict) -> tuple[str, str, str, str]:
-    return label, f"{result['val/top1']:.2f}", f"{result['val/top5']:.2f}", f"{result['val/loss']:.3f}"
+def _label(name: str) -> str:
+    return LABELS.get(name, name.removeprefix("val/"))
+
+
+def _row(label: str, result: dict, names: Sequence[str]) -> list[str]:
+    """Losses have one more digit."""
+    return [label, *(f"{result[name]:.{3 if name.endswith('loss') else 2}f}" for name in names)]
 
 
 def _shown(path: Path) -> str:
@@ -57,9 +74,12 @@ def _shown(path: Path) -> str:
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:
-    """The end of a sweep: each job's status and top-1, what differs in its overrides, and its folder."""
-    rows = [("status", "top-1 %", "job", "run folder")]
-    for job, own in zip(jobs, own_overrides(jobs), strict=True):
-        rows.append((*job.outcome(), own, _shown(job.folder) if job.folder.is_dir() else ""))
+    """The end of a sweep: each job's status and metric, what differs in its overrides, and its folder."""
+    outcomes = [job.outcome() for job in jobs]
+    labels = list(dict.fromkeys(outcome.metric.label for outcome in outcomes if outcome.value))
+    rows = [("status", labels[0] if len(labels) == 1 else "result", "job", "run folder")]
+    for job, own, (status, value, metric) in zip(jobs, own_overrides(jobs), outcomes, strict=True):
+        value = f"{value} {metric.label}" if value and len(labels) > 1 else value
+        rows.append((status, value, own, _shown(job.folder) if job.folder.is_dir() else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])

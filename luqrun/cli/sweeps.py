@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import SubprocessError
+from typing import NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus
@@ -28,6 +29,7 @@ from luqrun.cli.own_configs import refuse_empty
 from luqrun.errors import UserError
 from luqrun.internals.of_hydra import ships_with_hydra
 from luqrun.runs.folder import RunFolder
+from luqrun.runs.metric import TOP1, Metric
 
 log = logging.getLogger("luqrun")
 
@@ -46,6 +48,14 @@ class Died(Failed):
     """A job whose process ended without a result: killed, out of memory, stopped by a signal."""
 
 
+class Outcome(NamedTuple):
+    """What became of a job. value: its metric in the end, as text; "" where it has none."""
+
+    status: str
+    value: str = ""
+    metric: Metric = TOP1
+
+
 @dataclass
 class Job:
     """A job of the sweep: its overrides, its run folder, and the error with which it ended."""
@@ -54,25 +64,24 @@ class Job:
     folder: Path
     error: Exception | None = None
 
-    def outcome(self) -> tuple[str, str]:
-        """(status, top-1) for the closing table."""
+    def outcome(self) -> Outcome:
+        """For the closing table."""
         died = isinstance(self.error, Died)
         if self.error is not None and not died:
-            return "refused" if isinstance(self.error, Refused) else "failed", ""
+            return Outcome("refused" if isinstance(self.error, Refused) else "failed")
         folder = RunFolder(self.folder)
         try:
-            run, summary = folder.run(), folder.summary() or {}
-            status = run.get("status")
-            top1 = f"{summary['val/top1']:.2f}" if "val/top1" in summary else ""
-        except (OSError, ValueError, TypeError):  # UserError too
-            return "damaged", ""
+            run, metric, value = folder.run(), folder.metric(), (folder.summary() or {}).get(folder.metric().name)
+        except UserError:
+            return Outcome("damaged")
+        status = run.get("status")
         if status is None:
             status = "killed" if died else "not run"
         elif status == "failed" and str(run.get("reason")).startswith("stopped by "):  # a signal
             status = "interrupted"
         elif status == "running":
             status = "elsewhere" if folder.is_locked() else "killed"
-        return str(status), top1
+        return Outcome(str(status), "" if value is None else f"{value:.2f}", metric)
 
 
 jobs: list[Job] = []  # of this process' sweep, by Hydra's job number
@@ -87,7 +96,7 @@ def watch(config: DictConfig, count: int | None) -> None:
         return  # an earlier sweep of this process
     launcher.launch = _watched(launcher.launch)
     if launcher.__module__.startswith("hydra_plugins.hydra_submitit_launcher"):
-        _bear_deaths()
+        _let_jobs_die()
 
 
 def ended(number: int, job_return: JobReturn) -> None:
@@ -179,21 +188,21 @@ def _refuse_read_before(sweep: DictConfig, job: DictConfig) -> None:
         )
 
 
-def _bear_deaths() -> None:
+def _let_jobs_die() -> None:
     """Let a submitit job that ended without a result be a failed one: the launcher waits for all in one loop."""
     from submitit.core.core import Job as SubmititJob
     from submitit.core.utils import UncompletedJobError
 
     results = SubmititJob.results
 
-    def borne(job: SubmititJob) -> list[JobReturn]:
+    def results_or_death(job: SubmititJob) -> list[JobReturn]:
         try:
             return results(job)
         except UncompletedJobError as error:
             what = " ".join(" ".join(str(error).splitlines()[:2]).split())
             return [JobReturn(status=JobStatus.FAILED, _return_value=Died(f"{what}; see {job.paths.stderr}"))]
 
-    SubmititJob.results = borne
+    SubmititJob.results = results_or_death
 
 
 def own_overrides(of: Sequence[Job]) -> list[str]:

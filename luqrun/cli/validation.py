@@ -7,25 +7,15 @@ import math
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.cli.messages import one_line
-from luqrun.config import (
-    BATCH_NORMS,
-    DEVICES,
-    PRECISIONS,
-    RANGE_SCOPES,
-    TASKS,
-    Config,
-    DatasetConfig,
-    check_at_least,
-    check_at_most,
-    check_choice,
-)
-from luqrun.errors import UserError
+from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
 
@@ -50,13 +40,14 @@ def to_config(composed: DictConfig) -> Config:
         raise UserError(one_line(error)) from None
 
 
-def validate(config: Config, folder: Path | None = None) -> None:
+def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     """Raise UserError naming the first key whose value is not allowed.
 
-    folder: of the run; where it holds a checkpoint or a result, the one that `resume` names is not needed any more.
+    folder: of the run, asked for where `resume` names what is not there: it is not needed any more where the folder
+    holds a checkpoint or a result.
     """
     _check_values(config)
-    check_choice("task", config.task, TASKS)
+    check_choice("job", config.job, JOBS)
     check_choice("device", config.device, DEVICES)
     check_choice("precision", config.precision, PRECISIONS)
     check_at_least("seed", config.seed, 0)
@@ -68,7 +59,7 @@ def validate(config: Config, folder: Path | None = None) -> None:
     if (
         config.resume not in ("auto", "never", "base")
         and not os.path.isfile(os.path.expanduser(config.resume))
-        and not (folder is not None and RunFolder(folder).goes_on_by_itself())
+        and not (folder is not None and RunFolder(folder()).goes_on_by_itself())
     ):
         raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
@@ -77,16 +68,12 @@ def validate(config: Config, folder: Path | None = None) -> None:
     # These pull in torch; `luqrun --help` does without.
     from luqrun.quant.recipe import Recipe
     from luqrun.runtime.devices import choose_device
-    from luqrun.tasks.classification.data import validate_dataset
-    from luqrun.tasks.classification.networks import MODELS, STEMS
+    from luqrun.tasks import validate_task
     from luqrun.train.schedules import validate_finetune, validate_schedule
 
     device = choose_device(config.device)
-    check_choice("model.name", config.model.name, MODELS)
-    check_choice("model.stem", config.model.stem, STEMS)
+    validate_task(config)
     Recipe.from_config(config.quant)
-    validate_dataset(config.dataset)
-    _refuse_unread(config.dataset)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
     check_choice("distributed.batch_norm", config.distributed.batch_norm, BATCH_NORMS)
@@ -95,24 +82,11 @@ def validate(config: Config, folder: Path | None = None) -> None:
         _validate_distributed(config, device.type)
 
 
-def _refuse_unread(config: DatasetConfig) -> None:
-    """Raise UserError for a setting that this data set does not read."""
-    from luqrun.tasks.classification.data import NAMES
-
-    others = ", ".join(name for name in NAMES if name != "glyphs")
-    if config.name == "glyphs" and config.root is not None:
-        raise UserError(
-            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
-        )
-    if config.name != "glyphs" and config.glyphs is not None:
-        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
-
-
 def _validate_distributed(config: Config, device_type: str) -> None:
     from luqrun.tasks.loader import check_ranks  # pulls in torch
 
-    if config.task != "train":
-        raise UserError(f"task={config.task} runs in one process, without torchrun")
+    if config.job != "train":
+        raise UserError(f"job={config.job} runs in one process, without torchrun")
     check_ranks(config.dataset, process_group.world_size())
     if config.distributed.batch_norm == "sync" and device_type == "cpu":
         raise UserError("distributed.batch_norm=sync needs GPUs, as torch's SyncBatchNorm does; allowed here: local")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from luqrun.report.experiments import MEASURED
+from luqrun.report.experiments import ROUNDING_TABLES
 from luqrun.report.spread import Spread, bounds
 from luqrun.report.tables import Cell, Table
 
@@ -18,7 +18,7 @@ NOT_SHOWN, CONTRADICTED, MISSING = "not shown", "contradicted", "runs are missin
 
 @dataclass(frozen=True)
 class Claim:
-    """A weighted sum of cells is above a margin, in points of top-1.
+    """A weighted sum of cells is above a margin, in points of the metric; of one of which less is better, below.
 
     cells: (row or None for each row, column) to weight. strict: it must be above with confidence; else it is enough
     that it is not below with confidence ("not worse"), which is called "not contradicted".
@@ -129,7 +129,7 @@ class Finding:
 
 def how_tested(findings: Sequence[Finding]) -> str:
     """What a reader of the findings must know: how many claims were tested, how, and corrected for what."""
-    measured = sum(finding.claim.table in MEASURED for finding in findings)
+    measured = sum(finding.claim.table in ROUNDING_TABLES for finding in findings)
     trained = len(findings) - measured
     parts = []
     if trained:
@@ -176,7 +176,8 @@ def _test(table: Table, claim: Claim, row: str | None) -> Finding:
     seeds = sorted(set.intersection(*(set(cell.values) for cell, _ in cells)))
     if not seeds:
         return Finding(table.study, claim, row, NOT_SHOWN, note=note)
-    sums = [sum(weight * cell.values[seed] for cell, weight in cells) for seed in seeds]
+    sign = 1 if table.metric.higher_is_better else -1
+    sums = [sign * sum(weight * cell.values[seed] for cell, weight in cells) for seed in seeds]
     low, high = bounds(sums, CONFIDENCE)
     if low > claim.margin:
         verdict = HOLDS

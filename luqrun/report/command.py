@@ -10,14 +10,14 @@ from itertools import count
 from pathlib import Path
 
 from luqrun.errors import UserError
-from luqrun.report import figures, measured, summaries
+from luqrun.report import figures, rounding, summaries
 from luqrun.report.claims import CONFIDENCE, NOT_CONTRADICTED, check_claims
-from luqrun.report.consistency import of_one_kind
+from luqrun.report.consistency import trained_alike
 from luqrun.report.experiments import check_tables
 from luqrun.report.html import page
 from luqrun.report.index import Entry, index
 from luqrun.report.records import LeftOut, printable
-from luqrun.report.render import cells_csv, csv_text, markdown, markdown_findings, markdown_measured, measured_csv
+from luqrun.report.render import cells_csv, csv_text, markdown, markdown_findings, markdown_rounding, rounding_csv
 from luqrun.report.tables import Table, build_tables
 from luqrun.runs.folder import write_atomically
 
@@ -63,26 +63,26 @@ def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool,
             "read: give another folder with --out"
         )
     records, left_out = summaries.read_inputs(inputs)
-    records, others = of_one_kind(records)
+    records, others = trained_alike(records)
     tables = build_tables(records, wanted)
-    rounding, again = measured.build_measured(records, wanted)
+    measured, again = rounding.build_rounding_tables(records, wanted)
     left_out = [LeftOut(_within(each.path, inputs), printable(each.reason)) for each in [*left_out, *others, *again]]
-    findings = check_claims(tables) + measured.check_measured(rounding)
-    pages = sorted({_top(table.study) for table in [*tables, *rounding]}) if html else []
-    measured_names = _measured_names(rounding)
+    findings = check_claims(tables) + rounding.check_rounding(measured)
+    pages = sorted({_top(table.study) for table in [*tables, *measured]}) if html else []
+    measured_names = _rounding_names(measured)
     names = _names(tables, measured_names)
     out.mkdir(parents=True, exist_ok=True)
     where = out, pages, own
-    entries = [_write_measured(*both, *where) for both in zip(rounding, measured_names, strict=True)]
+    entries = [_write_rounding(*both, *where) for both in zip(measured, measured_names, strict=True)]
     entries += [_write_table(*both, *where) for both in zip(tables, names, strict=True)]
     notes = markdown_findings(findings, left_out)
-    if not tables and not rounding:
+    if not tables and not measured:
         print(f"no runs of tables under {', '.join(map(str, inputs))}; luqrun -m +experiment=fig2/glyphs makes some")
     print(notes, end="")
     _write(out / f"{FINDINGS}.md", notes)
     _write(out / f"{INDEX}.md", index(entries, findings, left_out, (each.results for each in records)))
     for name in pages:
-        _write(out / f"{name}.html", _page(name, tables, rounding, findings, left_out))
+        _write(out / f"{name}.html", _page(name, tables, measured, findings, left_out))
     failed = [finding for finding in findings if not finding.passes]
     if check and not findings:
         print("--check: there is no run of a table that the paper makes claims about")
@@ -105,7 +105,7 @@ def _top(study: str) -> str:
     return study.split("/")[0]
 
 
-def _measured_names(tables: Sequence[measured.Measured]) -> list[str]:
+def _rounding_names(tables: Sequence[rounding.RoundingTable]) -> list[str]:
     """As `_names`, of what was measured: as the table, with its study where several have measured it."""
     names = [table.name for table in tables]
     return [
@@ -152,17 +152,17 @@ def _write_table(table: Table, name: str, out: Path, pages: Sequence[str], own: 
     return Entry(table.name, table.study, text, None if figure is None else f"{name}.svg", links)
 
 
-def _write_measured(table: measured.Measured, name: str, out: Path, pages: Sequence[str], own: bool) -> Entry:
-    text = markdown_measured(table)
+def _write_rounding(table: rounding.RoundingTable, name: str, out: Path, pages: Sequence[str], own: bool) -> Entry:
+    text = markdown_rounding(table)
     print(text)
     _write(out / f"{name}.md", text)
     links = _page_link(table.study, pages)
     if table.records:
-        _write(out / f"{name}.csv", measured_csv(table.records))
+        _write(out / f"{name}.csv", rounding_csv(table.records))
         path = out / f"{name}.json"
         _write(path, summaries.to_json(table.records, path if own else None))
         links |= {"numbers (CSV)": f"{name}.csv", "runs (JSON)": f"{name}.json"}
-    figure = measured.draw(table)
+    figure = rounding.draw(table)
     if figure is not None:
         figures.save(figure, out, name)
     return Entry(table.name, table.study, text, None if figure is None else f"{name}.svg", links)
@@ -173,14 +173,14 @@ def _page_link(study: str, pages: Sequence[str]) -> dict[str, str]:
     return {f"page of {top}": f"{top}.html"} if top in pages else {}
 
 
-def _page(name: str, tables, rounding, findings, left_out) -> str:
+def _page(name: str, tables, measured, findings, left_out) -> str:
     def ours(study: str) -> bool:
         return _top(study) == name
 
     return page(
         name,
         [table for table in tables if ours(table.study)],
-        [table for table in rounding if ours(table.study)],
+        [table for table in measured if ours(table.study)],
         [finding for finding in findings if ours(finding.study)],
         [each for each in left_out if ours(str(each.path))],
     )

@@ -23,7 +23,7 @@ TITLES = {
     "fig5": "Fig. 5: samples of 2-bit gradients",
     "options": "Options: hindsight, power-of-two scales, re-used random numbers",
 }
-MEASURED = ("table1", "fig1a")  # by task=rounding; the others are of trainings
+ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings
 # What a table's cells are compared with: (row, column), where None stands for the cell's own.
 BASELINES = {
     "fig1b": ("fp32", None),

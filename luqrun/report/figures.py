@@ -75,7 +75,7 @@ def _curves(table: Table):
         plt.close(figure)
         return None
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="epoch", ylabel="validation top-1, %", title=table.title)
+    axes.set(xlabel="epoch", ylabel=f"validation {table.metric.label}", title=table.title)
     # Beside the curves: recipes that fail for a while leave no room among them.
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
     ended = "\nx: diverged after it" if any(line.get_gid() == DIVERGED for line in axes.lines) else ""
@@ -119,7 +119,9 @@ def _samples(table: Table):
     axes.set_xscale("log", base=2)
     axes.set_xticks(samples, [str(count) for count in samples])
     axes.set(
-        xlabel="samples of 2-bit gradients; bars: 1 standard deviation", ylabel="validation top-1, %", title=table.title
+        xlabel="samples of 2-bit gradients; bars: 1 standard deviation",
+        ylabel=f"validation {table.metric.label}",
+        title=table.title,
     )
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from luqrun.report import figures, measured
+import yaml
+
+from luqrun.report import figures, rounding
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import HEADER, about_measured, commands_of_all, how_made, line
+from luqrun.report.render import about_rounding, commands_of_all, header, how_made, line
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -29,14 +31,14 @@ details { margin: .3rem 0; } details:target { outline: 2px solid #06c; }
 def page(
     name: str,
     tables: Sequence[Table],
-    rounding: Sequence[measured.Measured],
+    rounding_tables: Sequence[rounding.RoundingTable],
     findings: Sequence[Finding],
     left_out: Sequence[LeftOut],
 ) -> str:
     """The page of the studies under outputs/`name`."""
     parts = [f"<h1>{escape(name)}</h1>"]
     parts += [_table(table) for table in tables]
-    parts += [_measured(table) for table in rounding]
+    parts += [_rounding(table) for table in rounding_tables]
     if findings:
         items = (
             f'<li class="{"holds" if finding.passes else "open"}">{escape(str(finding))}</li>' for finding in findings
@@ -48,7 +50,7 @@ def page(
         parts.append(f"<h2>Runs left out</h2><ul>{''.join(items)}</ul>")
     records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
     parts.append("<h2>Runs</h2>")
-    parts += [_run(record) for record in [*records, *(record for table in rounding for record in table.records)]]
+    parts += [_run(record) for record in [*records, *(record for table in rounding_tables for record in table.records)]]
     head = f'<meta charset="utf-8"><title>luqrun: {escape(name)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
@@ -63,7 +65,7 @@ def _table(table: Table) -> str:
         cells += [f'<td class="number">{value}</td>' for value in values[2:]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
     listed = _made_by(commands_of_all(table)) + _missing(*table.missing())
-    body = _html_table((*HEADER, "runs by seed"), rows)
+    body = _html_table((*header(table), "runs by seed"), rows)
     return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
 
 
@@ -78,13 +80,13 @@ def _missing(count: int, commands: Sequence[str]) -> str:
     return f"<details><summary>{count} missing runs</summary><pre>{shown}</pre></details>"
 
 
-def _measured(table: measured.Measured) -> str:
+def _rounding(table: rounding.RoundingTable) -> str:
     rows = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in table.lines()]
     links = ", ".join(f'<a href="#{_anchor(run)}">{escape(run.row)}</a>' for run in table.records)
-    about = f"<p>{escape(about_measured(table))} Runs: {links}.</p>" if table.records else ""
-    body = (_html_table(measured.HEADER, rows) if rows else "") + about
+    about = f"<p>{escape(about_rounding(table))} Runs: {links}.</p>" if table.records else ""
+    body = (_html_table(rounding.HEADER, rows) if rows else "") + about
     listed = _made_by(commands_of_all(table)) + _missing(table.missing, table.commands)
-    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(measured.draw(table))}"
+    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(rounding.draw(table))}"
 
 
 def _html_table(header: Sequence[str], rows: Sequence[str]) -> str:
@@ -96,7 +98,7 @@ def _run(record: Record) -> str:
     about = f"{escape(record.command)}\n\ncommit {escape(commit)}, {escape(str(record.run.get('kernel_backend')))}"
     return (
         f'<details id="{_anchor(record)}"><summary>{escape(record.study)}/{escape(record.path.name)}</summary>'
-        f"<pre>{about}</pre><pre>{escape(record.config)}</pre></details>"
+        f"<pre>{about}</pre><pre>{escape(yaml.safe_dump(record.config, sort_keys=False))}</pre></details>"
     )
 
 

@@ -17,14 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from luqrun.config import PRECISIONS, Config, check_choice
-from luqrun.errors import UserError
+from luqrun.config import PRECISIONS, Config
+from luqrun.errors import UserError, check_choice
 from luqrun.quant.convert import quantize_model, quantized_layers, set_step
 from luqrun.quant.formats import get_format
 from luqrun.quant.recipe import Recipe
 from luqrun.report.figures import pyplot, save
 from luqrun.report.records import printable
 from luqrun.runs import checkpoint
+from luqrun.runs.reading import CONFIG, read_config
 from luqrun.tasks.classification.data import build_dataset, validate_dataset
 from luqrun.tasks.classification.networks import build_model
 from luqrun.tasks.loader import train_loader
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     out = chosen.out or chosen.run / "pictures"
     try:
-        if not (chosen.run / "config.yaml").is_file():
-            raise UserError(f"{chosen.run} is not a run folder: it has no config.yaml")
+        if not (chosen.run / CONFIG).is_file():
+            raise UserError(f"{chosen.run} is not a run folder: it has no {CONFIG}")
         drawings = {
             "health": lambda: draw_health(chosen.run),
             "gradients": lambda: draw_gradients(layer_gradients(chosen.run, chosen.layer)),
@@ -84,11 +85,11 @@ class LayerGradient:
 def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
     """Of the first batch of the epoch to come: layers at 4 bits in either phase, the rest in the run's precision."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.load(run / "config.yaml")))
+        config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.create(read_config(run))))
         validate_dataset(config.dataset)
         check_choice("precision", config.precision, PRECISIONS)
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
-        raise UserError(f"{run / 'config.yaml'}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(f"{run / CONFIG}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     path = run / "checkpoints" / checkpoint.LAST
     if not path.exists():
         raise NothingToShow(f"{path} is not there")
@@ -99,7 +100,7 @@ def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:
-        raise UserError(f"{path} is of another model than {run / 'config.yaml'} says") from None
+        raise UserError(f"{path} is of another model than {run / CONFIG} says") from None
     set_step(model, content["progress"]["step"])
     # Attention as a whole returns a tuple; what is quantized behind it is its out_proj, a layer too.
     layers = {name: each for name, each in quantized_layers(model) if not isinstance(each, nn.MultiheadAttention)}

@@ -7,18 +7,21 @@ import io
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from luqrun.report import measured
+from luqrun.report import rounding
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.remaking import whole_commands
+from luqrun.report.rerun_commands import whole_commands
 from luqrun.report.spread import Spread
 from luqrun.report.tables import Cell, Table
 
-HEADER = ("", "ours, top-1 %", "against our baseline", "paper", "against its baseline")
+
+def header(table: Table) -> tuple[str, ...]:
+    """The columns of a table as text."""
+    return "", f"ours, {table.metric.label}", "against our baseline", "paper", "against its baseline"
 
 
 def line(table: Table, cell: Cell) -> tuple[str, ...]:
-    """A cell as text, in the order of HEADER; the first is its name."""
+    """A cell as text, in the order of `header`; the first is its name."""
     ours, paper = table.difference(cell), table.paper(cell)
     difference = "baseline" if table.is_baseline(cell) and cell.runs else "" if ours is None else _signed(ours)
     theirs = table.paper_difference(cell)
@@ -37,7 +40,7 @@ def _signed(spread) -> str:
 
 def markdown(table: Table) -> str:
     """The table, and under it the commands of all of it and of what is missing."""
-    lines = [f"## {table.title}", "", _md_row(HEADER), _md_row(["---"] * len(HEADER))]
+    lines = [f"## {table.title}", "", _md_row(header(table)), _md_row(["---"] * len(header(table)))]
     lines += [_md_row(line(table, cell)) for cell in table.cells.values()]
     lines += [
         "",
@@ -52,12 +55,12 @@ def _missing(count: int, commands: Sequence[str]) -> list[str]:
     return ["", f"Missing runs ({count}):", "```", *commands, "```"] if count else []
 
 
-def commands_of_all(table: Table | measured.Measured) -> list[str]:
+def commands_of_all(table: Table | rounding.RoundingTable) -> list[str]:
     """What makes all of a table, with what all its runs were given beside.
 
     Empty where there is no experiment of it, or nothing was measured yet.
     """
-    if isinstance(table, measured.Measured):
+    if isinstance(table, rounding.RoundingTable):
         runs = table.records
     else:
         runs = [run for cell in table.cells.values() for run in cell.runs.values()]
@@ -73,18 +76,18 @@ def _made_by(commands: Sequence[str]) -> list[str]:
     return ["", how_made(commands), "```", *commands, "```"] if commands else []
 
 
-def markdown_measured(table: measured.Measured) -> str:
+def markdown_rounding(table: rounding.RoundingTable) -> str:
     """Table 1 or Fig. 1a: what was measured beside the closed forms, and the commands as under the others."""
     lines = [f"## {table.title}"]
     if table.records:
-        rows = [measured.HEADER, ["---"] * len(measured.HEADER), *table.lines()]
-        lines += ["", *map(_md_row, rows), "", about_measured(table)]
+        rows = [rounding.HEADER, ["---"] * len(rounding.HEADER), *table.lines()]
+        lines += ["", *map(_md_row, rows), "", about_rounding(table)]
     lines += _missing(table.missing, table.commands)
     lines += _made_by(commands_of_all(table))
     return "\n".join(lines) + "\n"
 
 
-def about_measured(table: measured.Measured) -> str:
+def about_rounding(table: rounding.RoundingTable) -> str:
     """What a reader of its numbers, of which there are some, must know."""
     return f"In brackets the closed form; {table.records[0].rounding[0]['draws']} draws a point."
 
@@ -94,18 +97,18 @@ def _md_row(values: Sequence[str]) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """A line a run, the missing ones too: study, row, column, seed, status, top1, paper, command."""
+    """A line a run, the missing ones too: study, row, column, seed, status, the metric, paper, command."""
     rows = []
     for cell in table.cells.values():
         theirs = _papers(table, cell)
         where = table.study, table.name, cell.row, cell.column
         for seed, run in sorted(cell.runs.items()):
-            status, top1 = run.run["status"], "" if run.top1 is None else round(run.top1, 4)
-            rows.append([*where, seed, status, top1, *theirs, run.command])
+            status, value = run.run["status"], "" if run.value is None else round(run.value, 4)
+            rows.append([*where, seed, status, value, *theirs, run.command])
         for wish in cell.missing:
             rows.append([*where, wish.seed, "missing", "", *theirs, wish.command])
-    header = ("study", "table", "row", "column", "seed", "status", "top1", "paper", "paper_model", "command")
-    return _csv(header, rows)
+    about = ("study", "table", "row", "column", "seed", "status")
+    return _csv((*about, table.metric.short, "paper", "paper_model", "command"), rows)
 
 
 CELL_NUMBERS = ("runs", "diverged", "missing", "mean", "deviation", "n")
@@ -141,7 +144,7 @@ def _numbers(spread: Spread | None) -> tuple:
     return round(spread.mean, 4), "" if spread.deviation is None else round(spread.deviation, 4), spread.count
 
 
-def measured_csv(records: Sequence[Record]) -> str:
+def rounding_csv(records: Sequence[Record]) -> str:
     """A line a bin of each quantizer: largest bias and variance, and mean squared error; each in closed form too."""
     rows = []
     for record in records:

@@ -10,41 +10,35 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import yaml
-
-from luqrun.report.records import (
-    MORE,
-    LeftOut,
-    Record,
-    Unusable,
-    check_run,
-    is_share,
-    make_record,
-    names_a_cell,
-    printable,
-    read_folders,
-    without_duplicates,
-)
-from luqrun.report.remaking import split
+from luqrun.report.consistency import one_a_seed
+from luqrun.report.records import LeftOut, Record, make_record, names_a_cell, read_folders
+from luqrun.report.rerun_commands import split
+from luqrun.runs.reading import RUN, SUMMARY, StoredRun, Unusable, check, check_config, metric_of
 
 # Of run.json; not its paths and times.
 KEPT = (
-    "status", "diverged_at_step", "git_commit", "git_dirty", "versions",
-    "device", "kernel_backend", "threads", "world_size", "world_sizes", "results",
+    "status", "diverged_at_step", "git_commit", "git_dirty", "versions", "device", "kernel_backend", "threads",
+    "world_size", "world_sizes", "layout", "results", "data", "metric",
 )  # fmt: skip
+CELL = ("study", "table", "scale", "row", "column", "seed")
+# What an entry holds beside the numbers of the end, which are called as in Record.more.
+HOLDS = {"run", "command", "curve", "config", "rounding", *CELL, *KEPT}
 
 
 def summary(record: Record) -> dict:
     """A run as an entry of a file of summaries: no paths of the machine, no checkpoints."""
+    kept = {name: record.run[name] for name in KEPT if name in record.run}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {name: value for name, value in kept["data"].items() if name != "root" or value is None}
     entry = {
         "run": record.path.name,
-        **_cell(record),
+        **{name: getattr(record, name) for name in CELL},
         "command": record.command,
-        "top1": record.top1,
-        **{name: getattr(record, name) for name in MORE},
+        record.metric.short: record.value,
+        **record.more,
         "curve": record.curve,
-        **{name: record.run[name] for name in KEPT if name in record.run},
-        "config": _without_places(yaml.safe_load(record.config)),
+        **kept,
+        "config": _without_places(record.config),
     }
     return {**entry, "rounding": record.rounding} if record.rounding else entry
 
@@ -74,9 +68,8 @@ def read_inputs(inputs: Sequence[Path]) -> tuple[list[Record], list[LeftOut]]:
             found, others = read(folder)
             records += found
             left_out += others
-    records, contradicting = _once(records)
-    records, duplicated = without_duplicates(records)
-    return records, [*left_out, *contradicting, *duplicated]
+    records, others = one_a_seed(records)
+    return records, [*left_out, *others]
 
 
 def read_summaries(folder: Path) -> tuple[list[Record], list[LeftOut]]:
@@ -95,7 +88,7 @@ def read_summaries(folder: Path) -> tuple[list[Record], list[LeftOut]]:
             place = folder / path.name / f"entry {number}"
             try:
                 place = _place(entry, folder)
-                records.append(_record(entry, place, path.name))
+                records.append(_record(entry, StoredRun(place, *_files(entry, path.name), file=path.name)))
             except Unusable as reason:
                 left_out.append(LeftOut(place, f"{path.name}: {reason}"))
     return records, left_out
@@ -111,12 +104,14 @@ def _place(entry, folder: Path) -> Path:
     return folder / study / run
 
 
-def _record(entry: dict, place: Path, source: str) -> Record:
+def _files(entry: dict, source: str) -> tuple[dict, dict, dict, tuple[float, ...]]:
+    """What the files of the run folder said: config, run, summary and curve. Raises Unusable."""
     try:
         json.dumps(entry, allow_nan=False)
     except (ValueError, RecursionError):
         raise Unusable("it holds NaN or an infinite number") from None
     config, command, curve = (entry.get(name) for name in ("config", "command", "curve"))
+    config = check_config(config, "its config")
     if not names_a_cell(config, "its config"):
         raise Unusable("its config does not say which cell of which table this is")
     try:
@@ -125,27 +120,26 @@ def _record(entry: dict, place: Path, source: str) -> Record:
     except ValueError:
         words = overrides = None
     run = {name: entry[name] for name in KEPT if name in entry} | {"command": words, "overrides": overrides}
-    check_run(run, source)
-    if not isinstance(curve, list) or not all(map(is_share, curve)):
+    check(run, RUN, source)
+    metric = metric_of(run)
+    if not isinstance(curve, list) or not all(map(metric.allows, curve)):
         raise Unusable("its curve is damaged")
-    result = {"val/top1": entry.get("top1"), "rounding": entry.get("rounding", [])}
-    result |= {key: entry.get(name) for name, key in MORE.items()}
-    try:
-        text = yaml.safe_dump(config, sort_keys=False)
-    except RecursionError:
-        raise Unusable("its config is not a configuration") from None
-    study = str(PurePosixPath(entry["study"]))
-    record = make_record(place, study, text, config, run, result, tuple(map(float, curve)), source)
-    if record.top1 is not None and (record.diverged or record.curve[-1:] != (record.top1,)):
-        raise Unusable("its curve does not end in its top1")
-    if any(entry.get(name) != value for name, value in _cell(record).items()):
+    numbers = {name: value for name, value in entry.items() if name not in HOLDS}
+    result = {_long(name): value for name, value in numbers.items()} | {"rounding": entry.get("rounding", [])}
+    check(result, SUMMARY, source)
+    return config, run, result, tuple(map(float, curve))
+
+
+def _long(name: str) -> str:
+    """As summary.json calls a number of the end."""
+    return name if "/" in name or name == "train_seconds" else f"val/{name}"
+
+
+def _record(entry: dict, stored: StoredRun) -> Record:
+    record = make_record(stored, str(PurePosixPath(entry["study"])))
+    if any(entry.get(name) != getattr(record, name) for name in CELL):
         raise Unusable("its cell or seed is not that of its config")
     return record
-
-
-def _cell(record: Record) -> dict:
-    names = ("study", "table", "scale", "row", "column", "seed")
-    return {name: getattr(record, name) for name in names}
 
 
 def _without_places(config: dict) -> dict:
@@ -158,27 +152,3 @@ def _without_places(config: dict) -> dict:
 
 def _is_place(value) -> bool:
     return isinstance(value, str) and value.startswith(("/", "~"))
-
-
-def _once(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
-    """Each run once, of the latest RESULTS and the first where all say the same; where they do not, it is left out."""
-    runs: dict[tuple, list[Record]] = {}
-    for record in records:
-        runs.setdefault((*_cell(record).values(), record.path.name), []).append(record)
-    kept, left_out = [], []
-    for found in runs.values():
-        latest = max(record.results for record in found)
-        same = [record for record in found if record.results == latest]
-        reason = f"of RESULTS {{}}: this run is there of RESULTS {latest} too"
-        left_out += [LeftOut(each.path, reason.format(each.results)) for each in found if each.results != latest]
-        if all(_result(record) == _result(same[0]) for record in same):
-            kept.append(same[0])
-            continue
-        shown = ", ".join("diverged" if record.diverged else f"{record.top1}" for record in same)
-        reason = printable(f"this run is there {len(same)} times, with different results: {shown}")
-        left_out += [LeftOut(record.path, reason) for record in same]
-    return kept, left_out
-
-
-def _result(record: Record) -> tuple:
-    return record.top1, record.diverged, record.rounding

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from luqrun.report import remaking
+from luqrun.report import rerun_commands
 from luqrun.report.experiments import BASELINES, TITLES, Expected, expected
 from luqrun.report.paper import Published, published
 from luqrun.report.records import Record
 from luqrun.report.spread import Spread
+from luqrun.runs.metric import TOP1, Metric
 
 
 @dataclass
@@ -24,8 +25,8 @@ class Cell:
 
     @property
     def values(self) -> dict[int, float]:
-        """top-1 by seed, without the diverged."""
-        return {seed: run.top1 for seed, run in self.runs.items() if run.top1 is not None}
+        """The metric by seed, without the diverged."""
+        return {seed: run.value for seed, run in self.runs.items() if run.value is not None}
 
     @property
     def spread(self) -> Spread | None:
@@ -64,6 +65,7 @@ class Table:
     name: str
     scale: str
     cells: dict[tuple[str, str], Cell]
+    metric: Metric = TOP1
 
     @property
     def title(self) -> str:
@@ -119,21 +121,21 @@ def build_table(study: str, name: str, scale: str, records: Sequence[Record]) ->
     """The table of these records, one at least, which are all of this study, name and scale."""
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
-    shared, options = remaking.shared(records), remaking.common_options(records)
+    shared, options = rerun_commands.shared(records), rerun_commands.common_options(records)
     for wish in (_alike(wish, shared, options) for wish in expected(name, scale, shared)):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
             cell.missing.append(wish)
     for (row, column, seed), record in sorted(by_cell.items()):
         cells.setdefault((row, column), Cell(row, column)).runs[seed] = record
-    return Table(study, name, scale, cells)
+    return Table(study, name, scale, cells, records[0].metric)
 
 
 def _alike(wish: Expected, shared: Sequence[str], options: Sequence[str]) -> Expected:
     """With what all runs of the study were given (--config-dir, an experiment of one's own, study=, schedule.epochs=):
     else it would not be like them."""
     name, shipped, *own = shlex.split(wish.command)
-    chosen = remaking.experiment(shared) or shipped
-    keys = {remaking.key(part) for part in (chosen, *own)}
-    more = [given for given in shared if remaking.key(given) not in keys]
+    chosen = rerun_commands.experiment(shared) or shipped
+    keys = {rerun_commands.key(part) for part in (chosen, *own)}
+    more = [given for given in shared if rerun_commands.key(given) not in keys]
     return replace(wish, command=shlex.join([name, *options, chosen, *own, *more]))

@@ -9,20 +9,19 @@ import hashlib
 import io
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from luqrun import RESULTS
 from luqrun.config import Config
 from luqrun.errors import UserError
-from luqrun.runs.folder import what_decides_the_result, write_atomically
-from luqrun.runs.identity import other_results
-from luqrun.tasks.classification.data import Data
+from luqrun.runs.folder import write_atomically
+from luqrun.runs.identity import Identity, difference
 
-VERSION = 3
-KEYS = {"version", "results", "config", "num_classes", "num_images", "data", "model", "optimizer", "progress"}
+VERSION = 4
+KEYS = {"version", "identity", "num_classes", "model", "optimizer", "progress"}
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
@@ -34,16 +33,16 @@ class Damaged(UserError):
 
 
 def save(
-    path: Path, config: Config, data: Data, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
+    path: Path, config: Config, data: dict, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
 ) -> None:
-    """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt."""
+    """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt.
+
+    data: the fingerprint of what is trained on (luqrun.runs.identity).
+    """
     content = {
         "version": VERSION,
-        "results": RESULTS,
-        "config": what_decides_the_result(config),
-        "num_classes": len(data.classes),
-        "num_images": [len(data.train), len(data.val)],
-        "data": data.found.digest,
+        "identity": asdict(Identity.of(config, data)),
+        "num_classes": data.get("classes"),  # for who builds the network without luqrun
         "model": model,
         "optimizer": optimizer,
         "progress": progress,
@@ -90,55 +89,29 @@ def read(path: Path) -> dict:
         content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler says
         raise Damaged(f"checkpoint {path} is not a checkpoint ({_line(error)}); {ADVICE}") from None
-    if isinstance(content, dict) and content.get("version") == 2:  # it knows no RESULTS
-        raise UserError(f"checkpoint {path} is {other_results(1)}; {ADVICE}")
-    if not isinstance(content, dict) or set(content) != KEYS or content["version"] != VERSION:
+    version = content.get("version") if isinstance(content, dict) else None
+    if type(version) is int and version < VERSION:
+        how = f"of an earlier luqrun (version {version} of checkpoints, here it is {VERSION}), and cannot be continued"
+        raise UserError(f"checkpoint {path} is {how}; {ADVICE}")
+    if version != VERSION or set(content) != KEYS:
         raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {ADVICE}")
     return content
 
 
-def load(path: Path, config: Config, data: Data) -> dict:
-    """The content of a checkpoint that belongs to a run with this config and data.
+def load(path: Path, config: Config, data: dict, any_processes: bool = False) -> dict:
+    """The content of a checkpoint that belongs to a run with this config and data, and by as many processes.
 
-    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one; and the number of
-    processes. Raises Damaged, or UserError for a foreign one, naming the file.
+    Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one; and, with
+    any_processes, their number. data: the fingerprint. Raises Damaged, or UserError for a foreign one, naming the file.
     """
-    num_classes, num_images = len(data.classes), [len(data.train), len(data.val)]
     content = read(path)
-    if why := other_results(content["results"]):
-        raise UserError(f"checkpoint {path} is {why}; {ADVICE}")
-    if content["num_classes"] != num_classes:
-        raise UserError(
-            f"checkpoint {path} has {content['num_classes']} classes, dataset={config.dataset.name} has {num_classes}; "
-            f"{ADVICE}"
-        )
-    if content["num_images"] != num_images:
-        theirs, ours = ("{} training and {} validation images".format(*n) for n in (content["num_images"], num_images))
-        raise UserError(
-            f"checkpoint {path} was trained on {theirs}, dataset={config.dataset.name} has {ours}; {ADVICE}"
-        )
-    if content["data"] != data.found.digest:
-        other = f"dataset.root={config.dataset.root} holds others, or of other names"
-        raise UserError(f"checkpoint {path} was trained on other images: {other}; {ADVICE}")
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
-    for key, (theirs, ours) in _differences(content["config"], what_decides_the_result(config)).items():
-        if in_finetune or not key.startswith("finetune."):
-            raise UserError(f"checkpoint {path} was trained with {key}={theirs}, this run has {key}={ours}; {ADVICE}")
+    besides = (() if in_finetune else ("finetune",)) + (("processes",) if any_processes else ())
+    if why := difference(Identity(**content["identity"]), Identity.of(config, data), besides):
+        raise UserError(f"checkpoint {path} is of a run {why}; {ADVICE}")
     return content
 
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-
-
-def _differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:
-    """Dotted keys on which two nested dicts disagree, with both values."""
-    found = {}
-    for key in sorted(theirs.keys() | ours.keys()):
-        left, right = theirs.get(key), ours.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found |= _differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found[prefix + key] = (left, right)
-    return found

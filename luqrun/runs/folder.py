@@ -1,40 +1,27 @@
-"""The run folder: outputs/<study>/<run_id>/ and the small files in it.
+"""The run folder: outputs/<study>/<run_id>/, its lock, and the small files in it as the run writes them.
 
-run_id has no clock: it is readable and ends in a hash of everything that changes the result, so a repeated command
-finds its own folder again.
+How a folder is named: luqrun.runs.identity; how it is read: luqrun.runs.reading.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from luqrun import __version__
-from luqrun.config import Config, DistributedConfig
 from luqrun.errors import UserError
+from luqrun.runs.metric import Metric
+from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric_of, read_json
 
-# What the same run may be given differently: where it runs, where its data lie, what it writes.
-NOT_IN_RESULT = {
-    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking"),
-    "dataset": ("root", "workers"),
-    "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
-}
-MAX_NAME = 200  # bytes; file systems take 255
-SUMMARY = "summary.json"
-RUN = "run.json"
-METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
 
@@ -42,53 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class Busy(UserError):
-    """Another process runs this run."""
+    """Another process, or another part of this one, runs this run."""
 
 
-def what_decides_the_result(config: Config) -> dict:
-    """The resolved config as a dict, without what does not change the result."""
-    return of_the_result(asdict(config))
+_held: set[tuple[int, int, int]] = set()  # the locks of this process, and of those it was forked from: `_identity_of`
 
 
-def of_the_result(config: dict) -> dict:
-    """`what_decides_the_result` of a config read from a file, of which any part may be missing or damaged."""
-    if config.get("task") == "rounding":  # nothing is trained
-        return {name: config.get(name) for name in ("task", "quant", "seed")}
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    parts = {part: values.get(part) if isinstance(values.get(part), dict) else {} for part in ("dataset", "finetune")}
-    root = parts["dataset"].get("root")
-    for part, names in NOT_IN_RESULT.items():
-        of = values.get(part) if part else values
-        for name in names if isinstance(of, dict) else ():
-            of.pop(name, None)
-    if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
-        values.pop("distributed")
-    if parts["finetune"].get("epochs") == 0:
-        values["finetune"] = {"epochs": 0}
-    if parts["dataset"].get("name") == "folder" and root is not None:
-        parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
-    return values
-
-
-def _whole_path(root) -> object:
-    """Without links; as it is where it is no path (of a damaged file)."""
-    try:
-        return os.path.realpath(root)
-    except (TypeError, ValueError):
-        return root
-
-
-def run_id(config: Config) -> str:
-    """Such as resnet8-glyphs-luq-fnt3-seed0-1f2e3d4c: the parts' names, and 8 digits of the hash."""
-    text = json.dumps(what_decides_the_result(config), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    if config.task == "rounding":
-        names = [config.task, config.quant.name]
-    else:
-        names = [config.model.name, config.dataset.name, config.quant.name]
-        names += [config.finetune.name] if config.finetune.epochs else []
-    readable = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in [*names, f"seed{config.seed}"])
-    return f"{readable[:MAX_NAME]}-{digest}"
+def _identity_of(file: int | Path) -> tuple[int, int, int]:
+    """(process, device, inode): a process that was forked holds none of its parent's locks."""
+    status = os.stat(file)
+    return os.getpid(), status.st_dev, status.st_ino
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -125,21 +75,21 @@ class RunFolder:
         """run.json, or {} for a run that has not started."""
         return self._read(RUN) or {}
 
-    def _read(self, name: str) -> dict | None:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (ValueError, RecursionError) as error:
-            raise self.damaged(name, str(error)) from None
-        if not isinstance(content, dict):
-            raise self.damaged(name, f"it holds a {type(content).__name__}")
-        return content
+    def metric(self) -> Metric:
+        """By what the run is judged."""
+        return metric_of(self.run())
 
-    def damaged(self, name: str, why: str) -> UserError:
-        """The error that a file of this folder is not what luqrun wrote."""
-        return UserError(f"{self.path / name} is damaged ({why}): delete it, and the run goes on from its checkpoint")
+    def _read(self, name: str) -> dict | None:
+        try:
+            return read_json(self.path, name)
+        except Missing:
+            return None
+        except Unusable as reason:
+            raise self.damaged(str(reason)) from None
+
+    def damaged(self, reason: str) -> UserError:
+        """The error that a file of this folder is not what luqrun wrote; reason: which, and why."""
+        return UserError(f"{self.path}: {reason}: delete it, and the run goes on from its checkpoint")
 
     def write_json(self, name: str, content: dict) -> None:
         if self.writes:
@@ -152,7 +102,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let no other process run this run meanwhile: Busy where one does. Of a dead process nothing is left."""
+        """Let no one else run this run meanwhile: Busy where one does. Of a dead process nothing is left."""
+        if self._is_ours():
+            raise Busy(f"{self.path} is being run by this process already")
         with (self.path / LOCK).open("a+") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit it
@@ -163,17 +115,24 @@ class RunFolder:
                 log.warning(
                     "%s cannot be locked (%s): take care that no second process runs this run", self.path, error
                 )
-            # What a process left that was killed while it wrote.
-            for left in [*self.path.glob(".*.[0-9]*"), *self.checkpoints.glob(".*.[0-9]*")]:
-                left.unlink(missing_ok=True)
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            yield
+            key = _identity_of(file.fileno())
+            _held.add(key)
+            try:
+                # What a process left that was killed while it wrote.
+                for left in [*self.path.glob(".*.[0-9]*"), *self.checkpoints.glob(".*.[0-9]*")]:
+                    left.unlink(missing_ok=True)
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()}\n")
+                file.flush()
+                yield
+            finally:
+                _held.discard(key)
 
     def is_locked(self) -> bool:
-        """Whether another process runs this run."""
+        """Whether a process runs this run: another one, or this one."""
         try:
+            if self._is_ours():
+                return True
             with (self.path / LOCK).open("r+") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -181,6 +140,14 @@ class RunFolder:
         except OSError:  # none there, or a file system without locks
             return False
         return False
+
+    def _is_ours(self) -> bool:
+        """Whether this process holds the lock: then its file must not be opened here, as closing any handle of a file
+        gives up the process' locks of it (POSIX)."""
+        try:
+            return _identity_of(self.path / LOCK) in _held
+        except OSError:
+            return False
 
     def remove_if_never_started(self) -> None:
         """Remove the folder where it holds nothing but its log and its lock."""
@@ -208,6 +175,10 @@ class RunFolder:
         path = self.path / METRICS
         return path.stat().st_size if path.exists() else 0
 
+    def ended(self) -> bool:
+        """Whether there is a result: of a run that has finished, or diverged."""
+        return self.summary() is not None or self.run().get("status") == "diverged"
+
     def begun(self) -> bool:
         """Whether there is something of a run that has not ended: a checkpoint, or lines of metrics."""
         return self.checkpoints.exists() or self.metrics_size() > 0
@@ -216,7 +187,7 @@ class RunFolder:
         """Whether there is a checkpoint or a result here, so that no other run's checkpoint is needed."""
         if any((self.checkpoints / name).exists() for name in ("last.pt", "previous.pt")):
             return True
-        return (self.path / SUMMARY).exists() or self.run().get("status") == "diverged"
+        return self.ended()
 
     def truncate_metrics(self, size: int) -> None:
         """Forget the lines written after the checkpoint that a run resumes from."""

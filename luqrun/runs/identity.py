@@ -1,155 +1,234 @@
-"""Whose result a folder holds: by its settings, its data, the number of its processes, and RESULTS.
+"""What decides a run's result, and so its folder: the settings, the data that it reads, its processes, and RESULTS.
 
-What a run was is recorded when it starts: config.yaml, and in run.json `results`, `world_sizes` and `data`. It is
-compared before a result is shown as this run's, or taken over from another study. A checkpoint holds it too.
+A run's folder ends in a hash of the four. They are recorded when it starts (config.yaml; `results`, `data` and
+`world_sizes` in run.json), stand in every checkpoint, and are compared wherever a folder was not found by its name.
+The version of the package decides nothing.
+
+The data are known here by a fingerprint, a dict of plain JSON that luqrun.tasks.fingerprint makes: `root` says where
+they lie, all else what they are. It is empty where they follow from the settings.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import yaml
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from luqrun import RESULTS
-from luqrun.config import Config, flatten
+from luqrun.config import Config, DistributedConfig, flatten
 from luqrun.errors import UserError
-from luqrun.runs.folder import RUN, RunFolder, of_the_result, run_id, what_decides_the_result
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.reading import RUN, Unusable, read_config, read_json
 from luqrun.runtime import process_group
 
-if TYPE_CHECKING:
-    from luqrun.tasks.fingerprint import Found
+LAYOUT = 2  # of run folders, in run.json; in the first the hash was of the settings alone
+# What the same run may be given differently: where it runs, where its data lie, what it writes.
+NOT_IN_RESULT = {
+    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking"),
+    "dataset": ("root", "workers"),
+    "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
+}
+KIND = "job"  # the key that says whether a run trains or measures
+MAX_NAME = 200  # bytes; file systems take 255
+SHOWN = 3  # runs that are named
 
-CONFIG = "config.yaml"
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides a result. settings: nested; None where a config cannot be read. data: a fingerprint; None where
+    none was recorded. processes: None where they are not known. results: the RESULTS of the code."""
+
+    settings: dict | None
+    data: dict | None
+    processes: int | None
+    results: int = RESULTS
+
+    @classmethod
+    def of(cls, config: Config, data: dict) -> Identity:
+        """Of a run of this process, or of this one and others, that reads these data."""
+        return cls(deciding_settings(config), data, process_group.world_size())
+
+    @classmethod
+    def stored(cls, config: dict | None, run: dict) -> Identity:
+        """By what a run folder says: config.yaml and run.json. Of an earlier luqrun's, with what held then."""
+        data, sizes = run.get("data"), run.get("world_sizes", [run.get("world_size", 1)])
+        settings = None if config is None else deciding_settings(config)
+        dataset = settings.get("dataset") if settings else None
+        if data and isinstance(dataset, dict) and "root" in dataset:  # a relative one is of the command's folder
+            dataset["root"] = data.get("root", dataset["root"])
+        return cls(settings, data, sizes[-1] if sizes else None, run.get("results", 1))
 
 
-def refuse_other_settings(config: Config, folder: RunFolder) -> None:
-    """Raise UserError where the folder holds a run, finished or begun, of other settings; it names the first of them.
+def deciding_settings(config: Config | dict) -> dict:
+    """The resolved config as a dict, without what does not change the result.
 
-    A folder without its config.yaml, or with a damaged one, is known by its name alone.
+    A dict is a config read from a file, of which any part may be missing or damaged.
     """
-    if folder.summary() is None and folder.run().get("status") != "diverged" and not folder.begun():
-        return
-    named, theirs = folder.path.name == run_id(config), _settings(folder)
-    if theirs is None and not named:
-        raise UserError(f"{folder.path} holds a run whose {CONFIG} cannot be read: {_advice(config, folder)}")
-    ours = flatten(what_decides_the_result(config))
-    if theirs is None or not (key := _first_difference(theirs, ours)):
-        return
-    if named and key == "dataset.root":
-        return  # a relative one, of where the first command was given: the name holds the whole path
-    shown = [f"{key}={settings[key]}" if key in settings else f"no {key}" for settings in (theirs, ours)]
-    raise UserError(f"{folder.path} holds a run with {shown[0]}, this one has {shown[1]}: {_advice(config, folder)}")
+    config = config if isinstance(config, dict) else asdict(config)
+    if config.get(KIND) == "rounding":  # nothing is trained
+        return {name: config.get(name) for name in (KIND, "quant", "seed")}
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    parts = {part: values.get(part) if isinstance(values.get(part), dict) else {} for part in ("dataset", "finetune")}
+    root = parts["dataset"].get("root")
+    for part, names in NOT_IN_RESULT.items():
+        of = values.get(part) if part else values
+        for name in names if isinstance(of, dict) else ():
+            of.pop(name, None)
+    if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
+        values.pop("distributed")
+    if parts["finetune"].get("epochs") == 0:
+        values["finetune"] = {"epochs": 0}
+    if parts["dataset"].get("name") == "folder" and root is not None:
+        parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
+    return values
 
 
-def _settings(folder: RunFolder) -> dict | None:
-    """What config.yaml says that decides the result, with dotted keys; None where it cannot be read."""
+def _whole_path(root) -> object:
+    """Without links; as it is where it is no path (of a damaged file)."""
     try:
-        found = yaml.safe_load((folder.path / CONFIG).read_text())
-        return flatten(of_the_result(found)) if isinstance(found, dict) else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError):
-        return None
+        return os.path.realpath(root)
+    except (TypeError, ValueError):
+        return root
 
 
-def _first_difference(theirs: dict, ours: dict) -> str | None:
-    """In the schema's order, in which a part's name comes first; before all others what kind of run it is."""
-    missing = object()
-    keys = [key for key in [*ours, *theirs] if ours.get(key, missing) != theirs.get(key, missing)]
-    rank = {"task": 0, "dataset.root": 2}
-    return min(keys, key=lambda key: rank.get(key, 1), default=None)
+def deciding_data(data: dict | None) -> dict:
+    """A fingerprint without where the data lie; {} of generated ones, for which an earlier luqrun recorded no root."""
+    if not data or data.get("root", "somewhere") is None:
+        return {}
+    return {name: value for name, value in data.items() if name not in ("root", "left_out")}
 
 
-def refuse_another(config: Config, folder: RunFolder) -> str:
-    """Raise UserError where the result in the folder, of these settings, is of other numbers, processes or data.
+def run_id(config: Config, data: dict, processes: int | None = None) -> str:
+    """The name of a run's folder, such as resnet8-glyphs-luq-fnt3-seed0-1f2e3d4c: the parts' names, and 8 digits of the
+    hash of what decides the result. data: the fingerprint; processes: by default as many as this one is of."""
+    decides = [deciding_settings(config), deciding_data(data), processes or process_group.world_size(), RESULTS]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{_readable(config)}-{digest}"
 
-    Returns what is to be said beside it: "", or such as " (trained by 2, then 1 processes)".
+
+def _readable(config: Config) -> str:
+    kind = getattr(config, KIND)
+    if kind == "rounding":
+        names = [kind, config.quant.name]
+    else:
+        names = [config.model.name, config.dataset.name, config.quant.name]
+        names += [config.finetune.name] if config.finetune.epochs else []
+    names.append(f"seed{config.seed}")
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names)[:MAX_NAME]
+
+
+def difference(theirs: Identity, ours: Identity, besides: tuple[str, ...] = ()) -> str:
+    """How a run differs from this one, in words that go on from "a run"; "" where both have the same result.
+
+    The first difference is told, where both are known. besides: "processes", or parts of the settings (finetune), that
+    may differ.
     """
-    run = folder.run()
-    sizes, recorded = run.get("world_sizes"), run.get("data")
-    why, notes = _other_results(run), []
-    if not why and (not isinstance(sizes, list) or process_group.world_size() not in sizes):
-        why = f"{_processes(sizes)}, this run has {process_group.world_size()}"
-    if not why and _reads_files(config):
-        why, notes = _compared(config, recorded)
-    if why:
-        raise UserError(f"{folder.path} holds a result {why}: {_advice(config, folder)}")
-    if len(sizes) > 1:
-        notes.append(f"trained {_processes(sizes)}")
-    return f" ({'; '.join(notes)})" if notes else ""
+    if why := other_results(theirs.results):
+        return why
+    if theirs.settings is not None and ours.settings is not None:
+        pair = flatten(theirs.settings), flatten(ours.settings)
+        if key := _first_difference(*pair, besides):
+            shown = [f"{key}={settings[key]}" if key in settings else f"no {key}" for settings in pair]
+            return f"with {shown[0]}, this one has {shown[1]}"
+    if why := differing_data(theirs.data, ours.data):
+        return why
+    if theirs.processes != ours.processes and "processes" not in besides:
+        return f"by {_processes(theirs.processes)}, this one has {ours.processes}"
+    return ""
 
 
-def _compared(config: Config, recorded: object) -> tuple[str, list[str]]:
-    """(why the data of a result are others, notes): where they lie elsewhere, or are no more where they were."""
-    from luqrun.tasks.fingerprint import whole_root
-
-    if not isinstance(recorded, dict):
-        return f"whose data {RUN} does not name", []
-    root = recorded.get("root")
-    here = root == whole_root(config.dataset)
-    if here and not os.path.isdir(root):
-        return "", [f"its data, {root}, are not there any more and were not compared"]
-    return _differing(recorded, _found(config)), [] if here else [f"with dataset.root={root}"]
-
-
-def differs_from(config: Config) -> Callable[[dict], str]:
-    """A function of a twin's run.json: why it cannot stand for a run of `config` that starts here; "" where it can.
-
-    The data are looked at once, and only where all else is the same.
-    """
-    found = functools.cache(lambda: _found(config))
-
-    def differs(run: dict) -> str:
-        sizes = run.get("world_sizes")
-        if why := _other_results(run):
-            return why
-        if sizes != [process_group.world_size()]:
-            return _processes(sizes)
-        if not _reads_files(config):
-            return ""
-        recorded = run.get("data")
-        return _differing(recorded, found()) if isinstance(recorded, dict) else "whose data are not known"
-
-    return differs
-
-
-def _differing(recorded: dict, found: Found) -> str:
-    from luqrun.tasks.fingerprint import differing
-
-    why = differing(recorded, found)
-    return f"of other data, {why}" if why else ""
-
-
-def _found(config: Config) -> Found:
-    from luqrun.tasks.classification.data import build_dataset
-
-    return build_dataset(config.dataset).found
-
-
-def _reads_files(config: Config) -> bool:
-    """Glyphs follow from the settings."""
-    return config.task == "train" and config.dataset.name != "glyphs"
-
-
-def other_results(theirs: object) -> str:
-    """Such as "of RESULTS 1"; "" for a run of this code's numbers. Before there was a RESULTS it was 1."""
+def other_results(theirs: int) -> str:
+    """Such as "of RESULTS 1 (...)"; "" for a run of this code's numbers."""
     if theirs == RESULTS:
         return ""
     return f"of RESULTS {theirs} (an earlier or later luqrun, which computes other numbers; here it is {RESULTS})"
 
 
-def _other_results(run: dict) -> str:
-    return other_results(run.get("results", 1))
+def _first_difference(theirs: dict, ours: dict, besides: tuple[str, ...]) -> str | None:
+    """In the schema's order, in which a part's name comes first; before all others what kind of run it is."""
+    missing = object()
+    keys = [key for key in [*ours, *theirs] if ours.get(key, missing) != theirs.get(key, missing)]
+    rank = {KIND: 0, "dataset.root": 2}
+    return min(
+        (key for key in keys if key.partition(".")[0] not in besides), key=lambda key: rank.get(key, 1), default=None
+    )
 
 
-def _processes(sizes: object) -> str:
-    if not isinstance(sizes, list) or not sizes:
-        return "of an unknown number of processes"
-    return f"by {', then '.join(map(str, sizes))} {'process' if sizes == [1] else 'processes'}"
+def differing_data(theirs: dict | None, ours: dict | None) -> str:
+    """Such as "of other data: 2 classes instead of 3"; "" where the fingerprints are the same."""
+    old, new = deciding_data(theirs), deciding_data(ours)
+    if new and theirs is None:
+        return f"whose data {RUN} does not name"
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name):
+            words, numbers = name.replace("_", " "), all(type(each.get(name)) is int for each in (old, new))
+            return f"of other data: {f'{old[name]} {words} instead of {new[name]}' if numbers else f'other {words}'}"
+    return ""
 
 
-def _advice(config: Config, folder: RunFolder) -> str:
-    if folder.path.name == run_id(config):
+def _processes(count: int | None) -> str:
+    return "an unknown number of processes" if count is None else f"{count} process{'es' if count != 1 else ''}"
+
+
+def refuse_other_run(config: Config, data: dict, folder: RunFolder) -> None:
+    """Raise UserError where the folder holds a run, ended or begun, that is not this one; it says what differs.
+
+    Without its run.json, or with a damaged config.yaml or none, a folder is known by its name alone.
+    """
+    if not (folder.ended() or folder.begun()):
+        return
+    named, ours, run, settings = folder.path.name == run_id(config, data), Identity.of(config, data), folder.run(), None
+    try:
+        settings = read_config(folder.path)
+        if not run:
+            raise Unusable(f"{RUN} is not there")
+    except Unusable as reason:
+        if not named:
+            raise UserError(f"{folder.path} holds a run of which {reason}: {_advice(named)}") from None
+    theirs = Identity.stored(settings, run) if run else dataclasses.replace(ours, settings=settings)
+    if why := difference(theirs, ours):
+        raise UserError(f"{folder.path} holds a run {why}: {_advice(named)}")
+
+
+def refuse_changed_data(folder: RunFolder, data: dict) -> None:
+    """Raise UserError where a run reads other data (data: their fingerprint) than its folder was named for."""
+    if why := differing_data(folder.run().get("data", data), data):
+        raise UserError(f"dataset.root has changed since this run began, {why}; the same command begins one of these")
+
+
+def _advice(named: bool) -> str:
+    if named:
         return "study=NAME runs this one elsewhere, or delete the folder"
     return "give this one a folder of its own (hydra.run.dir, hydra.sweep.subdir), or delete that one"
+
+
+def runs_beside(config: Config, data: dict, folder: Path) -> str:
+    """A line that names the runs beside this folder with the same settings and another result, or another layout; ""
+    where there are none. They stay as they are.
+
+    Settings are compared as far as both runs know them.
+    """
+    ours = Identity.of(config, data)
+    settings, found = flatten(ours.settings), []
+    for path in sorted(folder.parent.glob(f"{_readable(config)}-????????")):
+        if path == folder:
+            continue
+        try:
+            run = read_json(path, RUN)
+            why = difference(Identity.stored(None, run), ours)
+            if not why and run.get("layout", 1) != LAYOUT:
+                why = "of an earlier luqrun, which named its folder otherwise"
+            theirs = flatten(deciding_settings(read_config(path))) if why else {}
+        except Unusable:
+            continue
+        if why and all(theirs[key] == settings[key] for key in theirs.keys() & settings.keys()):
+            last = path / "checkpoints" / "last.pt"
+            found.append(f"{path}, a run {why}" + (f", whose last checkpoint is {last}" if last.is_file() else ""))
+    if not found:
+        return ""
+    more = f"; and {len(found) - SHOWN} more" if found[SHOWN:] else ""
+    return f"of the same settings, beside this run: {'; '.join(found[:SHOWN])}{more}. Nothing is taken over from there"

@@ -1,18 +1,19 @@
-"""Where a run goes on: its own last checkpoint, the one before it, or that of another run."""
+"""Where a run starts from: its own last checkpoint, the one before it, or that of another run (resume=PATH, base)."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from luqrun.config import Config
+from luqrun.config import Config, FinetuneConfig
 from luqrun.errors import UserError
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
-from luqrun.runs.twins import base_checkpoint
-from luqrun.tasks.classification.data import Data
+from luqrun.runs.identity import Identity, difference, run_id, runs_beside
+from luqrun.runs.reading import usable_run
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +26,21 @@ class Start(NamedTuple):
     own: bool
 
 
-def find_start(config: Config, folder: RunFolder, data: Data) -> Start | None:
-    """The checkpoint that `resume` and the folder ask for; None for a run that begins.
+def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
+    """The checkpoint that `resume` and the folder ask for; None for a run that begins. data: the fingerprint.
 
     Of a damaged last checkpoint the previous one takes the place, with a warning. Raises UserError, naming the file.
     """
     wanted, own = config.resume, folder.checkpoints / checkpoint.LAST
     previous = folder.checkpoints / checkpoint.PREVIOUS
     if not own.exists() and not previous.exists():
-        based = wanted == "base" and config.finetune.epochs > 0
-        if wanted in ("auto", "never", "base") and not based:
+        if wanted == "base" and config.finetune.epochs > 0:
+            path = base_checkpoint(config, folder, data)
+            return Start(checkpoint.load(path, config, data), path, own=False)
+        if wanted in ("auto", "never", "base"):
             return None
-        path = base_checkpoint(config, folder) if based else Path(os.path.expanduser(wanted))
-        return Start(checkpoint.load(path, config, data), path, own=False)
+        path = Path(os.path.expanduser(wanted))
+        return Start(checkpoint.load(path, config, data, any_processes=True), path, own=False)
     if wanted == "never":
         raise UserError(f"resume=never, but {own.parent} exists: choose another study=, or delete the run folder")
     if wanted not in ("auto", "base"):
@@ -56,3 +59,41 @@ def find_start(config: Config, folder: RunFolder, data: Data) -> Start | None:
         if own.exists():
             own.replace(own.with_name("damaged.pt"))  # not to be kept as the one before the next
         return start
+
+
+def diverged_base(config: Config, folder: RunFolder, data: dict) -> Path | None:
+    """For resume=base: the run without fine-tune, if it diverged; then the one with it does, at the same step."""
+    if config.resume != "base" or config.finetune.epochs == 0:
+        return None
+    base, run = _base(config, folder, data)
+    if run.get("status") != "diverged":
+        return None
+    if why := difference(Identity.stored(None, run), Identity.of(config, data)):
+        raise UserError(f"resume=base: {base} is a run {why}: study=NAME trains it anew")
+    return base
+
+
+def base_checkpoint(config: Config, folder: RunFolder, data: dict) -> Path:
+    """For resume=base: the last checkpoint of the run that is this one without its fine-tune, in the same study."""
+    base, run = _base(config, folder, data)
+    # The checkpoint of a run taken over lies where it was trained. By name, as relpath made it: a study may be a link.
+    path = Path(os.path.normpath(base / (run.get("reused") or ""))) / "checkpoints" / checkpoint.LAST
+    status, advice = run.get("status", "not there"), "run the same with finetune=none first"
+    if status == "finished":
+        if path.is_file():
+            return path
+        status, advice = f"finished, but {path} is gone", "resume=auto trains both phases in one run"
+    others = runs_beside(_without_finetune(config), data, base)
+    raise UserError(
+        f"resume=base: the run without fine-tuning, {base}, is {status}: {advice}{others and f' ({others})'}"
+    )
+
+
+def _without_finetune(config: Config) -> Config:
+    return dataclasses.replace(config, finetune=FinetuneConfig(name="none"))
+
+
+def _base(config: Config, folder: RunFolder, data: dict) -> tuple[Path, dict]:
+    """The folder of the run without fine-tune, and its run.json."""
+    base = folder.path.parent / run_id(_without_finetune(config), data)
+    return base, usable_run(base)

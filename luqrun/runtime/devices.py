@@ -28,6 +28,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", process_group.local_rank())
 
 
+def to_device(batch, device: torch.device):
+    """A tensor, or a tuple, list or dict of such, copied to the device; pinned memory is not waited for."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    assert isinstance(batch, tuple | list)
+    parts = [to_device(part, device) for part in batch]
+    return tuple(parts) if isinstance(batch, tuple) else parts
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start counting anew: the jobs of a sweep share a process, and what one of them freed is given back first."""
     give_back_memory()

@@ -83,7 +83,7 @@ def recorded(work: Callable[..., T]) -> Callable[..., T]:
     return telling
 
 
-def lost_another(error: Exception) -> bool:
+def lost_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another process has ended."""
     return world_size() > 1 and re.search("(closed|reset) by peer|Broken pipe|remote process", str(error)) is not None
 
@@ -117,14 +117,25 @@ def leave() -> None:
             dist.destroy_process_group()
 
 
-def add_up(values: Iterable[float]) -> list[float]:
+def all_reduce_sum(values: Iterable[float]) -> list[float]:
     """Each value's sum over all processes."""
     return _reduced(values, "SUM")
 
 
-def largest(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     """The largest of all processes' values."""
     return _reduced([value], "MAX")[0]
+
+
+def gather(value: T) -> list[T]:
+    """Each process' value, which is sent as a pickle, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _reduced(values: Iterable[float], op: str) -> list[float]:
@@ -138,7 +149,7 @@ def _reduced(values: Iterable[float], op: str) -> list[float]:
     return total.tolist()
 
 
-def from_first(read: Callable[[], T]) -> T:
+def run_on_first(read: Callable[[], T]) -> T:
     """What `read` returns in the first process, in all of them. Where it raises a UserError or OSError there, the
     others raise RefusedByFirst."""
     if world_size() == 1:
@@ -160,7 +171,7 @@ def from_first(read: Callable[[], T]) -> T:
     return told[0]
 
 
-def take_from_first(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors of all processes with the first one's."""
     if world_size() > 1:
         import torch.distributed as dist

@@ -103,7 +103,7 @@ class Requests:
             self.waiting = False
             raise _Blocked
 
-    def insist(self) -> None:
+    def raise_if_asked(self) -> None:
         """Raise Stopped if a signal was deferred and nobody acted on it."""
         if self.received is not None:
             raise Stopped(self.received)
@@ -124,7 +124,7 @@ def handled() -> Iterator[Requests]:
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.wake)
     try:
         if process_group.under_torchrun():
-            with _not_deaf(requests):
+            with _exiting_when_stuck(requests):
                 yield requests
         else:
             yield requests
@@ -134,7 +134,7 @@ def handled() -> Iterator[Requests]:
 
 
 @contextmanager
-def _not_deaf(requests: Requests) -> Iterator[None]:
+def _exiting_when_stuck(requests: Requests) -> Iterator[None]:
     """End the process where a signal came, Python could not handle it for PATIENCE seconds, and another process died.
 
     So it is inside a collective that never ends: torchrun would wait half a minute before it kills. With all the others
@@ -176,7 +176,7 @@ def _children(parent: int) -> int:
     return count
 
 
-def hand_on(number: int) -> bool:
+def call_earlier_handler(number: int) -> bool:
     """Let whoever handled the signal before have it too; False where nobody did.
 
     submitit asks Slurm to run the job again and leaves the process, on every rank but the first it only returns.

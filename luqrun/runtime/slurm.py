@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+
+from luqrun.runtime import process_group
+
+
+def planned_ranks(hydra: Mapping) -> int:
+    """How many processes a run of this command has, before they have joined, from Hydra's settings: in a sweep as many
+    as its launcher starts for a job (submitit's nodes and tasks_per_node), else those of torchrun."""
+    if getattr(hydra.get("mode"), "name", "") == "MULTIRUN":
+        wanted = [hydra["launcher"].get(name) for name in ("nodes", "tasks_per_node")]
+        return math.prod(count for count in wanted if isinstance(count, int))
+    return process_group.world_size()
 
 
 def join_ranks() -> None:

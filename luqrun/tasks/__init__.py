@@ -1,1 +1,53 @@
-"""What networks learn: data, network, loss and metrics."""
+"""Tasks: what a network learns, with its data, networks, loss and metrics. The data set decides the task."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from luqrun.config import Config
+from luqrun.errors import check_choice
+from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
+
+if TYPE_CHECKING:
+    from luqrun.tasks.task import Task
+
+# dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`,
+# `validate(config)` and `fingerprint(config)`.
+MODULES = dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task")
+
+
+def build_task(config: Config) -> Task:
+    """The task of a run, with its data. Raises UserError naming the key, or the file, that is wrong."""
+    return _module(config).build(config)
+
+
+def validate_task(config: Config) -> None:
+    """Raise UserError naming the first key of the model or the data whose value is not allowed; no file is read."""
+    _module(config).validate(config)
+
+
+def fingerprint_data(config: Config) -> dict[str, object]:
+    """The fingerprint of what a run reads, by which a run on other data is told from it without reading them; {} where
+    it reads nothing, or what follows from its settings.
+
+    A dict of plain JSON: `root` says where the data lie, all else what they are (integers count; a hash of names and
+    sizes). The run's folder is named for it (luqrun.runs.identity), so that it must be had quickly. Found once in a
+    process: the trainer notices what has changed since. Raises UserError naming dataset.root, or what is wrong there.
+    """
+    if config.job != "train":
+        return {}
+    key = config.dataset.name, config.dataset.root, os.getcwd()
+    if key not in _fingerprints:
+        _fingerprints[key] = _module(config).fingerprint(config)
+    return _fingerprints[key]
+
+
+_fingerprints: dict[tuple, dict] = {}
+
+
+def _module(config: Config) -> ModuleType:
+    check_choice("dataset.name", config.dataset.name, MODULES)
+    return importlib.import_module(MODULES[config.dataset.name])

@@ -1,38 +1,15 @@
-"""What was found of a data set: how much of it, and a digest by which other images are told from these."""
+"""Parts of a data set's fingerprint (luqrun.tasks.fingerprint_data): where it lies, and a hash of names and sizes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from luqrun.config import DatasetConfig
 
-SAMPLES = 64  # images of a split whose content is part of the digest: reading all would take as long as training
-
-
-@dataclass(frozen=True)
-class Found:
-    """Counts are of all images, before dataset.limit. root: the whole path, None for generated images; digest: hex, of
-    class names, labels, file names and the content of some images; left_out: what was no image, in words."""
-
-    root: str | None
-    classes: int
-    train: int
-    val: int
-    digest: str
-    left_out: str = ""
-
-
-def differing(recorded: dict, found: Found) -> str:
-    """How what run.json recorded of a data set differs from what is found now, in words; "" where it does not."""
-    for name, words in (("classes", "classes"), ("train", "training images"), ("val", "validation images")):
-        if recorded.get(name) != getattr(found, name):
-            return f"{recorded.get(name)} {words} instead of {getattr(found, name)}"
-    return "" if recorded.get("digest") == found.digest else "other images or class names"
+SAMPLES = 1024  # files of a split whose size is asked for: a network file system takes a while for each
 
 
 def whole_root(config: DatasetConfig) -> str | None:
@@ -40,7 +17,7 @@ def whole_root(config: DatasetConfig) -> str | None:
     return None if config.root is None else os.path.realpath(os.path.expanduser(config.root))
 
 
-def digest(parts: Iterable[bytes]) -> str:
+def hash_of(parts: Iterable[bytes]) -> str:
     """16 hex digits of a hash over the parts and where each ends."""
     whole = hashlib.sha256()
     for part in parts:
@@ -49,6 +26,16 @@ def digest(parts: Iterable[bytes]) -> str:
     return whole.hexdigest()[:16]
 
 
-def sampled(count: int) -> Sequence[int]:
-    """Indices, evenly spaced, of at most SAMPLES of `count` images; the first and the last are among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).round().astype(np.int64)).tolist()
+def sizes(paths: Sequence[str]) -> bytes:
+    """The sizes in bytes, as JSON, of at most SAMPLES of these files, evenly spaced, with the first and the last."""
+    steps = min(len(paths), SAMPLES) - 1
+    chosen = [round(step * (len(paths) - 1) / max(steps, 1)) for step in range(steps + 1)]
+    return json.dumps([_size(paths[index]) for index in chosen]).encode()
+
+
+def _size(path: str) -> int:
+    """-1 of a link that leads nowhere, as of what cannot be looked at: whoever reads it says so."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1

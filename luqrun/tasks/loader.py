@@ -1,6 +1,6 @@
-"""The loaders: which image comes when, on which rank, with which augmentation.
+"""The loaders: which example comes when, on which rank, with which augmentation.
 
-The order of an epoch is a pure function of (seed, epoch), the augmentation of an image one of (seed, epoch, index).
+The order of an epoch is a pure function of (seed, epoch), the augmentation of an example one of (seed, epoch, index).
 Neither depends on the number of workers or ranks, nor on where the epoch was entered, so that a resumed run sees
 what the uninterrupted one would have seen.
 """
@@ -13,31 +13,33 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from ctypes import c_bool
 from multiprocessing.sharedctypes import RawValue
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from luqrun.config import DatasetConfig, check_at_least
-from luqrun.errors import UserError
+from luqrun.config import DatasetConfig
+from luqrun.errors import UserError, check_at_least
 from luqrun.runtime.seeds import AUGMENT, ORDER, mix
 from luqrun.runtime.signals import ASKING
-from luqrun.tasks.classification.data import Data
-from luqrun.tasks.classification.pixels import Images, seeded
+from luqrun.tasks.task import Batch, Data, Examples
+
+T = TypeVar("T")
 
 
 def train_loader(
     data: Data, config: DatasetConfig, seed: int, epoch: int, first_batch: int = 0, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """One epoch of shuffled training batches: float32 (n, C, H, W) and int64 (n,), n = batch_size / world_size.
+    """One epoch of shuffled training batches, each of batch_size / world_size examples.
 
-    `config.batch_size` counts the images of all ranks; rank r takes every world_size-th of them from the r-th on.
+    `config.batch_size` counts the examples of all ranks; rank r takes every world_size-th of them from the r-th on.
     The last, incomplete batch is left out. `first_batch` batches are skipped without being loaded.
-    Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable image.
+    Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable example.
     """
     batches = batches_per_epoch(data, config)
     check_ranks(config, world_size)
@@ -51,16 +53,22 @@ def train_loader(
 
 
 def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """The validation set in order, each image exactly once over all ranks; the last batch may be smaller.
+    """The validation set in order, each example exactly once over all ranks; the last batch may be smaller.
 
-    Rank r takes every world_size-th batch of `config.batch_size` images from the r-th on, whole: what is computed from
-    a batch, the range of its activations say, must not depend on the number of ranks. The ranks may differ by one in
-    the number of batches: add up counts after the loop, not in it.
+    Rank r takes every world_size-th batch of `config.batch_size` examples from the r-th on, whole: what is computed
+    from a batch, the range of its activations say, must not depend on the number of ranks. The ranks may differ by one
+    in the number of batches: gather results after the loop (`in_order`), not in it.
     """
     check_ranks(config, world_size)
-    images = np.arange(len(data.val))
-    batches = [images[start : start + config.batch_size] for start in range(0, len(images), config.batch_size)]
+    indices = np.arange(len(data.val))
+    batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     return _loader(data.val, config, 0, 0, batches[rank::world_size])
+
+
+def in_order(parts: Sequence[list[T]]) -> list[T]:
+    """One result a batch of each rank's val_loader, parts[rank], in the order of the validation set."""
+    count = sum(map(len, parts))
+    return [parts[number % len(parts)][number // len(parts)] for number in range(count)]
 
 
 def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
@@ -68,17 +76,17 @@ def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
     check_at_least("dataset.batch_size", config.batch_size, 1)
     if config.batch_size > len(data.train):
         raise UserError(
-            f"dataset.batch_size={config.batch_size} is more than the {len(data.train)} training images "
+            f"dataset.batch_size={config.batch_size} is more than the {len(data.train)} training examples "
             "(all, or what dataset.limit leaves)"
         )
     return len(data.train) // config.batch_size
 
 
 class _Loader(DataLoader):
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         """The batches. Close it when leaving it early: its workers end then, also one that is blocked in a read."""
         unwanted, others = RawValue(c_bool, False), set(multiprocessing.active_children())
-        self.worker_init_fn = functools.partial(_undisturbed, unwanted)
+        self.worker_init_fn = functools.partial(_ignore_signals, unwanted)
         batches, served = super().__iter__(), 0
         workers = set(multiprocessing.active_children()) - others
         try:
@@ -94,31 +102,29 @@ class _Loader(DataLoader):
 
 
 class _Served(Dataset):
-    """One epoch of a data set: turns a batch of indices, int64 (n,), into a batch of images and labels."""
+    """One epoch of a set of examples: turns indices, int64 (n,), into a batch."""
 
-    def __init__(self, dataset: Dataset, seed: int, epoch: int):
-        self.dataset = dataset
+    def __init__(self, examples: Examples, seed: int, epoch: int):
+        self.examples = examples
         self.seed = seed
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.examples)
 
     def __getitems__(self, indices: np.ndarray):
         keys = mix(self.seed, AUGMENT, self.epoch, indices)
         try:
-            if isinstance(self.dataset, Images):
-                return self.dataset.batch(indices, keys)
-            return tuple(default_collate(seeded(self.dataset.__getitem__, indices, keys)))
+            return self.examples.batch(indices, keys)
         except UserError as error:
             # Raised in a worker it would arrive as another error, its text a traceback.
             return error
 
 
-def _loader(dataset: Dataset, config: DatasetConfig, seed: int, epoch: int, schedule: list[np.ndarray]) -> DataLoader:
+def _loader(examples: Examples, config: DatasetConfig, seed: int, epoch: int, schedule: list[np.ndarray]) -> DataLoader:
     check_at_least("dataset.workers", config.workers, 0)
     return _Loader(
-        _Served(dataset, seed, epoch),
+        _Served(examples, seed, epoch),
         batch_sampler=schedule,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
@@ -146,7 +152,7 @@ def _end(workers: Iterable[multiprocessing.Process]) -> None:
                 worker.join(1)
 
 
-def _undisturbed(unwanted: RawValue, worker: int) -> None:
+def _ignore_signals(unwanted: RawValue, worker: int) -> None:
     """Signals often go to the whole group of processes: the run needs its workers until its step is done. `unwanted` is
     true when it does not any more."""
     for number in ASKING:
@@ -155,7 +161,7 @@ def _undisturbed(unwanted: RawValue, worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *what: os._exit(0) if unwanted.value else None)
 
 
-def told_of_workers(error: RuntimeError, config: DatasetConfig) -> str:
+def explain_dead_worker(error: RuntimeError, config: DatasetConfig) -> str:
     """What to do about a loader worker that has died, in one line; "" for any other error."""
     text = str(error)
     fewer = f"lower dataset.workers={config.workers}, and the run goes on from the last checkpoint"
@@ -166,8 +172,8 @@ def told_of_workers(error: RuntimeError, config: DatasetConfig) -> str:
         return f"the loader's workers had too little shared memory: enlarge /dev/shm, or {fewer}"
     if "Too many open files" in text or "received 0 items of ancdata" in text:
         return f"the loader's workers had too few open files: raise ulimit -n, or {fewer}"
-    if found := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
-        how = found[1].strip().replace("is killed", "was killed")
+    if death := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", text):
+        how = death[1].strip().replace("is killed", "was killed")
         return f"a loader worker {how}, as happens when memory is short: {fewer}"
     return ""
 

@@ -1,4 +1,4 @@
-"""task=rounding: the bias, variance and mean squared error of a recipe's quantizers, beside their closed forms.
+"""job=rounding: the bias, variance and mean squared error of a recipe's quantizers, beside their closed forms.
 
 For x in a bin [l, u] (Table 1): round to nearest has bias min(x - l, u - x), variance 0; stochastic rounding has
 bias 0, variance (x - l)(u - x). Nothing is trained.
@@ -18,8 +18,9 @@ from luqrun.quant import kernels
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import OPERANDS, Recipe
-from luqrun.runs.folder import SUMMARY, RunFolder, now
-from luqrun.train.compiling import prepare
+from luqrun.runs.folder import RunFolder, now
+from luqrun.runs.reading import SUMMARY
+from luqrun.train.kernel_compilation import compile_kernels
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,17 @@ def run(config: Config, folder: RunFolder) -> dict:
     """
     recipe = Recipe.from_config(config.quant)
     if not recipe.quantizes:
-        raise UserError(f"task=rounding: quant={recipe.name} quantizes nothing; choose another quant=")
+        raise UserError(f"job=rounding: quant={recipe.name} quantizes nothing; choose another quant=")
     folder.update_run(device="cpu", kernel_backend=kernels.describe("cpu"))
     quantizers = [getattr(recipe, operand) for operand in OPERANDS if getattr(recipe, operand) is not None]
-    prepare(lambda: [quantizer.quantize(torch.ones(4)) for quantizer in quantizers], no_bar=None)
+    compile_kernels(lambda: [quantizer.quantize(torch.ones(4)) for quantizer in quantizers], no_bar=None)
     rows = []
     for number, operand in enumerate(OPERANDS):
         quantizer = getattr(recipe, operand)
         for lower, upper in bins(quantizer) if quantizer is not None else ():
             # Draws of its own for each bin and operand: else all rows would tell the same chance deviation.
-            found = measure(quantizer, lower, upper, make_stream(config.seed, layer=lower, operand=number))
-            rows.append({"operand": operand, "quantizer": str(quantizer), **found})
+            deviations = measure(quantizer, lower, upper, make_stream(config.seed, layer=lower, operand=number))
+            rows.append({"operand": operand, "quantizer": str(quantizer), **deviations})
     for row in rows:
         log.info("%s %s in %s: largest |z| of the bias %.2f", row["operand"], row["quantizer"], row["bin"], row["z"])
     summary = {"rounding": rows}

@@ -8,8 +8,8 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from luqrun.config import FinetuneConfig, ScheduleConfig, check_at_least, check_at_most, check_choice
-from luqrun.errors import UserError
+from luqrun.config import FinetuneConfig, ScheduleConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 
 SCHEDULES = ("step", "cosine", "onecycle")
 OPTIMIZERS = ("sgd", "adamw")
@@ -65,6 +65,15 @@ def learning_rate(config: ScheduleConfig, step: int, steps_per_epoch: int) -> fl
     if step < warmup_steps:
         return config.lr * warmup
     return _cosine(config.lr, 0.0, (step - warmup_steps) / (num_steps - warmup_steps))
+
+
+def rate_of_step(schedule: ScheduleConfig, finetune: FinetuneConfig, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0 over the schedule's epochs and the fine-tune's."""
+    main = schedule.epochs * steps_per_epoch
+    if step < main:
+        return learning_rate(schedule, step, steps_per_epoch)
+    last = learning_rate(schedule, main - 1, steps_per_epoch)
+    return finetune_learning_rate(step - main, finetune.epochs * steps_per_epoch, last, finetune.lr_base)
 
 
 def finetune_learning_rate(step: int, steps: int, start_lr: float, base_lr: float) -> float:

@@ -12,26 +12,33 @@ from torch.nn.parallel import DistributedDataParallel
 
 from luqrun.config import Config
 from luqrun.internals.of_torch import allow_recompilations
-from luqrun.quant.convert import quantize_model, set_shared_ranges
+from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
-from luqrun.tasks.classification.data import Data
-from luqrun.tasks.classification.networks import build_model
+from luqrun.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
 
-def build(config: Config, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
-    """The model of a run for the images of `data`, quantized, its weights drawn from config.seed."""
+def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> nn.Module:
+    """The network that a run's task trains, quantized, its weights drawn from config.seed."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, len(data.classes), data.channels, data.image_size)
-    model = quantize_model(model, recipe, seed=config.seed)
+    model = quantize_model(task.network(), recipe, seed=config.seed)
     if process_group.world_size() > 1:
         set_shared_ranges(model, config.distributed.range == "global")
         if config.distributed.batch_norm == "sync":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
     return model.to(device, memory_format=torch.channels_last)
+
+
+def log_model(model: nn.Module, config: Config, recipe: Recipe) -> None:
+    """Say what trains, and which layers are quantized."""
+    quantized = [name for name, _ in quantized_layers(model)]
+    log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, recipe)
+    if quantized:
+        skipped = ", ".join(config.quant.skip) or "none"
+        log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
 
 
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -65,5 +72,5 @@ def eager(on: bool) -> AbstractContextManager:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's running statistics: each has those of its own images."""
-    process_group.take_from_first(model.buffers())
+    """Give every process the first one's running statistics: each has those of its own examples."""
+    process_group.broadcast(model.buffers())

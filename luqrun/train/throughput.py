@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-START = {"seconds": 0.0, "images": 0, "timed_seconds": 0.0, "timed_images": 0}  # of a progress
+START = {"seconds": 0.0, "trained": 0, "timed_seconds": 0.0, "timed": 0}  # of a progress
 
 
-class Speed:
-    """Counts seconds and images of training steps into `progress`, a part of the checkpoint.
+class Throughput:
+    """Counts seconds of training steps, and the examples or tokens they trained on, into `progress`, a part of the
+    checkpoint.
 
     The first step of a process warms up: it is part of the time, unless torch.compile `compiles` in it, not of the
     speed.
@@ -14,26 +15,26 @@ class Speed:
 
     def __init__(self, progress: dict, compiles: bool = False):
         self.progress, self.compiles, self.warm = progress, compiles, False
-        self.lately_seconds, self.lately_images = 0.0, 0
+        self.recent_seconds, self.recent = 0.0, 0
 
-    def count(self, seconds: float, images: int) -> None:
+    def count(self, seconds: float, trained: int) -> None:
         """Count one step."""
         self.progress["seconds"] += seconds if self.warm or not self.compiles else 0.0
-        self.progress["images"] += images
-        self.lately_seconds += seconds
-        self.lately_images += images
+        self.progress["trained"] += trained
+        self.recent_seconds += seconds
+        self.recent += trained
         if self.warm:
             self.progress["timed_seconds"] += seconds
-            self.progress["timed_images"] += images
+            self.progress["timed"] += trained
         self.warm = True
 
     def mean(self) -> float:
-        """Images a second of the whole run; 0 while only first steps were done."""
+        """Examples (tokens) a second of the whole run; 0 while only first steps were done."""
         seconds = self.progress["timed_seconds"]
-        return self.progress["timed_images"] / seconds if seconds else 0.0
+        return self.progress["timed"] / seconds if seconds else 0.0
 
-    def lately(self) -> float:
-        """Images a second of the steps since it was asked last; there was one at least."""
-        found = self.lately_images / self.lately_seconds
-        self.lately_seconds, self.lately_images = 0.0, 0
-        return found
+    def take_recent(self) -> float:
+        """Examples (tokens) a second of the steps since it was asked last; there was one at least."""
+        rate = self.recent / self.recent_seconds
+        self.recent_seconds, self.recent = 0.0, 0
+        return rate

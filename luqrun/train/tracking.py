@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import types
 import typing
+from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
@@ -14,33 +15,33 @@ from torch.utils.tensorboard.summary import histogram_raw, hparams, scalar
 from luqrun.config import Config, flatten
 from luqrun.quant.convert import quantized_layers
 from luqrun.quant.recipe import OPERANDS
-from luqrun.runs.folder import EVENTS, NOT_IN_RESULT, RunFolder
+from luqrun.runs.folder import EVENTS, RunFolder
+from luqrun.runs.identity import NOT_IN_RESULT
 from luqrun.train.events import EventFile
 
 log = logging.getLogger(__name__)
 
-# The same in every run, so that the hyper-parameter tab can compare them.
-FINAL_METRICS = ("val/top1", "val/top5", "val/loss")
 HEALTH = ("clipped_share", "underflow_share", "relative_error")
 ABSENT = "none"
 
 
 class Tracker:
-    """Writes to one run folder. done: steps of the checkpoint that the run goes on from; after: its `latest`.
+    """Writes to one run folder. final_metrics: what the hyper-parameter tab compares runs by, such as val/top1.
 
-    Later points are no longer in the files; a TensorBoard that has read them already is told to forget them.
+    done: steps of the checkpoint that the run goes on from; after: its `latest`. Later points are no longer in the
+    files; a TensorBoard that has read them already is told to forget them.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, done: int, after: float = 0.0):
+    def __init__(self, config: Config, folder: RunFolder, final_metrics: Sequence[str], done: int, after: float = 0.0):
         self.folder = folder
         first_start = not any(folder.path.glob(EVENTS))
         self.events = EventFile(folder.path, after, purge=done + 1 if done else 0)
         if first_start:
-            self._write_hyper_parameters(config)
+            self._write_hyper_parameters(config, final_metrics)
 
-    def _write_hyper_parameters(self, config: Config) -> None:
+    def _write_hyper_parameters(self, config: Config, final_metrics: Sequence[str]) -> None:
         # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours.
-        for summary in hparams(hyper_parameters(config), dict.fromkeys(FINAL_METRICS, 0.0)):
+        for summary in hparams(hyper_parameters(config), dict.fromkeys(final_metrics, 0.0)):
             self.events.add(summary)
 
     def row(self, kind: str, epoch: int, step: int, phase: str, metrics: dict[str, float]) -> None:
@@ -127,7 +128,7 @@ def hyper_parameters(config: Config) -> dict[str, str | float | bool]:
 
 def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, type]:
     """The dotted keys that decide the result and their types: str where one, or a part above it, can be absent."""
-    found = {}
+    kinds = {}
     for name, hint in typing.get_type_hints(schema).items():
         if name in NOT_IN_RESULT.get(prefix.rstrip("."), ()):
             continue
@@ -135,20 +136,20 @@ def _keys(schema: type, prefix: str = "", optional: bool = False) -> dict[str, t
         absent = optional or type(None) in parts
         nested = next((part for part in parts if dataclasses.is_dataclass(part)), None)
         if nested is not None:
-            found |= _keys(nested, f"{prefix}{name}.", absent)
+            kinds |= _keys(nested, f"{prefix}{name}.", absent)
         else:
-            found[prefix + name] = str if absent else parts[0]
-    return found
+            kinds[prefix + name] = str if absent else parts[0]
+    return kinds
 
 
 def read_health(model: nn.Module) -> dict[str, dict[str, float]]:
     """By layer and operand ("layer1.0.conv1/weight"): the shares and errors that the last pass left in the layers."""
-    found = {}
+    health = {}
     for name, layer in quantized_layers(model):
         for operand in OPERANDS:
             if layer.health and operand in layer.health:
-                found[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
-    return found
+                health[f"{name}/{operand}"] = dict(zip(HEALTH, layer.health[operand].tolist(), strict=True))
+    return health
 
 
 def log_last_pass(model: nn.Module) -> None:

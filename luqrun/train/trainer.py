@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
@@ -24,18 +23,21 @@ from luqrun.quant import gemms
 from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.quant.recipe import Recipe
 from luqrun.runs import checkpoint
-from luqrun.runs.folder import SUMMARY, RunFolder, now
+from luqrun.runs.folder import RunFolder, now
+from luqrun.runs.identity import refuse_changed_data
+from luqrun.runs.reading import SUMMARY
 from luqrun.runs.start import find_start
 from luqrun.runtime import process_group
-from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory
+from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory, to_device
 from luqrun.runtime.seeds import DROPOUT, mix
 from luqrun.runtime.signals import ASKING, Requests, Stopped
-from luqrun.tasks.classification.data import build_dataset
-from luqrun.tasks.loader import batches_per_epoch, told_of_workers, train_loader, val_loader
+from luqrun.tasks import build_task
+from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, in_order, train_loader, val_loader
+from luqrun.tasks.task import Batch
 from luqrun.train import setup, throughput
-from luqrun.train.compiling import prepare_training
+from luqrun.train.kernel_compilation import compile_training_kernels
 from luqrun.train.profiling import DATA, StepProfiler
-from luqrun.train.schedules import build_optimizer, finetune_learning_rate, learning_rate
+from luqrun.train.schedules import build_optimizer, rate_of_step
 from luqrun.train.tracking import NoTracker, Tracker, log_last_pass
 
 log = logging.getLogger(__name__)
@@ -58,15 +60,17 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     name, threads = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch.get_num_threads()
     folder.update_run(device=name, threads=threads, world_size=process_group.world_size())
     trainer = Trainer(config, folder, device, requests)
-    sizes = trainer.progress["world_sizes"]
-    folder.update_run(kernel_backend=trainer.kernels, data=asdict(trainer.data.found), world_sizes=sizes)
+    progress, data = trainer.progress, trainer.data.fingerprint
+    kept = {name: progress[name] for name in ("metric", "world_sizes")}
+    folder.update_run(kernel_backend=trainer.kernels, data=data, **kept)
     try:
-        prepare_training(trainer.model, trainer.recipe, device, trainer.no_bar)  # not in a step, nor in its time
+        # Not in a step, nor in its time.
+        compile_training_kernels(trainer.model, trainer.recipe, device, trainer.no_bar)
         with trainer.requests.deferred():
             trainer.fit()
     except RuntimeError as error:
-        if told := told_of_workers(error, config.dataset):
-            raise UserError(told) from None
+        if explanation := explain_dead_worker(error, config.dataset):
+            raise UserError(explanation) from None
         raise
     except Diverged as diverged:
         folder.update_run(status="diverged", end=now(), diverged_at_step=trainer.progress["step"])
@@ -86,24 +90,26 @@ class Trainer:
 
     def __init__(self, config: Config, folder: RunFolder, device: torch.device, requests: Requests | None = None):
         self.config, self.folder, self.device, self.requests = config, folder, device, requests or Requests()
-        self.data = build_dataset(config.dataset)
+        self.task = build_task(config)
+        self.data, self.metric = self.task.data, self.task.metrics[0]
+        refuse_changed_data(folder, self.data.fingerprint)
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.forms)
-        self.model = setup.build(config, self.recipe, self.data, device)
+        self.model = setup.build(config, self.recipe, self.task, device)
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)
         self.steps_per_epoch = self.batches // config.schedule.accumulate
         if self.steps_per_epoch == 0:
             wanted = f"schedule.accumulate={config.schedule.accumulate}"
             raise UserError(f"{wanted} is too large; it must be at most the {self.batches} batches of an epoch")
-        # batch: micro-batches done in this epoch; sums: loss, correct and images of the epoch so far.
+        # batch: micro-batches done in this epoch; sums, weight: of what is shown of this epoch's training so far.
         self.progress = {
-            "epoch": 0, "batch": 0, "step": 0, "sums": [0.0, 0.0, 0.0], "best": -1.0,
-            **throughput.START, "evaluations": [], "world_sizes": [],
+            "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None,
+            **throughput.START, "evaluations": [], "metric": asdict(self.metric), "world_sizes": [],
         }  # fmt: skip
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
-        self.speed, sizes = throughput.Speed(self.progress, config.compile), self.progress["world_sizes"]
+        self.throughput, sizes = throughput.Throughput(self.progress, config.compile), self.progress["world_sizes"]
         if sizes[-1:] != [process_group.world_size()]:
             sizes.append(process_group.world_size())
         self.network = setup.wrap(self.model, config, device)
@@ -111,18 +117,15 @@ class Trainer:
         profiled = config.tracking.profile_steps if folder.writes else 0
         self.profiler = StepProfiler(folder.path, profiled, left, device)
         after = self.progress.get("latest", 0.0) if own else 0.0
-        self.tracker = Tracker(config, folder, self.progress["step"], after) if folder.writes else NoTracker()
-        log.info("%s", self.data.told())
-        quantized = [name for name, _ in quantized_layers(self.model)]
-        log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, self.recipe)
-        if quantized:
-            skipped = ", ".join(config.quant.skip) or "none"
-            log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
+        self.shown, done = [metric.name for metric in self.task.metrics], self.progress["step"]
+        self.tracker = Tracker(config, folder, self.shown, done, after) if folder.writes else NoTracker()
+        log.info("%s", self.data.describe())
+        setup.log_model(self.model, config, self.recipe)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
 
     def _resume(self) -> bool:
         """Continue where `resume` and the folder say; whether from a checkpoint of this run's own."""
-        start = process_group.from_first(lambda: find_start(self.config, self.folder, self.data))
+        start = process_group.run_on_first(lambda: find_start(self.config, self.folder, self.data.fingerprint))
         if start is None:
             self.folder.rewind({})
             return False
@@ -143,12 +146,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """The rate of an optimizer step, counted over both phases."""
-        schedule, finetune = self.config.schedule, self.config.finetune
-        main = schedule.epochs * self.steps_per_epoch
-        if step < main:
-            return learning_rate(schedule, step, self.steps_per_epoch)
-        last = learning_rate(schedule, main - 1, self.steps_per_epoch)
-        return finetune_learning_rate(step - main, finetune.epochs * self.steps_per_epoch, last, finetune.lr_base)
+        return rate_of_step(self.config.schedule, self.config.finetune, step, self.steps_per_epoch)
 
     def fit(self) -> None:
         """All epochs that are left. Raises Diverged."""
@@ -160,14 +158,12 @@ class Trainer:
                 self._report_divergence("validation loss", metrics["val/loss"])
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
             self.tracker.row("epoch", epoch + 1, self.progress["step"], self.phase(epoch), metrics)
-            shown = [metrics[name] for name in ("train/loss", "train/top1", "val/loss", "val/top1")]
-            log.info(
-                "epoch %d/%d (%s): train loss %.3f, top-1 %.2f; val loss %.3f, top-1 %.2f",
-                *(epoch + 1, self.total_epochs, self.phase(epoch), *shown),
-            )
-            best = max(metrics["val/top1"], self.progress["best"])
-            is_best = best > self.progress["best"]
-            self.progress.update(epoch=epoch + 1, batch=0, sums=[0.0] * 3, best=best)
+            shown = self._show("train", metrics), self._show("val", metrics)
+            log.info("epoch %d/%d (%s): %s; %s", epoch + 1, self.total_epochs, self.phase(epoch), *shown)
+            value = metrics[self.metric.name]
+            is_best = self.metric.improves(value, self.progress["best"])
+            best = value if is_best else self.progress["best"]
+            self.progress.update(epoch=epoch + 1, batch=0, sums={}, weight=0, best=best)
             if is_best:  # before last.pt: a run killed in between does this epoch again, and its best once more
                 self.save_checkpoint(checkpoint.BEST)
             self.save_checkpoint()
@@ -188,32 +184,32 @@ class Trainer:
                 started = time.perf_counter()
                 with record_function(DATA), self.requests.reading(self.save_checkpoint):
                     micro_batches = [next(batches) for _ in range(accumulate)]
-                loss, images = self.train_step(micro_batches)
+                loss, weight = self.train_step(micro_batches)
                 self.profiler.step()
-                self.speed.count(time.perf_counter() - started, images)
+                self.throughput.count(time.perf_counter() - started, weight)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 bar.update(accumulate)
-                step = progress["step"]
-                top1 = self._train_metrics()["train/top1"]
-                shown = f"loss {loss:.3f}, top-1 {top1:.1f}, {self.speed.mean():.0f} img/s"
-                bar.set_postfix_str(shown, refresh=False)
+                step, metrics = progress["step"], {**self._train_metrics(), "train/loss": loss}
+                rate = f"{self.throughput.mean():.0f} {self.task.unit}/s"
+                bar.set_postfix_str(f"{self._show('train', metrics)}, {rate}", refresh=False)
                 if tracking.log_every and step % tracking.log_every == 0:
-                    rate, lately = self.learning_rate(step - 1), self.speed.lately()
-                    row = {"loss": loss, "lr": rate, "images_per_second": lately}
+                    row = {"loss": loss, "lr": self.learning_rate(step - 1)}
+                    row[f"{self.task.unit}_per_second"] = self.throughput.take_recent()
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
                 self._stop_if_asked()
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
                     self.save_checkpoint()
 
-    def train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-        """One optimizer step; returns its mean loss and the number of images. Raises Diverged."""
+    def train_step(self, micro_batches: list[Batch]) -> tuple[float, int]:
+        """One optimizer step; returns its mean loss and its weight: of how many examples or tokens. Raises Diverged."""
         step, config = self.progress["step"], self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        examine, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
+        health, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
         put_back = remember_ranges(self.model)
-        loss, correct, images = self.accumulate_gradients(micro_batches, examine or histograms)
+        sums, weight = self.accumulate_gradients(micro_batches, health or histograms)
+        loss = sums["loss"] / weight
         if not math.isfinite(loss):
             put_back()
             self.accumulate_gradients(micro_batches, True, until_it_fails=True)  # once more, to see what each layer saw
@@ -221,81 +217,82 @@ class Trainer:
         if config.schedule.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.schedule.clip_grad_norm)
         self.optimizer.step()
-        if examine or histograms:
+        if health or histograms:
             self.tracker.health(step + 1, self.model, histograms)
-            self._examine(False)
-        sums = self.progress["sums"]
-        sums[0], sums[1], sums[2] = sums[0] + loss * images, sums[1] + correct, sums[2] + images
-        return loss, images
+            self._record_health(False)
+        epoch_sums = self.progress["sums"]
+        for name, value in {**sums, "loss": loss * weight}.items():
+            epoch_sums[name] = epoch_sums.get(name, 0.0) + value
+        self.progress["weight"] += weight
+        return loss, weight
 
     def accumulate_gradients(
-        self, micro_batches: list[tuple[Tensor, Tensor]], examine: bool, until_it_fails: bool = False
-    ) -> tuple[float, int, int]:
-        """Forward and backward passes of one step, which can be repeated exactly: (mean loss, correct, images).
+        self, micro_batches: list[Batch], record_health: bool, until_it_fails: bool = False
+    ) -> tuple[dict[str, float], int]:
+        """Forward and backward passes of one step, which can be repeated exactly.
 
-        examine: let this process' quantized layers record the health of the last pass; with until_it_fails, which is
-        for all processes alike, the last is the first whose loss is not finite.
+        The gradient is that of the sum of all losses over the sum of all weights, of micro-batches and processes.
+        Returns these sums, "loss" and what else the task shows, and the weight. record_health: let this process'
+        quantized layers record the health of the last pass; with until_it_fails, which is for all processes alike, the
+        last is the first whose loss is not finite.
         """
         step = self.progress["step"]
         seed = mix(self.config.seed, DROPOUT, step, process_group.rank())[0]
         torch.manual_seed(int(seed) & 0xFFFFFFFF)  # the CPU's generator takes 32 bits
         set_step(self.model, step)
-        self._examine(examine)
+        self._record_health(record_health)
         self.optimizer.zero_grad(set_to_none=True)
-        passes, count = [], 0
-        with setup.eager(self.config.compile and examine):  # what a layer records, a compiled one cannot
-            for number, (images, labels) in enumerate(micro_batches, 1):
+        weights = [self.task.weight(batch) for batch in micro_batches]
+        total = self._total_weight(sum(weights))
+        passes = []
+        with setup.eager(self.config.compile and record_health):  # what a layer records, a compiled one cannot
+            for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
                 with setup.synchronizing(self.network, number == len(micro_batches)):
-                    passes.append(self._forward_and_backward(images, labels, len(micro_batches)))
-                count += len(labels)
-                if until_it_fails and not math.isfinite(self._total(passes[-1:], 0)[0]):
+                    passes.append(self._forward_and_backward(batch, weight, total))
+                if until_it_fails and not math.isfinite(self._add_up(passes[-1:])["loss"]):
                     break
-        loss, correct, count = self._total(passes, count)
-        return loss / len(micro_batches), int(correct), int(count)
+        return self._add_up(passes), total
 
-    def _total(self, passes: list[Tensor], images: int) -> tuple[float, float, float]:
-        """(sum of the mean losses, correct, images) over micro-batches and processes: the only wait for a GPU."""
-        losses, hits = zip(*torch.stack(passes).tolist(), strict=True)
-        loss, correct, count = process_group.add_up([sum(losses), sum(hits), images])
-        return loss / process_group.world_size(), correct, count
+    def _total_weight(self, weight: int) -> int:
+        """The weight of a step in all processes, of which this one has `weight`."""
+        if self.task.equal_weights:
+            return weight * process_group.world_size()
+        return int(process_group.all_reduce_sum([weight])[0])
 
-    def _forward_and_backward(self, images: Tensor, labels: Tensor, parts: int) -> Tensor:
-        """Add the gradients of a micro-batch, one of `parts`; returns its mean loss and correct, float64 (2,)."""
-        images, labels = self._to_device(images, labels)
+    def _add_up(self, passes: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and processes: the only wait for a GPU."""
+        values = torch.stack([torch.stack(list(each.values())) for each in passes]).tolist()
+        return dict(zip(passes[0], process_group.all_reduce_sum(map(sum, zip(*values, strict=True))), strict=True))
+
+    def _forward_and_backward(self, batch: Batch, weight: int, total: int) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch, the part weight / total of the step; returns its sums, float64 ()."""
         with self._autocast():
-            logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.schedule.label_smoothing)
-        (loss / parts).backward()
-        return torch.stack([loss.detach().double(), (logits.detach().argmax(1) == labels).sum().double()])
+            loss, sums = self.task.loss(self.network, to_device(batch, self.device))
+        # DDP takes the mean gradient of the processes. Equal weights make this the number of micro-batches, exactly.
+        (loss / (total / (weight * process_group.world_size()))).backward()
+        return {"loss": loss.detach().double() * weight, **sums}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """val/loss, val/top1 and val/top5 (per cent), with the recipe's weights and activations whatever the phase."""
+        """The task's metrics, with the recipe's weights and activations whatever the phase."""
         self.model.eval()
         setup.share_buffers(self.model)
-        sums, count = torch.zeros(3, dtype=torch.float64), 0
         loader = val_loader(self.data, self.config.dataset, process_group.rank(), process_group.world_size())
         everywhere = math.ceil(len(self.data.val) / self.config.dataset.batch_size) // process_group.world_size()
+        predictions = []
         with closing(iter(loader)) as batches:
             for number in tqdm(range(len(loader)), "evaluation", disable=self.no_bar, leave=False):
                 with self.requests.reading(self.save_checkpoint):
-                    images, labels = next(batches)
+                    batch = next(batches)
                 if number < everywhere:  # in what every process has
                     self._stop_if_asked()  # it is done again from the start
-                images, labels = self._to_device(images, labels)
                 with self._autocast():
-                    logits = self.network(images).float()
-                best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()]).cpu()
-                count += len(labels)
-        *sums, count = process_group.add_up([*sums.tolist(), count])
-        loss, top1, top5 = (total / count for total in sums)
-        return {"val/loss": loss, "val/top1": 100 * top1, "val/top5": 100 * top5}
+                    predictions.append(self.task.predict(self.network, to_device(batch, self.device)))
+        return self.task.score(in_order(process_group.gather(predictions)))
 
     def _stop_if_asked(self) -> None:
         number = self.requests.check()
-        asked = int(process_group.largest(-1 if number is None else ASKING.index(number)))
+        asked = int(process_group.all_reduce_max(-1 if number is None else ASKING.index(number)))
         if asked >= 0:
             self.save_checkpoint()
             raise Stopped(ASKING[asked])
@@ -308,26 +305,31 @@ class Trainer:
         self.progress.update(self.folder.written(), latest=self.tracker.latest)
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
-        checkpoint.save(path, self.config, self.data, model, optimizer, self.progress)
+        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress)
 
     def summarize(self) -> dict:
         """The content of summary.json."""
         evaluations, epochs = self.progress["evaluations"], self.config.schedule.epochs
-        shown = ("val/top1", "val/top5", "val/loss")
         return {
-            **{name: evaluations[-1][name] for name in shown},
-            "before_finetune": {name: evaluations[epochs - 1][name] for name in shown},
-            "finetune": [{name: row[name] for name in ("epoch", *shown)} for row in evaluations[epochs:]],
-            "best_top1": self.progress["best"],
+            **{name: evaluations[-1][name] for name in self.shown},
+            "before_finetune": {name: evaluations[epochs - 1][name] for name in self.shown},
+            "finetune": [{name: row[name] for name in ("epoch", *self.shown)} for row in evaluations[epochs:]],
+            "best_metric": self.progress["best"],
             "train_seconds": self.progress["seconds"],
-            "images_per_second": self.speed.mean(),
+            f"{self.task.unit}_per_second": self.throughput.mean(),
             "peak_memory_bytes": peak_memory(self.device),
         }
 
     def _train_metrics(self) -> dict[str, float]:
-        loss, correct, images = self.progress["sums"]
-        metrics = {"train/loss": loss / images, "train/top1": 100 * correct / images}
-        return {**metrics, "mean_images_per_second": self.speed.mean()}
+        sums, weight = self.progress["sums"], self.progress["weight"]
+        means = {f"train/{name}": value / weight for name, value in sums.items()}
+        return {**means, f"mean_{self.task.unit}_per_second": self.throughput.mean()}
+
+    def _show(self, part: str, metrics: dict[str, float]) -> str:
+        """Such as "val loss 0.123, top-1 45.67", of train or val; training need not have the task's metric."""
+        shown = f"{part} loss {metrics[f'{part}/loss']:.3f}"
+        value = metrics.get(f"{part}/{self.metric.short}")
+        return shown if value is None or self.metric.short == "loss" else f"{shown}, {self.metric.title} {value:.2f}"
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""
@@ -338,13 +340,9 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress["step"] % every == 0 and self.folder.writes
 
-    def _examine(self, on: bool) -> None:
+    def _record_health(self, on: bool) -> None:
         for _, layer in quantized_layers(self.model):
             layer.health = {} if on else None
-
-    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        return images, labels.to(self.device, non_blocking=True)
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")

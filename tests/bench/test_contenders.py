@@ -12,13 +12,12 @@ from luqrun.bench.contenders import Training, Workload, encoders, floating_point
 from luqrun.bench.formulas import FormulaAttention, FormulaConv2d, FormulaLinear, formula_model, luq, sawb_int4
 from luqrun.bench.gemm import checked, operands, units
 from luqrun.bench.memory import kept_for_backward, peak, peak_of_allocations, resident_peaks
-from luqrun.config import ModelConfig
+from luqrun.config import ModelConfig, recipe
 from luqrun.quant import gemms, kernels
 from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import recipe
 from luqrun.tasks.classification.networks import build_model
 
 CPU = torch.device("cpu")

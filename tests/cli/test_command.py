@@ -16,7 +16,7 @@ from shell import environment
 from torch import nn
 
 from luqrun import __version__ as luqrun_version
-from luqrun.runs.folder import run_id
+from luqrun.runs.identity import run_id
 
 FAST = (*TINY, "quant=fp32")
 
@@ -75,6 +75,7 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     [
         ("sead=1", ("sead", "seed")),
         ("+sead=1", ("sead", "seed")),
+        ("task=rounding", ("task is not a key any more", "job=rounding")),
         ("quant=luqq", ("quant", "luqq", "luq_smp2", "biased_log")),
         ("+experiment=table2/nothing", ("experiment", "table2/nothing")),
         ("schedule.epochs=many", ("schedule.epochs", "many", "nteger")),
@@ -137,7 +138,7 @@ def test_checkpoints_that_do_not_fit(luqrun, tmp_path):
     assert_refused(luqrun(*FAST, "study=b", "seed=1", f"resume={last}"), tmp_path, str(last), "seed=0", "seed=1")
     class_folders(tmp_path / "pets")
     other = ("dataset=folder", "dataset.root=pets", "dataset.image_size=20", "dataset.batch_size=4", "quant=fp32")
-    assert_refused(luqrun(*other, f"resume={last}"), tmp_path, str(last), "47 classes", "has 2")
+    assert_refused(luqrun(*other, f"resume={last}"), tmp_path, str(last), "dataset.name=glyphs", "dataset.name=folder")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")
     assert_refused(luqrun(*FAST, "study=c", "resume=foreign.pt"), tmp_path, "foreign.pt", "not a checkpoint of")
     for size in (30_000, len(good) - 1):  # torch has another error for each
@@ -168,7 +169,7 @@ def test_an_output_folder_that_cannot_be_written(luqrun, tmp_path, where):
 
 
 def test_a_full_disk(luqrun, tmp_path):
-    folder = tmp_path / "outputs" / "default" / run_id(tiny("quant=fp32"))
+    folder = tmp_path / "outputs" / "default" / run_id(tiny("quant=fp32"), {})
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     assert_refused(luqrun(*FAST), tmp_path, "the disk is full", folder.name, "make room")

@@ -4,7 +4,10 @@ import re
 
 from running import tiny
 
-from luqrun.cli.results import closing_table
+from luqrun.cli.results import closing_table, jobs_table
+from luqrun.cli.sweeps import Job
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.metric import Metric
 
 
 def result(top1):
@@ -39,6 +42,36 @@ def test_columns_line_up_whatever_the_lengths(tmp_path):
     lines = closing_table(tiny("finetune=fnt2"), SUMMARY, tmp_path).splitlines()
     table = [line for line in lines if re.search(r"\d\.\d\d  |top-1 %", line)]
     assert len({len(line) for line in table}) == 1
+
+
+def test_another_task_is_shown_by_its_own_metric(tmp_path):
+    result = {"val/loss": 1.25, "test/bleu": 27.5, "val/bleu": 26.75}
+    summary = {"before_finetune": result, "finetune": [], "tokens_per_second": 900.4, "train_seconds": 3.0}
+    metric = Metric("val/bleu", "BLEU", True)
+    lines = closing_table(tiny(), {**summary, "peak_memory_bytes": 0}, tmp_path, metric=metric).splitlines()
+    assert [line.split() for line in lines[2:4]] == [
+        ["after", "BLEU", "loss", "test/bleu"],
+        ["1", "epoch,", "quant=luq", "26.75", "1.250", "27.50"],
+    ]
+    assert lines[4].startswith("900 tokens/s in training, 3 s of it")
+
+
+def test_jobs_of_several_tasks_name_their_metrics(tmp_path):
+    def job(name, metric, summary):
+        (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name).write_json("run.json", {"status": "finished", **metric})
+        RunFolder(tmp_path / name).write_json("summary.json", summary)
+        return Job([f"dataset={name}"], tmp_path / name)
+
+    bleu = {"metric": {"name": "val/bleu", "label": "BLEU", "higher_is_better": True}}
+    one, two = job("wmt", bleu, {"val/bleu": 26.754}), job("glyphs", {}, {"val/top1": 80.0})
+    assert [line.split()[1:3] for line in jobs_table([one]).splitlines()[1:]] == [
+        ["BLEU", "job"],
+        ["26.75", "dataset=wmt"],
+    ]
+    lines = jobs_table([one, two]).splitlines()
+    assert lines[1].split()[1] == "result"
+    assert ["26.75 BLEU" in lines[2], "80.00 top-1 %" in lines[3]] == [True, True]
 
 
 def test_full_precision_says_so(tmp_path):

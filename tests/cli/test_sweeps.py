@@ -251,19 +251,19 @@ def test_outcomes(tmp_path):
             RunFolder(folder).write_json("summary.json", {"val/top1": 12.345})
         return Job(["seed=0"], folder, error)
 
-    assert job("finished").outcome() == ("finished", "12.35")
-    assert job("diverged").outcome() == ("diverged", "")
-    assert job().outcome() == ("not run", "")
-    assert job("finished", Refused("no")).outcome() == ("refused", "")
-    assert job("failed", Failed("a bug")).outcome() == ("failed", "")
-    assert job("running", Died("killed")).outcome() == ("killed", "")
-    assert job("failed", Died("stopped")).outcome() == ("failed", "")
-    assert job("failed").outcome() == ("failed", "")
-    assert job("failed", reason="stopped by SIGTERM").outcome() == ("interrupted", "")
-    assert job(None, Died("killed")).outcome() == ("killed", "")
+    assert job("finished").outcome()[:2] == ("finished", "12.35")
+    assert job("diverged").outcome()[:2] == ("diverged", "")
+    assert job().outcome()[:2] == ("not run", "")
+    assert job("finished", Refused("no")).outcome()[:2] == ("refused", "")
+    assert job("failed", Failed("a bug")).outcome()[:2] == ("failed", "")
+    assert job("running", Died("killed")).outcome()[:2] == ("killed", "")
+    assert job("failed", Died("stopped")).outcome()[:2] == ("failed", "")
+    assert job("failed").outcome()[:2] == ("failed", "")
+    assert job("failed", reason="stopped by SIGTERM").outcome()[:2] == ("interrupted", "")
+    assert job(None, Died("killed")).outcome()[:2] == ("killed", "")
     damaged = job()
     (damaged.folder / "run.json").write_text("{")
-    assert damaged.outcome() == ("damaged", "")
+    assert damaged.outcome()[:2] == ("damaged", "")
     busy = job("running")
     process = os.fork()
     if process == 0:
@@ -273,11 +273,11 @@ def test_outcomes(tmp_path):
     try:
         while not (busy.folder / "held").exists():
             time.sleep(0.01)
-        assert busy.outcome() == ("elsewhere", "")
+        assert busy.outcome()[:2] == ("elsewhere", "")
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-    assert busy.outcome() == ("killed", "")
+    assert busy.outcome()[:2] == ("killed", "")
 
 
 def test_what_a_job_has_of_its_own():

@@ -13,10 +13,10 @@ from luqrun.errors import UserError
 def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_path, there):
     config = tiny(f"resume={tmp_path / 'gone.pt'}")
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
-        validate(config, tmp_path)
+        validate(config, lambda: tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / there).write_text("{}")
-    validate(config, tmp_path)
+    validate(config, lambda: tmp_path)
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
         validate(config)
 
@@ -24,6 +24,7 @@ def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_p
 # The override, and what the message must name: the key, and what is allowed.
 REFUSED = [
     ("+sead=1", "sead", ()),
+    ("+task=rounding", "task is not a key", ("job=rounding",)),
     ("+schedule.epoch=3", "schedule", ("epoch",)),
     ("+quant.gradient.sample=2", "sample", ()),
     ("schedule.epochs=0", "schedule.epochs=0", ("at least 1",)),

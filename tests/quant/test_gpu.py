@@ -66,14 +66,14 @@ def test_the_host_never_waits_in_a_step(recipe, bf16):
 def test_the_trainer_waits_for_nothing_but_the_sums_of_a_step(tmp_path, monkeypatch):
     with quiet_machine(tmp_path):
         trainer = build_trainer(tmp_path / "run", "precision=bf16", device="cuda")
-        monkeypatch.setattr(trainer, "_total", lambda passes, images: (0.0, 0, images))
+        monkeypatch.setattr(trainer, "_add_up", lambda passes: {})
         images = torch.randn(32, trainer.data.channels, trainer.data.image_size, trainer.data.image_size)
         batch = [(images, torch.arange(32) % 10)]
         trainer.model.train()
-        trainer.accumulate_gradients(batch, examine=False)  # compiles
+        trainer.accumulate_gradients(batch, record_health=False)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            trainer.accumulate_gradients(batch, examine=False)
+            trainer.accumulate_gradients(batch, record_health=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         trainer.tracker.close()

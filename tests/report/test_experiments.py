@@ -11,7 +11,7 @@ from running import composed
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import conf_dir
 from luqrun.errors import UserError
-from luqrun.report.experiments import BASELINES, MEASURED, TITLES, check_tables, expected
+from luqrun.report.experiments import BASELINES, ROUNDING_TABLES, TITLES, check_tables, expected
 from luqrun.report.paper import MODELS, published
 
 CONF = conf_dir()
@@ -30,7 +30,7 @@ def overrides(command: str) -> list[str]:
 
 
 def test_every_table_has_its_experiments():
-    assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *MEASURED}
+    assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *ROUNDING_TABLES}
     for table in BASELINES:
         assert [scale for name, scale in EXPERIMENTS if name == table] == ["cifar", "cifar100", "glyphs", "paper"]
 

@@ -63,7 +63,7 @@ def test_curves_are_means_with_bands(plt):
     low, high = band.get_paths()[0].get_extents().get_points()[:, 1]
     assert (low, high) == pytest.approx((12 - 8**0.5, 82 + 8**0.5))
     assert labels(axes) == ["fp32 (1)", "luq (2)"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation top-1, %")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation top-1 %")
 
 
 def test_curves_of_unequal_length_end_with_the_shortest(plt):

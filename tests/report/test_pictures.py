@@ -89,9 +89,9 @@ def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
     assert left_out == []
     assert (record.study, record.table, record.scale) == ("glyphs/fig2", "fig2", "glyphs")
     assert (record.row, record.column, record.seed) == ("luq", "top1", 3)
-    assert record.curve == (record.top1,)
+    assert record.curve == (record.value,)
     summary = json.loads((run / "summary.json").read_text())
-    assert record.top1 == summary["val/top1"]
+    assert record.value == summary["val/top1"]
     assert summary.keys() == summary_json(1.0).keys()
     assert record.run.keys() == run_json("finished", []).keys() | {"data", "world_sizes"}
     written = {row["kind"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}

@@ -12,7 +12,7 @@ from report_runs import DIVERGED, a_record, a_table, hide
 from luqrun.errors import UserError
 from luqrun.report.experiments import expected
 from luqrun.report.records import LeftOut
-from luqrun.report.render import HEADER, csv_text, line, markdown, markdown_findings
+from luqrun.report.render import csv_text, header, line, markdown, markdown_findings
 from luqrun.report.spread import Spread, bounds
 from luqrun.report.tables import build_tables
 
@@ -275,13 +275,13 @@ def test_markdown_is_a_table():
     table = a_table("table2", {("resnet8", "fp32"): [80.0] * 3, ("a|b", "luq"): [79.0]})
     lines = markdown(table).splitlines()
     assert lines[0] == "## Table 2: LUQ and LUQ + SMP (glyphs/table2)"
-    assert lines[2] == "| " + " | ".join(HEADER) + " |"
+    assert lines[2] == "| " + " | ".join(header(table)) + " |"
     assert lines[3] == "| --- | --- | --- | --- | --- |"
     assert lines[4] == "| resnet8, fp32 | 80.0 ± 0.0 (3) | baseline | 69.7 (ResNet-18) |  |"
     assert "| a\\|b, luq | 79.0 (1) |  |  |  |" in lines
     rows = [each for each in lines[2:] if each.startswith("|")]
     assert len(rows) == 2 + len(table.cells)
-    assert {each.replace("\\|", "").count("|") for each in rows} == {len(HEADER) + 1}
+    assert {each.replace("\\|", "").count("|") for each in rows} == {len(header(table)) + 1}
 
 
 def test_csv_parses_back():

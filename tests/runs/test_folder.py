@@ -6,121 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
 
 import pytest
-import yaml
-from running import composed, tiny
 
-from luqrun.cli.validation import to_config
-from luqrun.config import Config
 from luqrun.runs import folder as run_folder
-from luqrun.runs.folder import (
-    Busy,
-    RunFolder,
-    of_the_result,
-    provenance,
-    run_id,
-    what_decides_the_result,
-    write_atomically,
-)
-
-SAME_RESULT = [
-    "study=other",
-    "resume=never",
-    "reuse=true",
-    "cell.table=fig2",
-    "device=auto",
-    "compile=true",
-    "dataset.workers=3",
-    "schedule.finetune_lr=0.3",
-    "finetune.lr_base=0.3",
-    "dataset.root=/somewhere",
-    "tracking.log_every=7",
-    "tracking.checkpoint_every=1",
-]
-OTHER_RESULT = [
-    "task=rounding",
-    "seed=1",
-    "precision=bf16",
-    "model=resnext8",
-    "model.stem=small",
-    "dataset.limit=100",
-    "dataset.augment=true",
-    "dataset.batch_size=16",
-    "dataset.glyphs.noise=0.2",
-    "quant=fp32",
-    "quant.gradient.samples=2",
-    "quant.skip=[first]",
-    "schedule.lr=0.2",
-    "schedule.epochs=2",
-    "schedule.accumulate=2",
-    "finetune=fnt1",
-    "finetune.epochs=4",
-    "distributed.batch_norm=sync",
-    "distributed.range=global",
-]
-
-
-def test_run_id_is_readable_and_has_no_clock(monkeypatch):
-    name = run_id(tiny("finetune=fnt3"))
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    assert run_id(tiny("finetune=fnt3")) == name
-    assert re.fullmatch(r"resnet8-glyphs-luq-fnt3-seed0-[0-9a-f]{8}", name)
-    assert re.fullmatch(r"resnet8-glyphs-fp32-seed7-[0-9a-f]{8}", run_id(tiny("quant=fp32", "seed=7")))
-
-
-@pytest.mark.parametrize("override", SAME_RESULT)
-def test_run_id_is_the_same_for_what_does_not_change_the_result(override):
-    assert tiny(override) != tiny()
-    assert run_id(tiny(override)) == run_id(tiny())
-
-
-def test_run_id_differs_for_everything_that_changes_the_result():
-    names = [run_id(tiny(override)) for override in OTHER_RESULT]
-    assert len({run_id(tiny()), *names}) == len(OTHER_RESULT) + 1
-
-
-def test_every_top_level_key_was_thought_of():
-    covered = {override.split("=")[0].split(".")[0] for override in SAME_RESULT + OTHER_RESULT}
-    assert covered == {field.name for field in fields(Config)}
-
-
-def test_the_root_of_a_folder_data_set_is_part_of_the_result(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    absolute, relative, other = (
-        run_id(to_config(composed("dataset=folder", f"dataset.root={root}"))) for root in (tmp_path / "a", "a", "b")
-    )
-    assert absolute == relative
-    assert absolute != other
-
-
-def test_run_id_makes_a_folder_name_of_any_name(tmp_path):
-    config = tiny()
-    for name in ("a/b c", "../up", "ü" * 400, "x" * 400):
-        config.quant = replace(config.quant, name=name)
-        identity = run_id(config)
-        assert len(os.fsencode(identity)) <= 255
-        (tmp_path / identity).mkdir()
-        assert (tmp_path / identity).parent == tmp_path
-
-
-def test_what_decides_the_result_is_plain_json():
-    values = what_decides_the_result(tiny())
-    assert json.loads(json.dumps(values)) == values
-
-
-@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("task=rounding",), ("distributed.range=global",)])
-def test_what_decides_the_result_is_the_same_of_a_config_read_again(overrides):
-    config = tiny(*overrides)
-    assert of_the_result(yaml.safe_load(yaml.safe_dump(asdict(config)))) == what_decides_the_result(config)
-
-
-@pytest.mark.parametrize("root", ["a\0b", "\ud800", 3.5, [1], {}])
-def test_a_root_that_is_no_path_stays_as_it_is(root):
-    config = {"dataset": {"name": "folder", "root": root, "workers": 3}, "schedule": None, "finetune": [], "cell": 1}
-    assert of_the_result(config) == {"dataset": {"name": "folder", "root": root}, "schedule": None, "finetune": []}
-    assert config["dataset"]["workers"] == 3  # not changed
+from luqrun.runs.folder import Busy, RunFolder, provenance, write_atomically
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -225,17 +115,50 @@ with RunFolder(sys.argv[1]).locked():
     print("locked", flush=True)
     time.sleep(60)
 """
+TRIER = """
+import sys
+from luqrun.runs.folder import Busy, RunFolder
+print(RunFolder(sys.argv[1]).is_locked())
+try:
+    with RunFolder(sys.argv[1]).locked():
+        print("locked")
+except Busy as busy:
+    print(busy)
+"""
+
+
+def try_elsewhere(folder) -> list[str]:
+    """Whether another process sees the folder locked, and what it gets when it locks it."""
+    result = subprocess.run([sys.executable, "-c", TRIER, folder], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
 
 
 def test_a_folder_is_locked_while_its_process_lives(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "locked\n"
+        assert RunFolder(tmp_path).is_locked()
         message = rf"{tmp_path} is being run by another process \(pid {holder.pid} on "
         with pytest.raises(Busy, match=message), RunFolder(tmp_path).locked():
             pass
     finally:
         holder.kill()
         holder.communicate()
+    assert not RunFolder(tmp_path).is_locked()
     with RunFolder(tmp_path).locked():  # nothing is left of a dead one
         pass
+
+
+def test_a_lock_is_not_lost_by_asking_for_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with RunFolder(tmp_path / "run").locked():
+        for name in ("run", "link"):  # closing any handle of the file would give it up
+            assert RunFolder(tmp_path / name).is_locked()
+            with pytest.raises(Busy, match="by this process already"), RunFolder(tmp_path / name).locked():
+                pass
+        seen, refused = try_elsewhere(tmp_path / "run")
+        assert seen == "True"
+        assert f"by another process (pid {os.getpid()} on " in refused
+    assert not RunFolder(tmp_path / "link").is_locked()
+    assert try_elsewhere(tmp_path / "run") == ["False", "locked"]

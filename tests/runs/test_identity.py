@@ -1,7 +1,6 @@
-"""Whose result a folder holds: one of other settings, data, processes or RESULTS is refused in a line, and no twin."""
+"""Whose run a folder holds: one of other settings, data, processes or RESULTS is refused, or named, in a line."""
 
-import dataclasses
-import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,32 +11,40 @@ from running import tiny
 from luqrun import RESULTS
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.runs.folder import RunFolder, run_id
-from luqrun.runs.identity import differs_from, refuse_another, refuse_other_settings
-from luqrun.tasks.classification.data import build_dataset
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.identity import (
+    LAYOUT,
+    differing_data,
+    refuse_changed_data,
+    refuse_other_run,
+    run_id,
+    runs_beside,
+)
+from luqrun.tasks import fingerprint_data
 
-RUN = {"status": "finished", "results": RESULTS, "world_sizes": [1], "data": {"digest": "", "root": None}}
+DATA = {"root": "/data", "classes": 3, "training_images": 9, "names_and_sizes": "0a"}  # a fingerprint
+RUN = {"status": "finished", "layout": LAYOUT, "results": RESULTS, "world_sizes": [1], "data": {}}
+
+# A folder that holds another run
 
 
 def hold(path, config, run=None, summary=True, name=None) -> RunFolder:
     """A folder that holds a run of `config`."""
-    folder = RunFolder(path / (name or run_id(config)))
+    folder = RunFolder(path / (name or run_id(config, {})))
     folder.path.mkdir(parents=True)
-    (folder.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     folder.write_json("run.json", RUN if run is None else run)
     if summary:
         folder.write_json("summary.json", {"val/top1": 80.0})
     return folder
 
 
-def refusal(function, *arguments) -> str:
+def refusal(config, folder, data=None) -> str:
     with pytest.raises(UserError) as caught:
-        function(*arguments)
+        refuse_other_run(config, data or {}, folder)
     assert "\n" not in str(caught.value)
+    assert str(folder.path) in str(caught.value)
     return str(caught.value)
-
-
-# Settings
 
 
 @pytest.mark.parametrize("state", ["finished", "diverged", "begun", "logged"])
@@ -47,48 +54,46 @@ def test_a_run_of_other_settings_is_named_with_both_values(tmp_path, state):
         folder.checkpoints.mkdir()
     if state == "logged":
         folder.append_metrics({"step": 20})
-    refuse_other_settings(tiny("quant=luq", "study=other", "tracking.log_every=9"), folder)
-    text = refusal(refuse_other_settings, tiny("quant=fp32"), folder)
-    for words in (str(folder.path), "quant.name=luq", "quant.name=fp32", "hydra.run.dir", "hydra.sweep.subdir"):
+    refuse_other_run(tiny("quant=luq", "study=other", "tracking.log_every=9"), {}, folder)
+    text = refusal(tiny("quant=fp32"), folder)
+    for words in ("quant.name=luq", "quant.name=fp32", "hydra.run.dir", "hydra.sweep.subdir"):
         assert words in text
-    assert "schedule.lr=0.1" in refusal(refuse_other_settings, tiny("quant=luq", "schedule.lr=0.2"), folder)
-    assert "quant.gradient.samples=1" in refusal(
-        refuse_other_settings, tiny("quant=luq", "quant.gradient.samples=2"), folder
-    )
+    assert "schedule.lr=0.1" in refusal(tiny("quant=luq", "schedule.lr=0.2"), folder)
+    assert "quant.gradient.samples=1" in refusal(tiny("quant=luq", "quant.gradient.samples=2"), folder)
 
 
 def test_a_measurement_is_not_a_training(tmp_path):
-    folder = hold(tmp_path, tiny("task=rounding"), name="0")
-    assert "task=rounding" in refusal(refuse_other_settings, tiny(), folder)
-    assert "quant.name=luq" in refusal(refuse_other_settings, tiny("task=rounding", "quant=forward_sr"), folder)
+    folder = hold(tmp_path, tiny("job=rounding"), name="0")
+    assert "job=rounding" in refusal(tiny(), folder)
+    assert "quant.name=luq" in refusal(tiny("job=rounding", "quant=forward_sr"), folder)
 
 
 def test_what_never_trained_a_step_is_nobodys(tmp_path):
     folder = hold(tmp_path, tiny("dataset.batch_size=999"), {**RUN, "status": "failed"}, summary=False, name="mine")
-    refuse_other_settings(tiny(), folder)
+    refuse_other_run(tiny(), {}, folder)
 
 
 def test_without_its_config_a_folder_is_known_by_its_name(tmp_path):
     named, other = hold(tmp_path, tiny()), hold(tmp_path, tiny(), name="mine")
     for folder, text in ((named, "- ["), (other, "3")):
         (folder.path / "config.yaml").write_text(text)
-    refuse_other_settings(tiny(), named)
-    assert "config.yaml cannot be read" in refusal(refuse_other_settings, tiny(), other)
-
-
-# Numbers and processes
+    refuse_other_run(tiny(), {}, named)
+    assert "config.yaml is not a configuration" in refusal(tiny(), other)
+    (named.path / "run.json").unlink()  # as a damaged one is to be
+    refuse_other_run(tiny(), {}, named)
+    other = hold(tmp_path, tiny(), name="another")
+    (other.path / "run.json").unlink()
+    assert "of which run.json is not there" in refusal(tiny(), other)
 
 
 @pytest.mark.parametrize("status", ["finished", "diverged"])
-def test_a_result_of_other_numbers_is_refused(tmp_path, status):
-    for theirs, shown in ((..., "RESULTS 1"), (1, "RESULTS 1"), (RESULTS + 1, f"RESULTS {RESULTS + 1}"), ("x", "x")):
-        run = {key: value for key, value in {**RUN, "results": theirs, "status": status}.items() if value is not ...}
-        folder = hold(tmp_path / str(theirs), tiny(), run, summary=status == "finished")
-        text = refusal(refuse_another, tiny(), folder)
-        assert shown in text
-        assert "study=NAME" in text
-        assert "delete" in text
-        assert "RESULTS" in differs_from(tiny())(run)
+@pytest.mark.parametrize("theirs", [..., 1, RESULTS + 1])
+def test_a_result_of_other_numbers_is_refused(tmp_path, status, theirs):
+    run = {key: value for key, value in {**RUN, "results": theirs, "status": status}.items() if value is not ...}
+    text = refusal(tiny(), hold(tmp_path, tiny(), run, summary=status == "finished"))
+    assert f"RESULTS {1 if theirs is ... else theirs} " in text
+    assert "study=NAME" in text
+    assert "delete" in text
 
 
 @pytest.mark.parametrize(
@@ -96,93 +101,131 @@ def test_a_result_of_other_numbers_is_refused(tmp_path, status):
     [
         ([1], 1, ""),
         ([2], 2, ""),
-        ([2], 1, "by 2 processes, this run has 1"),
-        ([1], 2, "by 1 process, this run has 2"),
-        ([3, 1], 2, "by 3, then 1 processes, this run has 2"),
-        (None, 1, "unknown number"),
+        ([3, 1], 1, ""),  # resume=PATH, of a checkpoint of three
+        ([2], 1, "by 2 processes, this one has 1"),
+        ([1], 2, "by 1 process, this one has 2"),
+        ([3, 1], 3, "by 1 process, this one has 3"),
+        ([], 1, "unknown number"),
     ],
 )
-def test_a_result_of_other_processes_is_refused(tmp_path, monkeypatch, sizes, now, words):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_by_other_processes_is_refused(tmp_path, monkeypatch, sizes, now, words, finished):
     monkeypatch.setenv("WORLD_SIZE", str(now))
-    run = {**RUN, "world_sizes": sizes}
-    folder = hold(tmp_path, tiny(), run)
+    folder = hold(tmp_path, tiny(), {**RUN, "world_sizes": sizes}, summary=finished, name="mine")
+    folder.append_metrics({"step": 20})
     if words:
-        assert words in refusal(refuse_another, tiny(), folder)
+        assert words in refusal(tiny(), folder)
     else:
-        assert refuse_another(tiny(), folder) == ""
-    assert bool(differs_from(tiny())(run)) == bool(words)
-
-
-def test_who_went_on_with_fewer_processes_is_shown_the_result_and_told_so(tmp_path):
-    run = {**RUN, "world_sizes": [3, 1]}
-    assert refuse_another(tiny(), hold(tmp_path, tiny(), run)) == " (trained by 3, then 1 processes)"
-    assert differs_from(tiny())(run) == "by 3, then 1 processes"  # but it is no twin of a run of one
+        refuse_other_run(tiny(), {}, folder)
 
 
 # Data
 
 
-def images(root, classes="ab", count=3, seed=0):
-    rng = np.random.default_rng(seed)
+def images(root, classes="ab", count=3, size=16):
+    rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                noise = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                noise = rng.integers(0, 256, (size, 16, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(root / split / name / f"{number}.png")
     return root
 
 
 def on(root, name="imagenet"):
-    return dataclasses.replace(tiny(), dataset=DatasetConfig(name=name, root=str(root), image_size=16, batch_size=2))
-
-
-def recorded(root) -> dict:
-    """run.json of a run that was trained on the images in `root`."""
-    return json.loads(json.dumps({**RUN, "data": dataclasses.asdict(build_dataset(on(root).dataset).found)}))
+    return replace(tiny(), dataset=DatasetConfig(name=name, root=str(root), image_size=16, batch_size=2))
 
 
 OTHERS = {
-    "other classes": ({"classes": "ac"}, "other images or class names"),
+    "other classes": ({"classes": "ac"}, "other names and sizes"),
     "more classes": ({"classes": "abc"}, "2 classes instead of 3"),
     "more images": ({"count": 4}, "6 training images instead of 8"),
-    "other pixels": ({"seed": 1}, "other images"),
+    "other sizes": ({"size": 17}, "other names and sizes"),
 }
 
 
 @pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
-def test_a_result_of_other_data_is_refused(tmp_path, change, words):
+def test_a_run_on_other_data_has_another_folder_and_is_refused_in_the_same(tmp_path, change, words):
     mine, other = images(tmp_path / "mine"), images(tmp_path / "other", **change)
-    run = recorded(mine)
-    folder = hold(tmp_path, on(mine), run)
-    assert run_id(on(other)) == run_id(on(mine))
-    text = refusal(refuse_another, on(other), folder)
-    assert words in text
-    assert str(folder.path) in text
-    assert words in differs_from(on(other))(run)
-    mine.rename(tmp_path / "aside")  # other data in the same place
-    other.rename(mine)
-    assert words in refusal(refuse_another, on(mine), folder)
+    known, found = fingerprint_data(on(mine)), fingerprint_data(on(other))
+    assert run_id(on(other), found) != run_id(on(mine), known)
+    folder = hold(tmp_path, on(mine), {**RUN, "data": known})
+    assert words in refusal(on(other), folder, found)
+    with pytest.raises(UserError, match=rf"dataset.root has changed since this run began, .*{words}"):
+        refuse_changed_data(folder, found)
+    refuse_changed_data(folder, known)
 
 
 def test_the_same_data_elsewhere_are_the_same(tmp_path):
-    run = recorded(images(tmp_path / "mine"))
-    copy = images(tmp_path / "copy")
-    folder = hold(tmp_path, on(copy), run)
-    assert refuse_another(on(tmp_path / "mine"), folder) == ""
-    assert refuse_another(on(copy), folder) == f" (with dataset.root={tmp_path / 'mine'})"
-    assert differs_from(on(copy))(run) == ""
+    mine, copy = images(tmp_path / "mine"), images(tmp_path / "copy")
+    data = fingerprint_data(on(mine))
+    assert data["root"] == str(mine)
+    folder = hold(tmp_path, on(mine), {**RUN, "data": data}, name="run")
+    refuse_other_run(on(copy), fingerprint_data(on(copy)), folder)
+    assert run_id(on(copy), fingerprint_data(on(copy))) == run_id(on(mine), data)
 
 
-def test_data_that_are_gone_are_told_and_a_place_that_never_held_them_is_refused(tmp_path):
-    run = recorded(images(tmp_path / "mine"))
-    (tmp_path / "mine").rename(tmp_path / "aside")
-    folder = hold(tmp_path, on(tmp_path / "mine"), run)
-    assert "not there any more and were not compared" in refuse_another(on(tmp_path / "mine"), folder)
-    assert "no such folder" in refusal(refuse_another, on(tmp_path / "nowhere"), folder)
+def test_a_relative_root_is_of_where_its_command_was_given(tmp_path, monkeypatch):
+    images(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    config = on("mine", name="folder")
+    folder = hold(tmp_path, config, {**RUN, "data": fingerprint_data(config)}, name="run")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    again = on("../mine", name="folder")
+    refuse_other_run(again, fingerprint_data(again), folder)
 
 
-def test_a_result_whose_data_are_not_known_is_no_twin(tmp_path):
-    root, run = images(tmp_path / "mine"), {**RUN, "data": None}
-    assert "data" in differs_from(on(root))(run)
-    assert "whose data" in refusal(refuse_another, on(root), hold(tmp_path, on(root), run))
+@pytest.mark.parametrize("root", [None, "nowhere"])
+def test_data_that_are_not_there_have_no_fingerprint_data(tmp_path, root):
+    config = replace(tiny(), dataset=DatasetConfig(name="folder", root=root and str(tmp_path / root)))
+    with pytest.raises(UserError, match=r"dataset\.root.*(not given|no such folder)"):
+        fingerprint_data(config)
+
+
+def test_what_follows_from_the_settings_has_no_fingerprint_data(tmp_path):
+    assert fingerprint_data(tiny()) == fingerprint_data(replace(on(tmp_path), job="rounding")) == {}
+    # An earlier luqrun recorded generated images with their counts, and without a root.
+    assert differing_data({"root": None, "classes": 47, "digest": ""}, {}) == ""
+    assert differing_data(None, {}) == ""
+
+
+def test_a_result_whose_data_are_not_known_is_refused(tmp_path):
+    assert "whose data" in refusal(tiny(), hold(tmp_path, tiny(), {**RUN, "data": None}), DATA)
+
+
+# Runs beside
+
+
+def test_runs_of_the_same_settings_beside_a_new_one_are_named(tmp_path):
+    ours = tmp_path / run_id(tiny(), {})
+    hold(tmp_path, tiny(), name=ours.name)
+    assert runs_beside(tiny(), {}, ours) == ""
+    start = ours.name[:-8]
+    hold(tmp_path, tiny("schedule.lr=0.3"), {**RUN, "results": 1}, name=f"{start}00000000")  # of other settings
+    hold(tmp_path, tiny(), {**RUN, "results": 1}, name=f"{start}00000001")
+    two = hold(tmp_path, tiny("study=x"), {**RUN, "world_sizes": [2], "status": "failed"}, name=f"{start}00000002")
+    two.checkpoints.mkdir()
+    (two.checkpoints / "last.pt").touch()
+    earlier = hold(tmp_path, tiny(), {name: RUN[name] for name in RUN if name != "layout"}, name=f"{start}00000003")
+    config = yaml.safe_load((earlier.path / "config.yaml").read_text())
+    del config["seed"], config["quant"]["skip"]
+    (earlier.path / "config.yaml").write_text(yaml.safe_dump({**config, "old": 3}))  # another schema
+    for name, text in (("00000004", "[1]"), ("00000005", "{")):
+        (hold(tmp_path, tiny(), name=start + name).path / "run.json").write_text(text)
+    line = runs_beside(tiny(), {}, ours)
+    assert "\n" not in line
+    assert line.startswith(f"of the same settings, beside this run: {tmp_path / start}00000001, a run of RESULTS 1 (")
+    assert f"{two.path}, a run by 2 processes, this one has 1, whose last checkpoint is {two.checkpoints}" in line
+    assert f"{earlier.path}, a run of an earlier luqrun, which named its folder otherwise. Nothing" in line
+    for number in (0, 4, 5):
+        assert f"0000000{number}" not in line
+
+
+def test_of_many_runs_beside_three_are_named(tmp_path):
+    ours = tmp_path / run_id(tiny(), {})
+    for number in range(5):
+        hold(tmp_path, tiny(), {**RUN, "results": 1}, name=f"{ours.name[:-8]}0000000{number}")
+    line = runs_beside(tiny(), {}, ours)
+    assert (line.count("RESULTS 1"), "; and 2 more. " in line) == (3, True)

@@ -36,7 +36,7 @@ def assert_same_run(one, other):
     progress, others = last(one)["progress"], last(other)["progress"]
     for evaluation in progress["evaluations"] + others["evaluations"]:
         del evaluation["mean_images_per_second"]
-    for key in ("epoch", "batch", "step", "images", "best", "evaluations"):
+    for key in ("epoch", "batch", "step", "trained", "best", "evaluations"):
         assert progress[key] == others[key]
     assert metrics(one) == metrics(other)
     assert_same_tensors(

@@ -6,27 +6,18 @@ import shutil
 
 import pytest
 import yaml
-from running import assert_same_tensors, last, metrics, tiny, train
+from placed_runs import DIVERGED, FINISHED, config, contents, place
+from running import metrics, tiny
 
-from luqrun import RESULTS, __version__
-from luqrun.config import CellConfig, Config, TrackingConfig
-from luqrun.errors import UserError
-from luqrun.runs.folder import RunFolder, run_id
-from luqrun.runs.twins import adopt, base_checkpoint, diverged_base, find_twin
+from luqrun import RESULTS
+from luqrun.config import CellConfig
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.identity import run_id
+from luqrun.runs.twins import adopt, find_twin
 
 SIZES = ("dataset.glyphs.train_images=64", "dataset.glyphs.val_images=32", "dataset.batch_size=16", "schedule.epochs=1")
 SWEEP = ("-m", "+experiment=table3/glyphs", "seed=0", "quant=luq_smp2", *SIZES, "device=cpu", "tracking.log_every=1")
-FINISHED = {
-    "status": "finished",
-    "versions": {"luqrun": __version__},
-    "results": RESULTS,
-    "world_sizes": [1],
-    "start": "then",
-    "end": "later",
-    "command": ["x"],
-}
 COLUMNS = ["luq_smp2_none", "luq_smp2_fnt1", "luq_smp2_fnt2", "luq_smp2_fnt3"]
-DIVERGED = {**FINISHED, "status": "diverged", "diverged_at_step": 3}
 
 
 def folders(outputs, study):
@@ -37,12 +28,6 @@ def folders(outputs, study):
 
 def resolved(folder):
     return yaml.safe_load((folder.path / "config.yaml").read_text())
-
-
-def contents(folder):
-    """Every file but the log and the lock: checkpoints, curves, json."""
-    files = (path for path in folder.path.rglob("*") if path.is_file() and path.name not in ("run.log", ".lock"))
-    return {str(path.relative_to(folder.path)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +96,7 @@ def test_a_run_that_was_begun_goes_on_and_is_not_replaced(shell, table3):
     original = folders(table3 / "outputs", "glyphs/table3")["luq_smp2_fnt1"]
     begun = RunFolder(table3 / "outputs" / "begun" / original.path.name)
     shutil.copytree(original.checkpoints, begun.checkpoints)
-    begun.write_json("run.json", {"status": "failed", "reused": "nowhere"})  # of an earlier attempt
+    begun.write_json("run.json", {**FINISHED, "status": "failed", "reused": "nowhere"})  # of an earlier attempt
     result = shell.luqrun(table3, *SWEEP[1:], "finetune=fnt1", "study=begun", "reuse=true")
     assert (result.code, "taken over" in result.err) == (0, False)
     assert f"continuing from {begun.checkpoints / 'last.pt'}" in result.err
@@ -152,30 +137,13 @@ def test_a_measurement_is_a_run_like_others(shell, tmp_path):
 # Twins
 
 
-def config(study="a", tuned=False, **changes) -> Config:
-    """A run without or with a fine-tune, as Hydra would compose it: that takes it a fifth of a second each."""
-    found = tiny("quant=fp32", "finetune=fnt1", "resume=base") if tuned else tiny("quant=fp32")
-    return dataclasses.replace(found, study=study, **changes)
-
-
-def place(outputs, config, run=None, summary=None) -> RunFolder:
-    """The folder of a run under `outputs`, with what was written there."""
-    folder = RunFolder(outputs / config.study / run_id(config))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if run is not None:
-        folder.write_json("run.json", run)
-    if summary is not None:
-        folder.write_json("summary.json", summary)
-    return folder
-
-
 def test_a_run_has_the_same_name_in_every_table():
     plain = tiny("quant=luq")
     cell = CellConfig("table2", "glyphs", "resnet8", "luq")
     others = [{"reuse": True}, {"resume": "base"}, {"study": "a/b"}, {"cell": cell}]
     others = [dataclasses.replace(plain, **other) for other in others] + [tiny("+experiment=fig2/glyphs")]
     assert plain not in others
-    assert {run_id(other) for other in others} == {run_id(plain)}
+    assert {run_id(other, {}) for other in others} == {run_id(plain, {})}
 
 
 @pytest.mark.parametrize("study", ["b", "a/b", "z"])
@@ -184,7 +152,7 @@ def test_a_twin_is_found_in_any_study_beside(tmp_path, study, twins_study):
     folder = place(tmp_path, config(study), {"status": "running"})
     twin = place(tmp_path, config(twins_study), FINISHED, {"val/top1": 1.0})
     place(tmp_path, config("elsewhere", seed=1), FINISHED, {"val/top1": 2.0})
-    assert find_twin(config(study), folder) == twin.path
+    assert find_twin(config(study), folder, {}) == twin.path
 
 
 @pytest.mark.parametrize(
@@ -194,10 +162,10 @@ def test_a_twin_is_found_in_any_study_beside(tmp_path, study, twins_study):
         (DIVERGED, None, True),
         (FINISHED, None, False),
         ({**FINISHED, "status": "running"}, {"val/top1": 1.0}, False),
-        ({**FINISHED, "versions": {"luqrun": "0.0.1"}}, {"val/top1": 1.0}, False),
-        ({**FINISHED, "versions": None}, {"val/top1": 1.0}, False),
+        ({**FINISHED, "versions": None}, {"val/top1": 1.0}, True),  # they decide nothing
         ({**FINISHED, "results": RESULTS - 1}, {"val/top1": 1.0}, False),
         ({**FINISHED, "world_sizes": [2]}, {"val/top1": 1.0}, False),
+        ({**FINISHED, "world_sizes": [2, 1]}, {"val/top1": 1.0}, False),  # resumed by hand
         ({**FINISHED, "reused": "../../c/run"}, {"val/top1": 1.0}, False),  # the original is
         ({**FINISHED, "reused": None}, {"val/top1": 1.0}, True),
         (None, {"val/top1": 1.0}, False),
@@ -205,9 +173,9 @@ def test_a_twin_is_found_in_any_study_beside(tmp_path, study, twins_study):
     ],
     ids=str,
 )
-def test_a_twin_has_finished_or_diverged_in_this_version(tmp_path, run, summary, found):
+def test_a_twin_has_finished_or_diverged_with_these_numbers_and_processes(tmp_path, run, summary, found):
     folder, twin = place(tmp_path, config()), place(tmp_path, config("b"), run, summary)
-    assert find_twin(config(), folder) == (twin.path if found else None)
+    assert find_twin(config(), folder, {}) == (twin.path if found else None)
 
 
 def test_damaged_runs_are_no_twins(tmp_path):
@@ -215,16 +183,16 @@ def test_damaged_runs_are_no_twins(tmp_path):
     for study, name in (("b", "run.json"), ("c", "summary.json")):
         half = place(tmp_path, config(study), FINISHED, {"val/top1": 1.0})
         (half.path / name).write_text('{"status": "fin')
-    assert find_twin(config(), folder) is None
+    assert find_twin(config(), folder, {}) is None
     whole = place(tmp_path, config("d"), FINISHED, {"val/top1": 1.0})
-    assert find_twin(config(), folder) == whole.path
+    assert find_twin(config(), folder, {}) == whole.path
 
 
 def test_a_run_is_not_its_own_twin_and_a_folder_of_ones_own_has_none(tmp_path):
     folder = place(tmp_path, config(), FINISHED, {"val/top1": 1.0})
-    assert find_twin(config(), folder) is None
-    for path in ("by/hand", f"b/{run_id(config())}"):  # hydra.run.dir
-        assert find_twin(config(), RunFolder(tmp_path / path)) is None
+    assert find_twin(config(), folder, {}) is None
+    for path in ("by/hand", f"b/{run_id(config(), {})}"):  # hydra.run.dir
+        assert find_twin(config(), RunFolder(tmp_path / path), {}) is None
 
 
 def adopted(outputs, twin) -> tuple[dict, RunFolder]:
@@ -242,7 +210,7 @@ def test_what_is_taken_over(tmp_path):
     assert sorted(contents(folder)) == ["metrics.jsonl", "run.json", "summary.json"]
     assert folder.run() == {**FINISHED, "command": ["c"], "overrides": ["o"], "reused": f"../../b/{twin.path.name}"}
     # A third study goes back to the run itself.
-    assert find_twin(config("0"), place(tmp_path, config("0"))) == twin.path
+    assert find_twin(config("0"), place(tmp_path, config("0")), {}) == twin.path
 
 
 def test_a_diverged_twin_is_a_result_too(tmp_path):
@@ -258,92 +226,3 @@ def test_a_result_that_was_taken_over_in_part_is_not_finished(tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError):
         adopted(tmp_path, twin)
     assert not (tmp_path / "a" / twin.path.name / "summary.json").exists()
-
-
-# resume=base
-
-
-def checkpoint_of(folder) -> None:
-    folder.checkpoints.mkdir()
-    (folder.checkpoints / "last.pt").write_bytes(b"weights")
-
-
-def test_the_base_is_the_run_without_fine_tune(tmp_path):
-    tuned = config("a/b", tuned=True, cell=CellConfig("table3"), tracking=TrackingConfig(log_every=9))
-    tuned.finetune = dataclasses.replace(tuned.finetune, lr_base=0.3)
-    base = place(tmp_path, config("a/b"), FINISHED, {"val/top1": 1.0})
-    checkpoint_of(base)
-    assert base_checkpoint(tuned, place(tmp_path, tuned)) == base.checkpoints / "last.pt"
-    for other in (config("a/b", tuned=True, seed=1), config("c", tuned=True)):
-        with pytest.raises(UserError, match="not there: run the same with finetune=none first"):
-            base_checkpoint(other, place(tmp_path, other))
-
-
-@pytest.mark.parametrize("linked", [False, True])
-def test_the_checkpoint_of_a_base_that_was_taken_over_is_the_originals(tmp_path, linked):
-    outputs = tmp_path / "outputs"
-    if linked:  # a study that lies on another disk
-        (tmp_path / "disk" / "deep" / "a").mkdir(parents=True)
-        outputs.mkdir()
-        (outputs / "a").symlink_to(tmp_path / "disk" / "deep" / "a")
-    original = place(outputs, config("b"), FINISHED, {"val/top1": 1.0})
-    checkpoint_of(original)
-    base = place(outputs, config(), {"command": [], "overrides": []})
-    adopt(original.path, base)
-    tuned = place(outputs, config(tuned=True))
-    assert base_checkpoint(config(tuned=True), tuned) == original.checkpoints / "last.pt"
-    outputs.rename(tmp_path / "moved")
-    tuned = RunFolder(tmp_path / "moved" / "a" / tuned.path.name)
-    path = base_checkpoint(config(tuned=True), tuned)
-    assert path == tmp_path / "moved" / "b" / original.path.name / "checkpoints" / "last.pt"
-    shutil.rmtree(tmp_path / "moved" / "b")
-    with pytest.raises(UserError, match=r"resume=base.*checkpoints/last\.pt is gone: resume=auto"):
-        base_checkpoint(config(tuned=True), tuned)
-
-
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        ({"status": "running"}, "is running: run the same with finetune=none first"),
-        ({"status": "failed"}, "is failed: run"),
-        ({"status": "diverged"}, "is diverged"),
-        (FINISHED, "is finished, but .*last.pt is gone: resume=auto trains both phases"),
-    ],
-    ids=lambda value: value["status"] if isinstance(value, dict) else None,
-)
-def test_a_base_that_cannot_serve_is_named_with_its_state(tmp_path, run, words):
-    base = place(tmp_path, config(), run)
-    with pytest.raises(UserError, match=words) as refusal:
-        base_checkpoint(config(tuned=True), place(tmp_path, config(tuned=True)))
-    assert str(base.path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-def test_only_a_fine_tune_with_resume_base_diverges_with_its_base(tmp_path):
-    base, tuned = place(tmp_path, config(), DIVERGED), config(tuned=True)
-    assert diverged_base(tuned, place(tmp_path, tuned)) == base.path
-    for other in (config(tuned=True, resume="auto"), config(resume="base")):
-        assert diverged_base(other, place(tmp_path, other)) is None
-    base.write_json("run.json", {**DIVERGED, "results": 1})
-    with pytest.raises(UserError, match=r"resume=base: .* of RESULTS 1"):
-        diverged_base(tuned, place(tmp_path, tuned))
-    base.write_json("run.json", FINISHED)
-    assert diverged_base(tuned, place(tmp_path, tuned)) is None
-
-
-def test_trained_apart_or_in_one_run_it_is_the_same(tmp_path):
-    def run(study, *overrides):
-        overrides = *SIZES, f"study={study}", *overrides
-        return train(tmp_path / study / run_id(tiny(*overrides)), *overrides)
-
-    _, base = run("apart", "resume=base")  # without fine-tune, as resume=auto
-    before = contents(base)
-    summary, apart = run("apart", "finetune=fnt2", "resume=base")
-    _, whole = run("whole", "finetune=fnt2")
-    assert_same_tensors(last(apart)["model"], last(whole)["model"])
-    assert summary["finetune"] == whole.summary()["finetune"]
-    assert contents(base) == before
-    # Once begun, it goes on from its own checkpoint, with or without the base.
-    shutil.rmtree(base.path)
-    (apart.path / "summary.json").unlink()
-    assert run("apart", "finetune=fnt2", "resume=base")[0]["finetune"] == summary["finetune"]

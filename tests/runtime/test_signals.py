@@ -11,7 +11,7 @@ from running import last, metrics, quiet_machine, tiny, train
 
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import signals
-from luqrun.runtime.signals import ASKING, Requests, Stopped, hand_on, handled
+from luqrun.runtime.signals import ASKING, Requests, Stopped, call_earlier_handler, handled
 from luqrun.tasks.classification.pixels import MemoryImages
 from luqrun.train import trainer
 from luqrun.train.trainer import Trainer
@@ -65,12 +65,12 @@ def test_whoever_handled_a_signal_before_gets_it_too():
         with pytest.raises(Stopped), handled():
             os.kill(os.getpid(), signal.SIGUSR2)
         assert got == []
-        assert hand_on(signal.SIGUSR2)
+        assert call_earlier_handler(signal.SIGUSR2)
         assert got == [signal.SIGUSR2]
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert not hand_on(signal.SIGUSR2)
-    assert not hand_on(signal.SIGINT)  # Python's own handler is nobody
+    assert not call_earlier_handler(signal.SIGUSR2)
+    assert not call_earlier_handler(signal.SIGINT)  # Python's own handler is nobody
 
 
 def test_another_thread_than_the_main_one_gets_none():

@@ -3,8 +3,9 @@
 import os
 
 import pytest
+from hydra.types import RunMode
 
-from luqrun.runtime.slurm import join_ranks
+from luqrun.runtime.slurm import join_ranks, planned_ranks
 
 SECOND_OF_NODE_2 = {
     "SUBMITIT_EXECUTOR": "slurm",
@@ -71,3 +72,17 @@ def test_a_single_process_stays_one(joined, variables):
 def test_what_torchrun_has_set_stays(joined):
     found = joined(**SECOND_OF_NODE_2, RANK="1", WORLD_SIZE="2")
     assert found == {"RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "launcher", "ranks"),
+    [
+        (RunMode.MULTIRUN, {"nodes": 2, "tasks_per_node": 8}, 16),
+        (RunMode.MULTIRUN, {"nodes": None, "tasks_per_node": 4}, 4),
+        (RunMode.MULTIRUN, {}, 1),  # Hydra's own launcher
+        (RunMode.RUN, {"nodes": 2, "tasks_per_node": 8}, 3),  # which then launches nothing: torchrun does
+    ],
+)
+def test_how_many_ranks_a_run_will_have_is_known_before_they_start(monkeypatch, mode, launcher, ranks):
+    monkeypatch.setenv("WORLD_SIZE", "3" if mode == RunMode.RUN else "1")
+    assert planned_ranks({"mode": mode, "launcher": launcher}) == ranks

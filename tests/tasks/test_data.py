@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import NAMES, build_dataset, subset
+from luqrun.tasks.classification.data import NAMES, build_dataset
+from luqrun.tasks.classification.image_data import subset
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 

@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import build_dataset
-from luqrun.tasks.classification.folders import scan, split_digest, told
+from luqrun.tasks.classification.folders import names_and_sizes, scan, told
 
 
 def put(*paths):
@@ -94,18 +94,19 @@ def test_a_folder_that_cannot_be_read_is_named(train, monkeypatch):
         scan(train)
 
 
-def test_the_digest_follows_names_and_content_and_not_the_place(train, tmp_path):
-    digest = split_digest(scan(train))
+def test_the_hash_follows_names_and_sizes_and_not_the_place(train, tmp_path):
+    before = names_and_sizes(scan(train))
     train.rename(tmp_path / "moved")
-    assert split_digest(scan(tmp_path / "moved")) == digest
+    assert names_and_sizes(scan(tmp_path / "moved")) == before
     (tmp_path / "moved/b/1.png").rename(tmp_path / "moved/b/1_.png")
-    renamed = split_digest(scan(tmp_path / "moved"))
-    Image.new("RGB", (8, 8), 99).save(tmp_path / "moved/b/1_.png")
-    changed = split_digest(scan(tmp_path / "moved"))
-    assert len({digest, renamed, changed}) == 3
-    (tmp_path / "moved/b/1_.png").unlink()
-    os.mkfifo(tmp_path / "moved/b/1_.png")  # is not waited for
-    assert split_digest(scan(tmp_path / "moved")) not in (renamed, changed)
+    renamed = names_and_sizes(scan(tmp_path / "moved"))
+    Image.effect_noise((8, 9), 99).save(tmp_path / "moved/b/1_.png")
+    changed = names_and_sizes(scan(tmp_path / "moved"))
+    assert len({before, renamed, changed}) == 3
+    for make in (os.mkfifo, lambda path: path.symlink_to("nowhere")):  # is not waited for; leads nowhere
+        (tmp_path / "moved/b/1_.png").unlink()
+        make(tmp_path / "moved/b/1_.png")
+        assert names_and_sizes(scan(tmp_path / "moved")) not in (renamed, changed)
 
 
 def test_what_was_found_is_told(train, tmp_path):
@@ -113,9 +114,9 @@ def test_what_was_found_is_told(train, tmp_path):
         put(tmp_path / "val" / name)
     (tmp_path / "val/a/0.gif").write_text("")
     config = DatasetConfig(name="folder", root=str(tmp_path), image_size=8, batch_size=2)
-    assert build_dataset(config).told() == "6 training and 3 validation images of 2 classes; left out: 1 .gif"
+    assert build_dataset(config).describe() == "6 training and 3 validation images of 2 classes; left out: 1 .gif"
     config.limit = 4
-    assert build_dataset(config).told().startswith("4 of 6 training and 3 validation images")
+    assert build_dataset(config).describe().startswith("4 of 6 training and 3 validation images")
     for path in (tmp_path / "train/a").rglob("*.*"):
         if path.is_file():
             path.rename(path.with_suffix(".gif"))

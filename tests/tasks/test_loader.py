@@ -15,9 +15,11 @@ from torch.utils.data import TensorDataset
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.runtime.seeds import mix
-from luqrun.tasks.classification.data import Data, build_dataset
+from luqrun.tasks.classification.data import build_dataset
+from luqrun.tasks.classification.image_data import ImageData
 from luqrun.tasks.classification.pixels import MemoryImages
-from luqrun.tasks.loader import batches_per_epoch, told_of_workers, train_loader, val_loader
+from luqrun.tasks.examples import Collated
+from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, in_order, train_loader, val_loader
 
 COUNT = 21
 
@@ -45,18 +47,18 @@ def settings(**changes) -> DatasetConfig:
     return DatasetConfig(**({"name": "folder", "image_size": 16, "batch_size": 4} | changes))
 
 
-def build(kind, root) -> Data:
+def build(kind, root) -> ImageData:
     """memory: no file; small and large: files; own: a plain torch data set."""
     if kind in ("small", "large"):
         return build_dataset(settings(root=str(root), image_size={"small": 16, "large": 72}[kind]))
     images = np.random.default_rng(4).integers(0, 256, (COUNT, 3, 16, 16), dtype=np.uint8)
     labels = torch.arange(COUNT)
     if kind == "own":
-        own = Noisy(torch.from_numpy(images) / 255, labels)
-        return Data(own, own, ("a",), 3, 16)
+        own = Collated(Noisy(torch.from_numpy(images) / 255, labels))
+        return ImageData(own, own, ("a",), 3, 16)
     mean, std = (0.5,) * 3, (0.25,) * 3
     train, val = MemoryImages(images, labels, mean, std, augment=True), MemoryImages(images, labels, mean, std)
-    return Data(train, val, ("a",), 3, 16)
+    return ImageData(train, val, ("a",), 3, 16)
 
 
 def served(loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -135,6 +137,7 @@ def test_evaluation_serves_each_image_once(world_size, root):
     whole = served(val_loader(data, settings()))
     for rank, part in enumerate(parts):  # the same batches, whatever the number of ranks
         assert same(part, whole[rank::world_size])
+    assert in_order([[batch.tolist() for _, batch in part] for part in parts]) == [b.tolist() for _, b in whole]
     if world_size == 1:
         assert labels == list(range(COUNT))
         assert same(parts[0], served(val_loader(data, settings(workers=2))))
@@ -147,10 +150,10 @@ def test_a_worker_that_is_killed_is_one_line_with_advice(root):
         multiprocessing.active_children()[0].kill()
         with pytest.raises(RuntimeError) as caught:
             list(batches)
-    told = told_of_workers(caught.value, config)
-    assert all(word in told for word in ("worker", "memory", "dataset.workers=2", "batch_size=1", "checkpoint"))
-    assert "\n" not in told
-    assert told_of_workers(caught.value, settings()) == ""
+    advice = explain_dead_worker(caught.value, config)
+    assert all(word in advice for word in ("worker", "memory", "dataset.workers=2", "batch_size=1", "checkpoint"))
+    assert "\n" not in advice
+    assert explain_dead_worker(caught.value, settings()) == ""
     assert multiprocessing.active_children() == []
 
 
@@ -172,10 +175,10 @@ def test_a_worker_that_is_killed_is_one_line_with_advice(root):
     ],
 )
 def test_what_workers_lack_is_told(text, word):
-    told = told_of_workers(RuntimeError(text), settings(workers=3))
-    assert word in told
-    assert bool(told) == bool(word)
-    assert "dataset.workers=3" in told or not word
+    advice = explain_dead_worker(RuntimeError(text), settings(workers=3))
+    assert word in advice
+    assert bool(advice) == bool(word)
+    assert "dataset.workers=3" in advice or not word
 
 
 def test_a_worker_that_is_blocked_in_a_read_ends_with_its_loader(root, tmp_path):

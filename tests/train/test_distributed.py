@@ -69,16 +69,22 @@ def test_a_finished_run_is_shown_once(ranks, uninterrupted):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_asked_to_stop_a_job_goes_on_with_any_number_of_processes(ranks, uninterrupted, stopped, tmp_path, processes):
-    """With as many as before, bit-identically."""
+    """With as many as before by the same command, bit-identically; with others as another run, by resume=PATH."""
     before, console = stopped
     assert console.count("stopped by SIGTERM; the same command continues from the last checkpoint") == 1
     shutil.copytree(before, tmp_path, dirs_exist_ok=True)
-    done = last(run_folder(tmp_path))["progress"]["step"]
+    folder = begun = run_folder(tmp_path)
+    done = last(begun)["progress"]["step"]
     assert 4 <= done < STEPS
-    code, console = ranks(tmp_path, processes).finish()
+    path = begun.checkpoints / "last.pt"
+    code, console = ranks(tmp_path, processes, *([f"resume={path}"] * (processes != PROCESSES))).finish()
     assert code == 0, console
     assert console.count(f"step {done}\n") == 1
-    folder = run_folder(tmp_path)
+    if processes != PROCESSES:
+        why = f"a run by {PROCESSES} processes, this one has {processes}, whose last checkpoint is {path}"
+        assert f"{begun.path}, {why}" in console
+        (folder,) = [RunFolder(each) for each in begun.path.parent.iterdir() if each != begun.path]
+        assert folder.run()["world_sizes"] == [PROCESSES, processes]
     assert last(folder)["progress"]["step"] == STEPS
     assert (folder.run()["world_size"], folder.run()["status"]) == (processes, "finished")
     if processes == PROCESSES:

@@ -1,4 +1,4 @@
-"""task=rounding: what is measured agrees with the closed forms, and what is biased is seen.
+"""job=rounding: what is measured agrees with the closed forms, and what is biased is seen.
 
 The z-tests of bias and variance, over all values, bins and quantizers of this file, are one family: 10^-4 is the
 chance that any of them fails when all is well (Bonferroni). The seeds are fixed, so that a failure repeats.
@@ -13,11 +13,10 @@ from running import composed, quiet_machine
 
 from luqrun.cli.results import closing_table
 from luqrun.cli.validation import to_config, validate
-from luqrun.config import FinetuneConfig, ModelConfig
+from luqrun.config import FinetuneConfig, ModelConfig, recipe
 from luqrun.errors import UserError
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.quant.recipe import recipe
 from luqrun.runs.folder import RunFolder, run_id
 from luqrun.train import rounding_experiment
 
@@ -116,11 +115,11 @@ def test_a_level_that_moves_is_seen_and_can_be_written(monkeypatch):
     json.dumps(row, allow_nan=False)
 
 
-# The task
+# The job
 
 
 def config(*overrides):
-    found = to_config(composed("task=rounding", "device=cpu", *overrides))
+    found = to_config(composed("job=rounding", "device=cpu", *overrides))
     validate(found)
     return found
 
@@ -164,11 +163,11 @@ def test_what_does_not_matter_to_it_is_not_in_its_name():
     same = {"precision": "bf16", "study": "other", "model": ModelConfig("vit_tiny"), "finetune": FinetuneConfig("none")}
     for key, value in same.items():
         assert run_id(dataclasses.replace(luq, **{key: value})) == name
-    others = (dataclasses.replace(luq, seed=1), config("quant=forward_sr"), config("quant=luq", "task=train"))
+    others = (dataclasses.replace(luq, seed=1), config("quant=forward_sr"), config("quant=luq", "job=train"))
     assert len({name, *map(run_id, others)}) == 4
 
 
 def test_a_recipe_without_quantizers_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"task=rounding.*quant=fp32 quantizes nothing"):
+    with pytest.raises(UserError, match=r"job=rounding.*quant=fp32 quantizes nothing"):
         run(tmp_path / "run", "quant=fp32")
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -17,11 +17,13 @@ from luqrun.quant.convert import quantized_layers
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime.signals import Requests, Stopped
+from luqrun.tasks.classification.task import Classification
 from luqrun.train.events import EventFile
-from luqrun.train.tracking import FINAL_METRICS, Tracker
+from luqrun.train.tracking import Tracker
 from luqrun.train.trainer import Trainer
 from luqrun.train.trainer import run as run_training
 
+FINAL_METRICS = [metric.name for metric in Classification.metrics]
 LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
 OPERANDS = ("weight", "activation", "gradient")
 SHARES = tuple(f"quantization/{name}" for name in ("clipped_share", "underflow_share", "relative_error"))
@@ -103,7 +105,7 @@ def test_histograms_of_the_gradient_are_sparse_and_whole(luq_run):
 
 def test_the_histogram_counts_exponents(tmp_path):
     folder = RunFolder(tmp_path)
-    tracker = Tracker(tiny("quant=fp32"), folder, done=0)
+    tracker = Tracker(tiny("quant=fp32"), folder, FINAL_METRICS, done=0)
     counts = torch.zeros(256, dtype=torch.int64)
     counts[0], counts[127 - 3], counts[127 - 1] = 50, 4, 2  # zeros and subnormals, [1/8, 1/4), [1/2, 1)
     tracker._exponent_histogram("layer", counts.numpy(), 7)
@@ -291,7 +293,7 @@ def test_files_of_curves_are_named_in_the_order_of_their_making(tmp_path, monkey
     """TensorBoard reads them by name, in which a process number follows the second."""
     for number in (99999, 100001, 100002):
         monkeypatch.setattr("os.getpid", lambda number=number: number)
-        Tracker(tiny("quant=fp32"), RunFolder(tmp_path), done=0).close()
+        Tracker(tiny("quant=fp32"), RunFolder(tmp_path), FINAL_METRICS, done=0).close()
     names = sorted(path.name for path in tmp_path.glob("events.*"))
     assert [name.split(".")[-2] for name in names] == ["99999", "100001", "100002"]
 

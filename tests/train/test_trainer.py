@@ -29,7 +29,7 @@ def test_summary_and_run_json_of_a_finished_run(tmp_path):
         assert summary["before_finetune"][name] == epochs[0][name]
         assert [row[name] for row in summary["finetune"]] == [row[name] for row in epochs[1:]]
         assert summary[name] == epochs[-1][name]
-    assert summary["best_top1"] == max(row["val/top1"] for row in epochs)
+    assert summary["best_metric"] == max(row["val/top1"] for row in epochs)
     # All steps but the first, of 32 images: that one compiles.
     assert summary["images_per_second"] > (4 * 256 - 32) / summary["train_seconds"]
     assert summary["peak_memory_bytes"] > 2**24
@@ -220,7 +220,7 @@ def test_accumulated_micro_batches_make_the_big_batch(tmp_path, clip):
     _, big = train(tmp_path / "big", *common, clip, "dataset.batch_size=64")
     _, small = train(tmp_path / "small", *common, clip, "dataset.batch_size=16", "schedule.accumulate=4")
     assert last(big)["progress"]["step"] == last(small)["progress"]["step"] == 4
-    assert last(big)["progress"]["images"] == last(small)["progress"]["images"] == 256
+    assert last(big)["progress"]["trained"] == last(small)["progress"]["trained"] == 256
     ours, theirs = last(small)["model"], last(big)["model"]
     for name, value in theirs.items():
         # AdamW's first steps move every weight by about lr = 5e-4 whatever its gradient: 2 % of that
@@ -247,7 +247,7 @@ def test_an_epoch_shorter_than_a_step_is_refused(tmp_path):
 def test_batches_that_fill_no_step_are_left_out(tmp_path):
     _, folder = train(tmp_path / "run", "schedule.accumulate=3", "quant=fp32", "finetune=fnt1")
     progress = last(folder)["progress"]
-    assert (progress["step"], progress["images"]) == (4, 2 * 6 * 32)
+    assert (progress["step"], progress["trained"]) == (4, 2 * 6 * 32)
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_the_best_checkpoint_is_the_best_epoch(tmp_path, monkeypatch):
     summary, folder = train(tmp_path / "run", "finetune=fnt3", "quant=fp32")
     best = torch.load(folder.checkpoints / "best.pt", weights_only=True)
     assert best["progress"]["epoch"] == 2
-    assert (summary["best_top1"], summary["val/top1"]) == (30.0, 30.0)
+    assert (summary["best_metric"], summary["val/top1"]) == (30.0, 30.0)
 
 
 def test_training_learns(tmp_path):

@@ -1,4 +1,4 @@
-"""Image data sets by name, and the loaders that serve them.
+"""Image data sets by name.
 
     data = build_dataset(config)
     for images, labels in train_loader(data, config, seed=0, epoch=0): ...      # luqrun.tasks.loader
@@ -8,49 +8,23 @@ Nothing heavy is imported before a data set is built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from luqrun.config import DatasetConfig, GlyphsConfig, check_at_least, check_at_most, check_choice
-from luqrun.errors import UserError
-from luqrun.tasks.fingerprint import Found
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+from luqrun.config import DatasetConfig, GlyphsConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.classification.image_data import ImageData
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
-SUBSET_SEED = 2112
 MAX_IMAGE_SIZE = 4096
 MAX_WORKERS = 256  # each is a process
 
 
-@dataclass(frozen=True)
-class Data:
-    """A training and a validation set of images (channels, image_size, image_size) in the same classes.
+def fingerprint_dataset(config: DatasetConfig) -> dict:
+    """The fingerprint of what build_dataset would read; {} for images that are drawn. Raises UserError as it does."""
+    check_choice("dataset.name", config.name, NAMES)
+    if config.name == "glyphs":
+        return {}
+    from luqrun.tasks.classification.images import fingerprint_images
 
-    found: what they were made from; by default what these sets themselves say.
-    """
-
-    train: Dataset
-    val: Dataset
-    classes: tuple[str, ...]
-    channels: int
-    image_size: int
-    found: Found | None = None
-
-    def __post_init__(self):
-        if self.found is None:
-            counts = len(self.classes), len(self.train), len(self.val)
-            object.__setattr__(self, "found", Found(None, *counts, digest=""))
-
-    def told(self) -> str:
-        """Such as "10,000 training and 4,000 validation images of 94 classes"."""
-        of = f" of {self.found.train:,}" if self.found.train != len(self.train) else ""
-        left_out = f"; left out: {self.found.left_out}" if self.found.left_out else ""
-        images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
-        return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
+    return fingerprint_images(config)
 
 
 def validate_dataset(config: DatasetConfig) -> None:
@@ -69,9 +43,21 @@ def validate_dataset(config: DatasetConfig) -> None:
         check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
         if not 0 <= glyphs.noise < float("inf"):
             raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
+    _refuse_unread(config)
 
 
-def build_dataset(config: DatasetConfig) -> Data:
+def _refuse_unread(config: DatasetConfig) -> None:
+    """Raise UserError for a setting that this data set does not read."""
+    others = ", ".join(name for name in NAMES if name != "glyphs")
+    if config.name == "glyphs" and config.root is not None:
+        raise UserError(
+            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
+        )
+    if config.name != "glyphs" and config.glyphs is not None:
+        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
+
+
+def build_dataset(config: DatasetConfig) -> ImageData:
     """The data set that `config` names: the same images, and the same subset of `dataset.limit`, in every run.
 
     Raises UserError naming the key, or the file, that is wrong.
@@ -86,13 +72,3 @@ def build_dataset(config: DatasetConfig) -> Data:
 
     batches_per_epoch(data, config)  # a batch that is too large fails here, before a model is built
     return data
-
-
-def subset(count: int, limit: int | None) -> np.ndarray:
-    """Indices (int64, ascending) of the training images that `dataset.limit` keeps; smaller limits are nested."""
-    if limit is None:
-        return np.arange(count)
-    if limit > count:
-        raise UserError(f"dataset.limit={limit} is more than the {count} training images there are")
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
-    return np.sort(rng.permutation(count)[:limit])

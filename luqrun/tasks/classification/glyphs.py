@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import Data, subset
+from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import MemoryImages
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ OVERSAMPLING = 2  # pixels of a glyph's template for one pixel of the image
 CHUNK = 500  # images drawn at once: the temporaries stay in the cache
 
 
-def build_glyphs(config: DatasetConfig) -> Data:
+def build_glyphs(config: DatasetConfig) -> ImageData:
     """Draw, or read from the cache, the generated set: grey images, (1, image_size, image_size).
 
     `dataset.augment` shifts the training images by up to an eighth of their side; it never mirrors them,
@@ -46,12 +46,13 @@ def build_glyphs(config: DatasetConfig) -> Data:
     _check_memory(glyphs, config.image_size)
     train, train_labels, val, val_labels = _cached(glyphs, config.image_size)
     chosen = subset(len(train), config.limit)
-    return Data(
+    return ImageData(
         train=MemoryImages(train[chosen], train_labels[chosen], MEAN, STD, augment=config.augment, flip=False),
         val=MemoryImages(val, val_labels, MEAN, STD),
         classes=CLASSES,
         channels=1,
         image_size=config.image_size,
+        of=len(train),
     )
 
 

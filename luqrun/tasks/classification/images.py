@@ -15,10 +15,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.classification.data import Data, subset
-from luqrun.tasks.classification.folders import Split, scan, split_digest, told
+from luqrun.tasks.classification.folders import Split, names_and_sizes, scan, told
+from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
-from luqrun.tasks.fingerprint import Found, digest, sampled, whole_root
+from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
 
 # Mean and standard deviation of the training pixels. Class folders get ImageNet's, whatever is in them.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -27,6 +27,7 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 64  # up to this image_size: shifts and mirror images; above: random resized crops
 KEEP_BYTES = 1 << 30  # decoded small images of one split are kept in memory if they take no more
 
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 LAYOUTS = {
     "cifar10": "ROOT/cifar-10-batches-py with data_batch_1 to data_batch_5, test_batch and batches.meta",
     "cifar100": "ROOT/cifar-100-python with train, test and meta",
@@ -35,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def build_images(config: DatasetConfig) -> Data:
+def build_images(config: DatasetConfig) -> ImageData:
     """cifar10, cifar100, imagenet or folder: RGB images (3, image_size, image_size), whatever the files hold.
 
     Augmentation (`dataset.augment`): up to image_size 64, zero padding by an eighth, random crop and mirror image;
@@ -65,24 +66,42 @@ def _wrong(config: DatasetConfig, problem: str) -> UserError:
     return UserError(f"dataset.root={config.root}: {problem}; expected {LAYOUTS[config.name]}")
 
 
-def _cifar(config: DatasetConfig, root: Path) -> Data:
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.name]
+def fingerprint_images(config: DatasetConfig) -> dict:
+    """The fingerprint (luqrun.tasks.fingerprint_data) of what build_images would read, with the same errors."""
+    root = _root(config)
+    if config.name.startswith("cifar"):
+        return _cifar_fingerprint(config, root)
+    return _folders_fingerprint(config, *_splits(config, root))
+
+
+def _cifar_fingerprint(config: DatasetConfig, root: Path) -> dict:
+    kind = CIFAR[config.name]
+    files = [name for name, _ in [*kind.train_list, *kind.test_list]] + [kind.meta["filename"]]
+    paths = [str(root / kind.base_folder / name) for name in files]
+    if not all(map(os.path.isfile, paths)):
+        raise _not_cifar(config)
+    return {"root": whole_root(config), "names_and_sizes": hash_of([*map(str.encode, files), sizes(paths)])}
+
+
+def _not_cifar(config: DatasetConfig) -> UserError:
+    return _wrong(config, f"the files of {CIFAR[config.name].__name__} are not there, or damaged")
+
+
+def _cifar(config: DatasetConfig, root: Path) -> ImageData:
+    kind = CIFAR[config.name]
     try:
         train, val = kind(root, train=True, download=False), kind(root, train=False, download=False)
     except RuntimeError:  # what torchvision raises for a missing file and for a wrong checksum
-        raise _wrong(config, f"the files of {kind.__name__} are not there, or damaged") from None
+        raise _not_cifar(config) from None
     chosen = subset(len(train), config.limit)
-    parts = [" ".join(train.classes).encode()]
-    for each in (train, val):
-        parts += [bytes(str(each.targets), "ascii"), each.data[sampled(len(each))].tobytes()]
-    found = Found(whole_root(config), len(train.classes), len(train), len(val), digest(parts))
-    return Data(
+    return ImageData(
         train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
         val=_arrays(val.data, np.array(val.targets), config, False),
         classes=tuple(train.classes),
         channels=3,
         image_size=config.image_size,
-        found=found,
+        fingerprint=_cifar_fingerprint(config, root),
+        of=len(train),
     )
 
 
@@ -92,22 +111,38 @@ def _arrays(pixels: np.ndarray, labels: np.ndarray, config: DatasetConfig, augme
     return _served(partial(_from_array, pixels), labels, config.image_size, CIFAR_STATISTICS, augment)
 
 
-def _folders(config: DatasetConfig, root: Path) -> Data:
+def _splits(config: DatasetConfig, root: Path) -> tuple[Split, Split]:
+    """(training, validation): of the same classes, which all have images."""
     evaluation = "test" if config.name == "folder" and not (root / "val").is_dir() else "val"
     train, val = _scan(config, root / "train"), _scan(config, root / evaluation)
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise _wrong(config, f"train and {evaluation} must hold the same classes, {_some(differing)} is in only one")
+    return train, val
+
+
+def _folders_fingerprint(config: DatasetConfig, train: Split, val: Split) -> dict:
+    return {
+        "root": whole_root(config),
+        "classes": len(train.classes),
+        "training_images": len(train.paths),
+        "validation_images": len(val.paths),
+        "names_and_sizes": names_and_sizes(train, val),
+    }
+
+
+def _folders(config: DatasetConfig, root: Path) -> ImageData:
+    train, val = _splits(config, root)
     chosen = subset(len(train.paths), config.limit)
-    counts = len(train.classes), len(train.paths), len(val.paths)
-    left_out = told(train.left_out + val.left_out)
-    return Data(
+    return ImageData(
         train=_files(train, chosen, config.image_size, config.augment),
         val=_files(val, range(len(val.paths)), config.image_size, False),
         classes=tuple(train.classes),
         channels=3,
         image_size=config.image_size,
-        found=Found(whole_root(config), *counts, split_digest(train, val), left_out),
+        fingerprint=_folders_fingerprint(config, train, val),
+        of=len(train.paths),
+        left_out=told(train.left_out + val.left_out),
     )
 
 

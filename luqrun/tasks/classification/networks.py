@@ -15,8 +15,8 @@ import torchvision.models as tv
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from luqrun.config import ModelConfig, check_at_least, check_choice
-from luqrun.errors import UserError
+from luqrun.config import ModelConfig
+from luqrun.errors import UserError, check_at_least, check_choice
 
 STEMS = ("auto", "small", "full")
 SMALL_STEM_MAX_SIZE = 64

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from luqrun.tasks.examples import seeded
+
 
 class Images(Dataset):
     """Base: subclasses say how uint8 pixels are read and augmented, this class counts, labels and normalises.
@@ -126,19 +128,3 @@ class TransformedImages(Images):
     def pixels(self, indices, keys) -> np.ndarray:
         images = seeded(lambda index: np.asarray(self.transform(self.read(index))), indices, keys)
         return np.stack([image.transpose(2, 0, 1) for image in images])
-
-
-def seeded(get: Callable, indices: np.ndarray, keys: np.ndarray) -> list:
-    """[get(index), ...], each call with torch's CPU generator seeded by its key; the generator is put back after.
-
-    torch.manual_seed would seed the GPUs' generators too, which nothing here puts back.
-    """
-    state = torch.get_rng_state()
-    try:
-        items = []
-        for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
-            torch.default_generator.manual_seed(key)
-            items.append(get(index))
-        return items
-    finally:
-        torch.set_rng_state(state)

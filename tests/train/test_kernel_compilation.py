@@ -1,11 +1,10 @@
 """What is compiled before a run's first step: all that its steps need, and nothing else."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
-from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, NOTHING, quantize
+from layers import ALL_STOCHASTIC, E3M0, HINDSIGHT, INT4, LUQ, NOTHING, quantize
 from running import quiet_machine, train
 from torch import nn
 
@@ -13,7 +12,8 @@ import luqrun
 from luqrun.quant.convert import set_finetune
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import ahead, driver
-from luqrun.train import compiling
+from luqrun.quant.recipe import Recipe
+from luqrun.train import kernel_compilation
 from luqrun.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ RECIPES = {
     "stochastic": ALL_STOCHASTIC,
     "hindsight": HINDSIGHT,
     "radix 4": luqrun.recipe("radix4_tpr", skip=()),
-    "forward only": replace(LUQ, gradient=None),
-    "backward only": replace(LUQ, weight=None, activation=None),
+    "forward only": Recipe.of("forward only", INT4, INT4),
+    "backward only": Recipe.of("backward only", gradient=E3M0),
 }
 
 
@@ -52,7 +52,7 @@ def linear(recipe):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_it_is_what_steps_and_evaluations_take(recipe, network, prepared):
     model, x = network(recipe)
-    compiling.prepare_training(model, recipe, CPU, no_bar=True)
+    kernel_compilation.compile_training_kernels(model, recipe, CPU, no_bar=True)
     with driver.rehearsal() as versions:
         for finetune in (False, True):
             set_finetune(model.train(), finetune)
@@ -64,21 +64,21 @@ def test_it_is_what_steps_and_evaluations_take(recipe, network, prepared):
 
 def test_nothing_is_prepared_for_full_precision(prepared):
     model, _ = convolutions(NOTHING)
-    compiling.prepare_training(model, NOTHING, CPU, no_bar=True)
+    kernel_compilation.compile_training_kernels(model, NOTHING, CPU, no_bar=True)
     assert prepared() == set()
 
 
 def test_nothing_is_prepared_for_the_reference(prepared, monkeypatch):
     model, _ = linear(LUQ)
-    monkeypatch.setattr(compiling, "backend_for", lambda device: reference)
-    compiling.prepare_training(model, LUQ, CPU, no_bar=True)
+    monkeypatch.setattr(kernel_compilation, "backend_for", lambda device: reference)
+    kernel_compilation.compile_training_kernels(model, LUQ, CPU, no_bar=True)
     assert prepared() == set()
 
 
 def test_preparing_draws_nothing_that_training_would_miss(prepared):
     model, _ = linear(LUQ)
     before = torch.get_rng_state()
-    compiling.prepare_training(model, LUQ, CPU, no_bar=True)
+    kernel_compilation.compile_training_kernels(model, LUQ, CPU, no_bar=True)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -95,8 +95,8 @@ def test_a_run_prepares_before_its_first_step(tmp_path, monkeypatch):
 
 def test_the_progress_is_told_where_there_is_no_terminal(caplog, monkeypatch):
     seconds = iter(range(0, 100, 3))
-    monkeypatch.setattr(compiling.time, "monotonic", lambda: next(seconds))
-    with caplog.at_level(logging.INFO), compiling._Report(None) as report:
+    monkeypatch.setattr(kernel_compilation.time, "monotonic", lambda: next(seconds))
+    with caplog.at_level(logging.INFO), kernel_compilation._Report(None) as report:
         for done in range(5):
             report(done, 4)
     first, *between, last = [record.getMessage() for record in caplog.records]
@@ -106,6 +106,6 @@ def test_the_progress_is_told_where_there_is_no_terminal(caplog, monkeypatch):
 
 
 def test_nothing_is_told_where_nothing_is_compiled(caplog):
-    with caplog.at_level(logging.INFO), compiling._Report(None):
+    with caplog.at_level(logging.INFO), kernel_compilation._Report(None):
         pass
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Before a run's first step: compile what that would wait for, with a word about it."""
+"""The kernels of this CPU, compiled before a run's first step would wait for them, and with a word about it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 EVERY = 5.0  # seconds between two lines about the progress, where there is no terminal
 
 
-def prepare_training(model: nn.Module, recipe: Recipe, device: torch.device, no_bar: bool | None) -> None:
+def compile_training_kernels(model: nn.Module, recipe: Recipe, device: torch.device, no_bar: bool | None) -> None:
     """Compile, or load, the CPU's kernels that training this quantized model takes. no_bar: as tqdm's `disable`."""
     layers = [layer for _, layer in quantized_layers(model)]
     if device.type == "cpu" and layers:
         convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
         rectifies = any(isinstance(module, MaskedReLU) for module in model.modules())
-        prepare(lambda: _rehearse(recipe, convolves, rectifies), no_bar)
+        compile_kernels(lambda: _train_tiny_network(recipe, convolves, rectifies), no_bar)
 
 
-def _rehearse(recipe: Recipe, convolves: bool, rectifies: bool) -> None:
+def _train_tiny_network(recipe: Recipe, convolves: bool, rectifies: bool) -> None:
     """A step of a network so small that only the kinds of its layers count."""
     middle = [nn.ReLU()] if rectifies else []
     if convolves:
@@ -42,7 +42,7 @@ def _rehearse(recipe: Recipe, convolves: bool, rectifies: bool) -> None:
         network(x.requires_grad_()).sum().backward()
 
 
-def prepare(rehearse: Callable[[], object], no_bar: bool | None) -> None:
+def compile_kernels(rehearse: Callable[[], object], no_bar: bool | None) -> None:
     """Compile, or load, the CPU's kernels that `rehearse` calls, none of which computes anything meanwhile."""
     if backend_for("cpu").__name__ != "luqrun.quant.kernels.cpu.backend":
         return

@@ -1,12 +1,13 @@
 """Which commands make the runs of a table again: with their options, of one experiment each, and as few as do it."""
 
+import json
 import shlex
 
 import pytest
-from report_runs import run_json
+from report_runs import write_run
 
-from luqrun.report.records import Unusable, check_run
-from luqrun.report.remaking import split, whole_commands
+from luqrun.report.records import read_folders
+from luqrun.report.rerun_commands import split, whole_commands
 
 
 class Run:
@@ -41,9 +42,12 @@ def test_an_option_without_its_value_is_refused():
 
 
 @pytest.mark.parametrize("command", ["luqrun", None, ["luqrun", 3], ["luqrun", "--config-dir"]])
-def test_a_command_that_is_none_is_damage(command):
-    with pytest.raises(Unusable, match="damaged"):
-        check_run(run_json("finished", []) | {"command": command}, "run.json")
+def test_a_command_that_is_none_is_damage(tmp_path, command):
+    path = write_run(tmp_path) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "command": command}))
+    records, (left_out,) = read_folders(tmp_path)
+    assert records == []
+    assert left_out.reason.startswith("run.json is damaged (command")
 
 
 def test_an_experiment_of_ones_own_stands_alone():

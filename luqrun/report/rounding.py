@@ -1,4 +1,4 @@
-"""Table 1 and Fig. 1a: what task=rounding measured, beside the closed forms."""
+"""Table 1 and Fig. 1a: what job=rounding measured, beside the closed forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 from luqrun.report.claims import CONFIDENCE, CONTRADICTED, HOLDS, MISSING, NOT_CONTRADICTED, Claim, Finding
-from luqrun.report.experiments import MEASURED, TITLES, expected
+from luqrun.report.experiments import ROUNDING_TABLES, TITLES, expected
 from luqrun.report.figures import pyplot
 from luqrun.report.records import LeftOut, Record
 from luqrun.report.tables import build_table
@@ -21,8 +21,8 @@ UNBIASED = "stochastic rounding is unbiased"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One of MEASURED as a study measured it: a record for each recipe, and the commands of `missing` more runs."""
+class RoundingTable:
+    """One of ROUNDING_TABLES as a study measured it: a record a recipe, and the commands of `missing` more runs."""
 
     study: str
     name: str
@@ -60,14 +60,16 @@ class Measured:
         return found
 
 
-def build_measured(records: Sequence[Record], wanted: Sequence[str] = ()) -> tuple[list[Measured], list[LeftOut]]:
-    """What each study measured of MEASURED, and the records that it does not show; `wanted`: of these names only.
+def build_rounding_tables(
+    records: Sequence[Record], wanted: Sequence[str] = ()
+) -> tuple[list[RoundingTable], list[LeftOut]]:
+    """What each study measured of ROUNDING_TABLES, and the records that it does not show.
 
-    Where there is one of MEASURED, the other is there too, if only with its command.
+    wanted: of these names only. Where there is one of them, the other is there too, if only with its command.
     """
     studies: dict[tuple[str, str, str], dict[tuple[str, str], list[Record]]] = {}
     for record in sorted((each for each in records if each.rounding), key=lambda each: each.seed):
-        if record.table in MEASURED:
+        if record.table in ROUNDING_TABLES:
             study = studies.setdefault((record.study, record.table, record.scale or ""), {})
             study.setdefault((record.row, record.column), []).append(record)
     found, left_out = [], []
@@ -78,19 +80,19 @@ def build_measured(records: Sequence[Record], wanted: Sequence[str] = ()) -> tup
             left_out += [LeftOut(other.path, reason) for other in others]
         missing = [cell for cell in build_table(study, name, scale, shown).cells.values() if not cell.runs]
         commands = tuple(command for cell in missing for command in cell.commands())
-        found.append(Measured(study, name, tuple(shown), sum(len(cell.missing) for cell in missing), commands))
+        found.append(RoundingTable(study, name, tuple(shown), sum(len(cell.missing) for cell in missing), commands))
     there = {each.name for each in found}
-    for name in MEASURED if found else ():
+    for name in ROUNDING_TABLES if found else ():
         if name not in there:
             parent = found[0].study.rpartition("/")[0]
             command = f"luqrun -m +experiment={name}/measured"
             count = len(expected(name, "measured"))
-            found.append(Measured(f"{parent}/{name}".lstrip("/"), name, (), count, (command,)))
-    found.sort(key=lambda each: (MEASURED.index(each.name), each.study))
+            found.append(RoundingTable(f"{parent}/{name}".lstrip("/"), name, (), count, (command,)))
+    found.sort(key=lambda each: (ROUNDING_TABLES.index(each.name), each.study))
     return [each for each in found if not wanted or each.name in wanted], left_out
 
 
-def draw(table: Measured):
+def draw(table: RoundingTable):
     """Fig. 1a: mean squared error over [0, 1], in the lowest bin of an integer format; None for another table."""
     if table.name != "fig1a" or not table.rows():
         return None
@@ -108,7 +110,7 @@ def draw(table: Measured):
     return figure
 
 
-def check_measured(tables: Iterable[Measured]) -> list[Finding]:
+def check_rounding(tables: Iterable[RoundingTable]) -> list[Finding]:
     """Three findings for each table: RDN as its closed forms, SR's MSE never below RDN's, SR without bias."""
     return [
         Finding(table.study, Claim(table.name, text, {}), None, verdict, note=note)
@@ -121,7 +123,7 @@ def check_measured(tables: Iterable[Measured]) -> list[Finding]:
     ]
 
 
-def _closed(table: Measured) -> tuple[str, str]:
+def _closed(table: RoundingTable) -> tuple[str, str]:
     rows = table.rows("nearest")
     pairs = [
         pair
@@ -133,7 +135,7 @@ def _closed(table: Measured) -> tuple[str, str]:
     return (HOLDS if same else CONTRADICTED) if rows else MISSING, f"points: {_points(rows)}" if rows else ""
 
 
-def _never_below(table: Measured) -> tuple[str, str]:
+def _never_below(table: RoundingTable) -> tuple[str, str]:
     pairs = [
         (mine, theirs)
         for row in table.rows("stochastic")
@@ -147,7 +149,7 @@ def _never_below(table: Measured) -> tuple[str, str]:
     return CONTRADICTED if below else HOLDS, f"below in {below} of {len(pairs)} comparisons"
 
 
-def _unbiased(table: Measured) -> tuple[str, str]:
+def _unbiased(table: RoundingTable) -> tuple[str, str]:
     """By the largest of many z, whose bound has a chance of 5 % to be passed by any of as many (Bonferroni)."""
     rows = table.rows("stochastic")
     count = sum(variance > 0 for row in rows for variance in row["closed_form"]["variance"])

@@ -1,0 +1,50 @@
+"""What a data set of images is, and the part of it that dataset.limit keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luqrun.errors import UserError
+
+if TYPE_CHECKING:
+    from luqrun.tasks.task import Examples
+
+SUBSET_SEED = 2112
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training and a validation set of images (channels, image_size, image_size) in the same classes.
+
+    fingerprint: of the files that they were read from (luqrun.tasks.fingerprint_data); {} for images that were drawn.
+    of: training images there are, before dataset.limit; left_out: what was no image, in words.
+    """
+
+    train: Examples
+    val: Examples
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+    fingerprint: dict[str, object] = field(default_factory=dict)
+    of: int | None = None
+    left_out: str = ""
+
+    def describe(self) -> str:
+        """Such as "10,000 training and 4,000 validation images of 94 classes"."""
+        of = f" of {self.of:,}" if self.of not in (None, len(self.train)) else ""
+        left_out = f"; left out: {self.left_out}" if self.left_out else ""
+        images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
+        return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
+
+
+def subset(count: int, limit: int | None) -> np.ndarray:
+    """Indices (int64, ascending) of the training images that `dataset.limit` keeps; smaller limits are nested."""
+    if limit is None:
+        return np.arange(count)
+    if limit > count:
+        raise UserError(f"dataset.limit={limit} is more than the {count} training images there are")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
+    return np.sort(rng.permutation(count)[:limit])

@@ -1,0 +1,78 @@
+"""Image classification: cross-entropy, judged by the share of images whose class is the first, or among five."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luqrun.config import Config
+from luqrun.errors import check_choice
+from luqrun.runs.metric import Metric
+from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
+from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
+
+
+def build(config: Config) -> Classification:
+    """The task of this run. Raises UserError naming the key, or the file, that is wrong."""
+    return Classification(config)
+
+
+def validate(config: Config) -> None:
+    """Raise UserError naming the first key under `model` or `dataset` that is not allowed; no file is looked at."""
+    check_choice("model.name", config.model.name, MODELS)
+    check_choice("model.stem", config.model.stem, STEMS)
+    validate_dataset(config.dataset)
+
+
+def fingerprint(config: Config) -> dict:
+    """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
+    return fingerprint_dataset(config.dataset)
+
+
+class Classification:
+    """A task (luqrun.tasks.task.Task). A batch is images, float32 (n, C, H, W), and their classes, int64 (n,)."""
+
+    metrics = (
+        Metric("val/top1", "top-1 %", higher_is_better=True),
+        Metric("val/top5", "top-5 %", higher_is_better=True),
+        Metric("val/loss", "loss", higher_is_better=False),
+    )
+    unit = "images"
+    equal_weights = True  # an epoch's last, smaller batch is left out
+
+    def __init__(self, config: Config):
+        self.model, self.label_smoothing = config.model, config.schedule.label_smoothing
+        self.data = build_dataset(config.dataset)
+
+    def network(self) -> nn.Module:
+        data = self.data
+        return build_model(self.model, len(data.classes), data.channels, data.image_size)
+
+    def weight(self, batch: tuple[Tensor, Tensor]) -> int:
+        return len(batch[1])
+
+    def loss(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = batch
+        logits = network(_channels_last(images))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        return loss, {"top1": 100.0 * (logits.detach().argmax(1) == labels).sum().double()}
+
+    def predict(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> list[float]:
+        """[sum of losses, first right, among the first five right, images]"""
+        images, labels = batch
+        logits = network(_channels_last(images)).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return [*torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()]).tolist(), len(labels)]
+
+    def score(self, predictions: list[list[float]]) -> dict[str, float]:
+        loss, top1, top5, images = map(math.fsum, zip(*predictions, strict=True))
+        return {"val/loss": loss / images, "val/top1": 100 * (top1 / images), "val/top5": 100 * (top5 / images)}
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """It halves the convolutions' backward pass on the CPU, and is what tensor cores want."""
+    return images.to(memory_format=torch.channels_last)

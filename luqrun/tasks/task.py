@@ -1,0 +1,73 @@
+"""What a network learns: the seam between the loop of luqrun.train, which knows no data, and the tasks, which do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from luqrun.runs.metric import Metric
+
+Batch = Any  # a tensor, or a tuple, list or dict of batches; on the CPU as served, on the run's device as trained on
+
+
+class Examples(Protocol):
+    """A set of examples."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, keys: np.ndarray) -> Batch:
+        """The examples `indices`, int64 (n,), collated. What is random in one of them follows from its key, uint64."""
+
+
+class Data(Protocol):
+    """A training and a validation set.
+
+    fingerprint: what tells these data from others, as plain JSON; run.json and checkpoints record it. The same as
+    luqrun.tasks.fingerprint_data finds without reading them.
+    """
+
+    train: Examples
+    val: Examples
+
+    @property
+    def fingerprint(self) -> dict[str, object]: ...
+
+    def describe(self) -> str:
+        """Such as "10,000 training and 4,000 validation images of 94 classes"."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task; one is made for each run, from its config (luqrun.tasks.build_task).
+
+    metrics: what `score` returns; the first one decides which epoch is the best, and val/loss is among them.
+    unit: what a batch's weight counts, in the plural: images, tokens.
+    equal_weights: whether all training batches weigh the same, so that no process has to ask the others.
+    """
+
+    metrics: Sequence[Metric]
+    unit: str
+    equal_weights: bool
+    data: Data
+
+    def network(self) -> nn.Module:
+        """A new network, its weights drawn from torch's generator. Raises UserError for a model that does not fit."""
+
+    def weight(self, batch: Batch) -> int:
+        """How many examples, or tokens, the loss of this training batch is the mean of; at least 1."""
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A training batch's mean loss, and sums over the same examples or tokens of what else is shown of training.
+
+        The loss is float32 (), to be differentiated, the sums are float64 () under the key of a metric. A mean and its
+        weight, not a sum: the gradient of equal batches is then bit for bit that of the mean. The network is called
+        once, under the run's autocast.
+        """
+
+    def predict(self, network: nn.Module, batch: Batch) -> object:
+        """What `score` needs of a validation batch: sums, or predictions. Small and picklable: it is sent around."""
+
+    def score(self, predictions: list) -> dict[str, float]:
+        """The metrics by name, from what `predict` returned for the batches of all processes, in the data's order."""
