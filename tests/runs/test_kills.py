@@ -18,7 +18,7 @@ from soaking import soak, summary
 from luqrun.runs import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-KILLS = 4  # of each variant
+KILLS = 3  # of each variant
 VARIANTS = {
     "fp32": ("dataset.augment=true",),
     "bf16": kills.VARIANTS["bf16, hindsight, two micro-batches, one worker"],

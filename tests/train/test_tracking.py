@@ -196,10 +196,14 @@ def interrupted(monkeypatch, path, at, *overrides):
             train(path, *overrides)
 
 
-@pytest.mark.parametrize("every", [5, 0], ids=["from mid-epoch", "from the end of an epoch"])
-def test_curves_of_a_resumed_run_have_every_point_once(tmp_path, monkeypatch, luq_run, every):
+@pytest.mark.parametrize(
+    ("every", "at"),
+    [(5, 13), (0, 13), (7, 7)],
+    ids=["from mid-epoch", "from the end of an epoch", "from a step with health and without a line"],
+)
+def test_curves_of_a_resumed_run_have_every_point_once(tmp_path, monkeypatch, luq_run, every, at):
     overrides = ("finetune=fnt1", "tracking.histogram_every=5", f"tracking.checkpoint_every={every}")
-    interrupted(monkeypatch, tmp_path / "run", 13, *overrides)
+    interrupted(monkeypatch, tmp_path / "run", at, *overrides)
     _, resumed = train(tmp_path / "run", *overrides)
     assert len(list(resumed.path.glob("events.out.tfevents.*"))) == 2
     for tag in sorted(set(events(luq_run).Tags()["scalars"]) - {"images_per_second", "mean_images_per_second"}):
