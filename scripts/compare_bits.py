@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="such as luq-resnet8-fp32 (all)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the worktree and the run folders")
     parser.add_argument("--only", choices=("before", "now"), help="train one side, without comparing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     known = cases()
     if unknown := set(arguments.cases) - known.keys():
         parser.error(f"{', '.join(sorted(unknown))} is no case; allowed: {', '.join(known)}")
