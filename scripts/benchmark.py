@@ -29,8 +29,7 @@ def main() -> None:
 
     from luqrun.bench.run import REPORT, run
     from luqrun.bench.sections import IMAGES, SECTIONS
-    from luqrun.config import check_at_least
-    from luqrun.errors import UserError
+    from luqrun.errors import UserError, check_at_least
 
     chosen = {}
     for key, known in (("only", SECTIONS), ("models", IMAGES)):
