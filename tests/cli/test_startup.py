@@ -36,6 +36,7 @@ def test_a_recipe_loads_torch_alone():
 def test_ctrl_c_while_the_command_loads_is_answered_in_one_line():
     code = (
         "import os, signal, sys; from luqrun.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job inherits as ignored
         "class Interrupting:\n"
         "    def find_spec(self, name, *more):\n"
         "        if name == 'hydra': os.kill(os.getpid(), signal.SIGINT)\n"
