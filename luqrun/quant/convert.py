@@ -44,7 +44,7 @@ def quantize_model(
     """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
 
     Parameters, hooks and state_dict keys stay (a hindsight range adds buffers), and so do the layer objects, whoever
-    holds them. A ReLU then keeps one bit an element for its backward pass (modules.MaskedReLU), in any part of the
+    holds them. A ReLU then keeps one bit an element for its backward pass (layers.MaskedReLU), in any part of the
     model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they draw
     alike. Returns the model, or its replacement where the model itself is a layer.
 

@@ -1,9 +1,10 @@
 """The three GEMMs of a layer on codes, as one autograd Function for linear and convolution alike.
 
-fprop: z = W a with INT4 x INT4 codes; dgrad: INT4 weight x FP4 gradient; wgrad: FP4 gradient x INT4 activation
-(Eqs. 1-3). Codes are exact in int8, fp32, TF32 and bf16, and so is a sum of their products (in floating point while
-it stays below 2^24); scales multiply afterwards. An operand without a quantizer enters its GEMMs in high precision.
-What is kept for the backward pass are packed codes: half a byte an element.
+fprop: z = W a; dgrad: weight x gradient; wgrad: gradient x activation (Eqs. 1-3), each on what its own quantizers make
+of its two operands: INT4 weights and activations and FP4 gradients with LUQ. Codes are exact in int8, fp32, TF32 and
+bf16, and so is a sum of their products (in floating point while it stays below 2^24); scales multiply afterwards. An
+operand without a quantizer enters its GEMMs in high precision. What is kept for the backward pass are packed codes:
+half a byte an element.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop: what it trains with, how it is evaluated, and how it ends. (Resuming: test_resume.)"""
+"""The loop: what it trains with, how it is evaluated, and how it ends. (Resuming: runs/test_start.py.)"""
 
 import json
 import math

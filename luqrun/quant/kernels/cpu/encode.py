@@ -57,7 +57,7 @@ def quotient(x, scale, inverse):
     """x / scale, rounded as IEEE's division and faster; inverse: 1 / scale, rounded.
 
     The guess is off by 2^-23 of itself at most, and what the last rounding gets by 2^-46: enough, since of the pairs
-    of floats whose quotient is so near to the middle between two (tests/test_numba_encode.py tries all) none is rounded
+    of floats whose quotient is so near to the middle between two (tests/quant/test_encode.py tries all) none is rounded
     the other way. Nothing may overflow or underflow: this holds for a scale that `is_swift` and quotients from 2^-60
     to 2^60. Smaller ones come out below 2^-50.
     """
