@@ -27,6 +27,10 @@ def main() -> int:
 
     from exactness import Tally, compare, draw
 
+    from luqrun.quant.kernels import own_process
+
+    own_process()  # the kernels are those of the command line
+
     # The table counts what the units were not taken for; a line for each would hide it.
     logging.getLogger("luqrun.quant.kernels.cpu.proofs").setLevel(logging.ERROR)
     tally = Tally()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.sweeps import Job, own_overrides
-from luqrun.config import Config
+from luqrun.config import Config, QuantConfig
 from luqrun.runs.metric import TOP1, Metric
 
 RATE = "_per_second"  # how summary.json ends the name of the speed; before it stands what is counted
@@ -35,8 +35,8 @@ def closing_table(
         return "\n".join(
             ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]
         )
-    quantized = [name for name in ("weight", "activation") if getattr(config.quant, name) is not None]
-    formats = " and ".join(f"{getattr(config.quant, name).format.upper()} {name}s" for name in quantized)
+    found = {operand: _fprop_format(config.quant, operand) for operand in ("weight", "activation")}
+    formats = " and ".join(f"{name.upper()} {operand}s" for operand, name in found.items() if name is not None)
     before = summary["before_finetune"]
     names = [metric.name, *(name for name in before if name != metric.name)]
     rows = [("after", metric.label, *(_label(name) for name in names[1:]))]
@@ -50,6 +50,14 @@ def closing_table(
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
     return "\n".join(["", title, *lines, f"{speed}, {memory}", *where])
+
+
+def _fprop_format(quant: QuantConfig, operand: str) -> str | None:
+    """The format of an operand in the GEMM that an evaluation runs; None: high precision."""
+    changes, plain = quant.fprop and getattr(quant.fprop, operand), getattr(quant, operand)
+    if changes is None:
+        return None
+    return changes.format or (plain and plain.format)
 
 
 def _epochs(number: int, kind: str = "") -> str:

@@ -27,7 +27,7 @@ from luqrun.cli.messages import one_line
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.own_configs import refuse_empty
 from luqrun.errors import UserError
-from luqrun.internals.of_hydra import ships_with_hydra
+from luqrun.internals.of_hydra import fail_for_dead_jobs, failure_of, ships_with_hydra
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.metric import TOP1, Metric
 
@@ -96,15 +96,14 @@ def watch(config: DictConfig, count: int | None) -> None:
         return  # an earlier sweep of this process
     launcher.launch = _watched(launcher.launch)
     if launcher.__module__.startswith("hydra_plugins.hydra_submitit_launcher"):
-        _let_jobs_die()
+        fail_for_dead_jobs(Died)
 
 
 def ended(number: int, job_return: JobReturn) -> None:
     """Note how and where a job of this process' sweep ended."""
     if number >= len(jobs):
         return
-    if job_return.status == JobStatus.FAILED:
-        jobs[number].error = job_return._return_value
+    jobs[number].error = failure_of(job_return) or jobs[number].error
     if job_return.hydra_cfg is not None:  # known for certain only now: ${now:} and ${hydra:job.id} may be in the name
         jobs[number].folder = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
 
@@ -186,23 +185,6 @@ def _refuse_read_before(sweep: DictConfig, job: DictConfig) -> None:
             f"{shell_words(swept)} sets {what}, which is read once, before a sweep, and not for each job: run one "
             f"command for each of what is swept over here"
         )
-
-
-def _let_jobs_die() -> None:
-    """Let a submitit job that ended without a result be a failed one: the launcher waits for all in one loop."""
-    from submitit.core.core import Job as SubmititJob
-    from submitit.core.utils import UncompletedJobError
-
-    results = SubmititJob.results
-
-    def results_or_death(job: SubmititJob) -> list[JobReturn]:
-        try:
-            return results(job)
-        except UncompletedJobError as error:
-            what = " ".join(" ".join(str(error).splitlines()[:2]).split())
-            return [JobReturn(status=JobStatus.FAILED, _return_value=Died(f"{what}; see {job.paths.stderr}"))]
-
-    SubmititJob.results = results_or_death
 
 
 def own_overrides(of: Sequence[Job]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.object_type import ObjectType
+from hydra.core.utils import JobReturn, JobStatus
 
 _READER = "hydra._internal.core_plugins.file_config_source"
 _REPOSITORY = "hydra._internal.config_repository"
@@ -25,6 +26,29 @@ def args_parser() -> ArgumentParser:
 def ships_with_hydra(plugin: type) -> bool:
     """Whether a launcher or sweeper is Hydra's own, which runs the jobs in this process."""
     return plugin.__module__.startswith("hydra._internal")
+
+
+def failure_of(job_return: JobReturn) -> Exception | None:
+    """The error that a job ended with, without raising it; None for one that did not fail."""
+    return job_return._return_value if job_return.status == JobStatus.FAILED else None
+
+
+def fail_for_dead_jobs(error: Callable[[str], Exception]) -> None:
+    """Let a submitit job that ended without a result have failed with error(why): Hydra's launcher would raise what
+    submitit raises, and wait for no other job."""
+    from submitit.core.core import Job
+    from submitit.core.utils import UncompletedJobError
+
+    results = Job.results
+
+    def results_or_failure(job: Job) -> list[JobReturn]:
+        try:
+            return results(job)
+        except UncompletedJobError as dead:
+            what = " ".join(" ".join(str(dead).splitlines()[:2]).split())
+            return [JobReturn(status=JobStatus.FAILED, _return_value=error(f"{what}; see {job.paths.stderr}"))]
+
+    Job.results = results_or_failure
 
 
 def read_when_raised(error: Exception) -> tuple[Path | None, str | None]:

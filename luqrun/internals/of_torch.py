@@ -32,6 +32,45 @@ def with_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(x, shape)
 
 
+def is_view(x: Tensor) -> bool:
+    """Whether autograd knows x as a view of another tensor."""
+    return x._is_view()
+
+
+def padding_of_each_side(conv: nn.Conv2d) -> list[int]:
+    """What F.pad takes for the padding of a convolution, `same` included."""
+    return conv._reversed_padding_repeated_twice
+
+
+def has_one_projection(attention: nn.MultiheadAttention) -> bool:
+    """Whether query, key and value have as many features, and one weight for their projections."""
+    return attention._qkv_same_embed_dim
+
+
+def forget_compiled_call(module: nn.Module) -> bool:
+    """Undo module.compile(); whether there was anything to undo."""
+    compiled = module._compiled_call_impl is not None
+    module._compiled_call_impl = None
+    return compiled
+
+
+def has_vnni() -> bool | None:
+    """Whether this CPU multiplies int8 codes in units of its own; None where this torch does not say."""
+    asked = getattr(torch.cpu, "_is_vnni_supported", None)
+    return None if asked is None else asked()
+
+
+def prepack_conv(weight: Tensor, ones: Tensor, stride: tuple[int, int]) -> Tensor:
+    """An int8 weight (K, C, R, S) as oneDNN's convolution wants it; ones: float32 (K,), its scales."""
+    return torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, stride, (0, 0), (1, 1), 1, None)
+
+
+def conv_of_codes(images: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor, stride: tuple[int, int]) -> Tensor:
+    """oneDNN's convolution of uint8 (N, C, H, W) with a weight from `prepack_conv`, without padding: float32 sums."""
+    how = packed, ones, zeros, None, stride, (0, 0), (1, 1), 1, 1.0, 0, torch.float32, "none", [], None
+    return torch.ops.onednn.qconv2d_pointwise(images, 1.0, 0, *how)
+
+
 def allow_recompilations(limit: int) -> None:
     """Let torch.compile compile one function at least so often: layers share theirs."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.errors import TensorError, UserError
+from luqrun.internals.of_torch import has_one_projection
 from luqrun.quant.gemms import LinearOp
 from luqrun.quant.layers import QuantLayer, as_leaf
 from luqrun.quant.recipe import Recipe
@@ -23,7 +24,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
 
     @classmethod
     def from_module(cls, module: nn.MultiheadAttention, recipe: Recipe, seed: int, index: int):
-        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        if not has_one_projection(module) or module.bias_k is not None or module.add_zero_attn:
             raise UserError(
                 "MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn cannot be quantized: put it in skip"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import forget_compiled_call
 from luqrun.quant.attention import QuantMultiheadAttention
 from luqrun.quant.coverage import (
     CoverageCheck,
@@ -97,8 +98,7 @@ def quantize_model(
     if model not in chosen.values():
         CoverageCheck(model, list(chosen.items()))
         return model
-    if twins[""]._compiled_call_impl is not None:
-        twins[""]._compiled_call_impl = None
+    if forget_compiled_call(twins[""]):
         text = "the layer was compiled before it was quantized: compile what quantize_model returns"
         warnings.warn(text, stacklevel=2)
     return twins[""]

@@ -159,10 +159,11 @@ class Plan:
         same = in_same_codes(first, second)
         if first is None and second is not None and keep:
             return Operand((x,)), self.quantize(operand, x, second, dtype, packed=True)[1]
+        other = None
+        if keep and not same:  # before the first, which may change what a hindsight range remembers
+            other = self.quantize_once_more(gemm, operand, x, second, dtype, packed=True)[1]
         found, stored = self.quantize(operand, x, first, dtype, packed=keep and same)
-        if keep and not same:
-            stored = self.quantize_once_more(gemm, operand, x, second, dtype, packed=True)[1]
-        return found, stored
+        return found, other or stored
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.
@@ -173,15 +174,17 @@ class Plan:
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
         for_dgrad, for_wgrad = self.dgrad.gradient, self.wgrad.gradient
+        apart, other = for_dgrad is not None and not in_same_codes(for_dgrad, for_wgrad), None
+        if apart:  # before the first, which may change what a hindsight range remembers
+            other, _ = self.quantize_once_more("wgrad", "gradient", g, for_wgrad, dtype)
         one, _ = self.quantize("gradient", g, for_dgrad or for_wgrad, dtype)
+        if apart:
+            return self._average(g, for_dgrad, one), self._average(g, for_wgrad, other, "wgrad")
         if in_same_codes(for_dgrad, for_wgrad):
             first = self._average(g, for_dgrad, one)
             alike = for_dgrad is None or for_dgrad.samples == for_wgrad.samples
             return first, first if alike else self._average(g, for_wgrad, one)
-        if for_dgrad is None:
-            return Operand((g,)), self._average(g, for_wgrad, one)
-        other, _ = self.quantize_once_more("wgrad", "gradient", g, for_wgrad, dtype)
-        return self._average(g, for_dgrad, one), self._average(g, for_wgrad, other, "wgrad")
+        return Operand((g,)), self._average(g, for_wgrad, one)
 
     def _average(self, g: Tensor, quantizer: Quantizer | None, one: Operand, gemm: str | None = None) -> Operand:
         """`one` and the further samples of the quantizer; gemm: whose draws are its own."""

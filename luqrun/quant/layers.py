@@ -21,7 +21,9 @@ from luqrun.internals.of_torch import (
     has_modes,
     has_tangent,
     is_transformed,
+    is_view,
     outermost_module,
+    padding_of_each_side,
     repeats_forward,
     run_while_traced,
 )
@@ -30,7 +32,7 @@ from luqrun.quant.function import MaskedReLUFunction, Plan, QuantizedGemm, trace
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
 from luqrun.quant.kernels.layout import dense
-from luqrun.quant.kernels.philox import MICRO_STEP, STEP
+from luqrun.quant.kernels.philox import MICRO_STEP, RANKS, STEP
 from luqrun.quant.quantizer import update_hindsight
 from luqrun.quant.recipe import OPERANDS, Recipe
 
@@ -171,6 +173,7 @@ class QuantLayer(nn.Module):
         names = self.streams
         if wanted or self.recipe.has_stochastic_forward:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            assert rank < RANKS
             names = ops.next_draws(self.streams, learning, not wanted, rank, self.recipe.redraw_every)
         return dict(zip(OPERANDS, names.unbind(), strict=True))
 
@@ -268,7 +271,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(padding, str):
             # Modes and the uneven `same` are a pass of their own, before quantization.
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            batched = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode)
+            batched = F.pad(batched, padding_of_each_side(self), mode=mode)
             padding = (0, 0)
         op = ConvOp(self.stride, padding, self.dilation, self.groups)
         output = self.quantized_gemm(op, batched, self.weight, self.bias)
@@ -293,6 +296,6 @@ class MaskedReLU(nn.ReLU):
         # Who keeps the clone would find it changed; or it is no plain tensor.
         if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
             return super().forward(input)
-        if self.inplace and (input._is_view() or dense(input) is not input):
+        if self.inplace and (is_view(input) or dense(input) is not input):
             return super().forward(input)
         return MaskedReLUFunction.apply(input, self.inplace)

@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from luqrun.errors import UserError, check_at_least
+from luqrun.errors import UserError, check_at_least, check_at_most
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, Format, pack
 from luqrun.quant.kernels import fuses, has_kernels, ops
@@ -84,8 +84,7 @@ class Quantizer:
         object.__setattr__(self, "underflow", encoding.underflow)
         object.__setattr__(self, "encoding", encoding)  # no field: it follows from them
         check_at_least("samples", self.samples, 1)
-        if self.samples > MAX_SAMPLES:
-            raise UserError(f"samples={self.samples} is too many; at most {MAX_SAMPLES}")
+        check_at_most("samples", self.samples, MAX_SAMPLES)
         if not 0 <= self.hindsight_momentum < 1:
             raise UserError(f"hindsight_momentum={self.hindsight_momentum} is out of range; allowed: 0 <= eta < 1")
         check_at_least("redraw_every", self.redraw_every, 1)

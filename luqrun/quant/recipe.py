@@ -63,7 +63,9 @@ class Recipe:
             drawn = {each.redraw_every for each in found if each.is_stochastic}
             for key, values in (("hindsight_momentum", momenta), ("redraw_every", drawn)):
                 if len(values) > 1:
-                    raise UserError(f"{key} of the {operand} must be the same in all GEMMs, not {sorted(values)}")
+                    raise UserError(
+                        f"quant.{operand}.{key} must be the same in all GEMMs of the {operand}, not {sorted(values)}"
+                    )
         # No field: what each forward asks for.
         redraw_every = max((each.redraw_every for each in self.quantizers("gradient")), default=1)
         object.__setattr__(self, "redraw_every", redraw_every)
@@ -113,10 +115,12 @@ class Recipe:
         for gemm, pair in GEMMS.items():
             changes = _part(f"quant.{gemm}", keys.get(gemm, {}))
             for key in changes or ():
-                check_choice(f"quant.{gemm}: operand", key, pair._fields)
+                if key not in pair._fields:
+                    raise UserError(f"quant.{gemm}.{key} is not a key; allowed: {', '.join(pair._fields)}")
             changes = dict.fromkeys(pair._fields) if changes is None else changes
             made = (_of_gemm(gemm, operand, plain[operand], changes.get(operand, {})) for operand in pair._fields)
             gemms[gemm] = pair(*made)
+        _check_samples(plain["gradient"], keys, gemms)
         return cls(name=keys.get("name", "unnamed"), skip=tuple(skip), **gemms)
 
     def quantizers(self, operand: str) -> list[Quantizer]:
@@ -185,6 +189,20 @@ def _of_gemm(gemm: str, operand: str, plain: Mapping | None, changes: object) ->
     if gemm == "dgrad" and base.get("samples_scope", "wgrad") == "wgrad":
         base.pop("samples", None)
     return _build(key if changes else f"quant.{operand}", operand, {**base, **changes})
+
+
+def _check_samples(plain: Mapping | None, keys: Mapping, gemms: Mapping) -> None:
+    """Raise UserError where quant.gradient.samples is lost: a GEMM that should average has a gradient of its own."""
+    samples = (plain or {}).get("samples", 1)
+    scope = (plain or {}).get("samples_scope", "wgrad")
+    for gemm in ("wgrad",) if scope == "wgrad" else ("dgrad", "wgrad"):
+        found, changes = gemms[gemm].gradient, (keys.get(gemm) or {}).get("gradient") or {}
+        if samples > 1 and changes.get("samples") is None and (found is None or found.samples != samples):
+            own = "is in high precision" if found is None else "has a format of its own"
+            raise UserError(
+                f"quant.gradient.samples={samples} does not reach {gemm}, whose gradient {own}: "
+                f"quant.{gemm}.gradient.samples is for that one, quant.gradient.samples=1 for none"
+            )
 
 
 def _build(key: str, operand: str, keys: Mapping) -> Quantizer:

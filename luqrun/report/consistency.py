@@ -14,20 +14,28 @@ OF_A_CELL = ("quant", "finetune")  # what all tables compare
 def one_a_seed(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut]]:
     """A run for each cell and seed, and the others by name.
 
-    Of several RESULTS the latest counts, and of several layouts of run folders, as where a study was repeated with a
-    later luqrun. Of one run that is there more than once (in its folder and as a summary) the first counts if all say
-    the same. Else none counts: which of them is meant cannot be known.
+    Of several RESULTS in a table the latest counts, and in a cell of several layouts of run folders, as where a study
+    was repeated with a later luqrun. Of one run that is there more than once (in its folder and as a summary) the first
+    counts if all say the same. Else none counts: which of them is meant cannot be known.
     """
     by_cell: dict[tuple, list[Record]] = {}
+    latest_of, kept, left_out = {}, [], []
     for record in records:
-        by_cell.setdefault(_cell(record), []).append(record)
-    kept, left_out = [], []
+        latest_of[_table(record)] = max(record.results, latest_of.get(_table(record), 0))
+    for record in records:
+        latest = latest_of[_table(record)]
+        if record.results == latest:
+            by_cell.setdefault(_cell(record), []).append(record)
+        else:
+            reason = f"of RESULTS {record.results}: its table has runs of RESULTS {latest} too"
+            left_out.append(LeftOut(record.path, reason))
     for found in by_cell.values():
-        latest = max(map(_age, found))
-        left_out += [LeftOut(each.path, _earlier(_age(each), latest)) for each in found if _age(each) != latest]
+        latest = max(map(_layout, found))
+        earlier = "of an earlier layout: this cell and seed are there of the present one too"
+        left_out += [LeftOut(each.path, earlier) for each in found if _layout(each) != latest]
         runs: dict[str, list[Record]] = {}
         for record in found:
-            if _age(record) == latest:
+            if _layout(record) == latest:
                 runs.setdefault(record.path.name, []).append(record)
         agreeing = []
         for same in runs.values():
@@ -46,14 +54,12 @@ def _cell(record: Record) -> tuple:
     return record.study, record.table, record.scale, record.row, record.column, record.seed
 
 
-def _age(record: Record) -> tuple[int, int]:
-    return record.results, record.run.get("layout", 1)
+def _table(record: Record) -> tuple:
+    return record.study, record.table, record.scale
 
 
-def _earlier(own: tuple[int, int], latest: tuple[int, int]) -> str:
-    of = f"RESULTS {own[0]}" if own[0] != latest[0] else "an earlier layout"
-    there = f"RESULTS {latest[0]}" if own[0] != latest[0] else "the present one"
-    return f"of {of}: this cell and seed are there of {there} too"
+def _layout(record: Record) -> int:
+    return record.run.get("layout", 1)
 
 
 def _result(record: Record) -> tuple:
@@ -87,7 +93,7 @@ def trained_alike(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut
     """
     of_table, of_cell, left_out = {}, {}, []
     for record in records:
-        table = record.study, record.table, record.scale
+        table = _table(record)
         settings = record.settings()
         model = record.row if record.row == settings.get("model.name") else None
         of_cells = OF_A_CELL if model is None else (*OF_A_CELL, "model")

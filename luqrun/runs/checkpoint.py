@@ -21,7 +21,7 @@ from luqrun.runs.folder import write_atomically
 from luqrun.runs.identity import Identity, difference
 
 VERSION = 4
-KEYS = {"version", "identity", "num_classes", "model", "optimizer", "progress"}
+KEYS = {"version", "identity", "model", "optimizer", "progress"}
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
@@ -42,7 +42,6 @@ def save(
     content = {
         "version": VERSION,
         "identity": asdict(Identity.of(config, data)),
-        "num_classes": data.get("classes"),  # for who builds the network without luqrun
         "model": model,
         "optimizer": optimizer,
         "progress": progress,

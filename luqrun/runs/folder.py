@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from luqrun import __version__
 from luqrun.errors import UserError
@@ -55,6 +56,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # writing to an open file does not say which
         raise
+
+
+def _lock(file: IO) -> None:
+    """Lock it, with some patience: who only asks whether it is locked holds it for an instant."""
+    for wait in (0.005, 0.01, 0.02, None):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit it
+            return
+        except (BlockingIOError, PermissionError):
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 class RunFolder:
@@ -107,7 +120,7 @@ class RunFolder:
             raise Busy(f"{self.path} is being run by this process already")
         with (self.path / LOCK).open("a+") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit it
+                _lock(file)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 raise Busy(f"{self.path} is being run by another process ({file.read().strip()})") from None

@@ -29,7 +29,7 @@ DRAWS = 1 << 15
 
 
 def run(config: Config, folder: RunFolder) -> dict:
-    """Measure each quantizer of the recipe in three of its bins, and write summary.json.
+    """Measure each operand's quantizer, of the first GEMM that has one, in three of its bins; write summary.json.
 
     Raises UserError for a recipe without quantizers.
     """

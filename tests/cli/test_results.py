@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from running import tiny
 
 from luqrun.cli.results import closing_table, jobs_table
@@ -36,6 +37,22 @@ def test_accuracies_before_and_after_each_fine_tune_epoch(tmp_path, monkeypatch)
     assert "1234 images/s in training, 62 s of it, peak memory 5 MiB" in lines
     assert lines[-2].endswith("outputs/study/run")
     assert lines[-1].endswith("tensorboard --logdir outputs")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "formats"),
+    [
+        (("quant=fp32",), "full precision"),
+        (("quant.fprop=null",), "full precision"),
+        (("quant.fprop.weight=null",), "INT4 activations"),
+        (("quant.fprop.weight.format=int8",), "INT8 weights and INT4 activations"),
+        (("quant=fp32", "quant.fprop.weight.format=int4"), "INT4 weights"),
+        (("quant.dgrad=null", "quant.wgrad=null"), "INT4 weights and INT4 activations"),
+    ],
+)
+def test_an_evaluation_is_in_the_formats_of_fprop(tmp_path, overrides, formats):
+    lines = closing_table(tiny(*overrides), SUMMARY, tmp_path).splitlines()
+    assert f"resnet8 on glyphs, evaluated with {formats}" in lines
 
 
 def test_columns_line_up_whatever_the_lengths(tmp_path):

@@ -166,6 +166,31 @@ def test_each_gemm_takes_the_operands_that_its_own_quantizers_make(name, high):
     )
 
 
+def test_two_quantizers_of_an_operand_take_the_range_of_earlier_steps_alike():
+    """A hindsight range is that of the steps before for both GEMMs; the present maximum counts in the next step."""
+    nearest = Quantizer("e3m0_radix4", "hindsight", hindsight_momentum=0.0)
+    int4, int8 = (Quantizer(name, "hindsight", hindsight_momentum=0.0) for name in ("int4", "int8"))
+    recipe = Recipe("two", Fprop(int4, None), Dgrad(nearest), Wgrad(replace(nearest, largest=8192), int8))
+    layer = quantized(nn.Linear(8, 8, bias=False), recipe)
+    seen, run = [], Quantizer.run
+
+    def spy(self, x, stream, hindsight, *rest):
+        seen.append((self, hindsight.item()))
+        return run(self, x, stream, hindsight, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quantizer, "run", spy)
+        for size, before in ((1.0, 0.0), (8.0, 1.0), (2.0, 8.0)):
+            x, g = size * torch.eye(8), size * torch.ones(8, 8)
+            seen.clear()
+            layer(x.requires_grad_()).backward(g)
+            assert sorted(map(str, (quantizer for quantizer, _ in seen))) == sorted(
+                map(str, (int4, int8, nearest, recipe.wgrad.gradient))
+            )
+            assert {estimate for _, estimate in seen} == {before}
+    assert layer.gradient_hindsight == layer.activation_hindsight == 2.0
+
+
 @pytest.mark.parametrize(
     ("recipe", "calls"),
     [

@@ -105,7 +105,13 @@ def test_a_schemes_phases_are_two_quantizers():
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ({"fprop": {"gradient": {"format": "int4"}}}, r"fprop.*gradient.*activation, weight"),
+        ({"fprop": {"gradient": {"format": "int4"}}}, r"quant\.fprop\.gradient is not a key; .*activation, weight"),
+        (
+            {"samples": 2, "wgrad": {"gradient": {"format": "int4", "rounding": "stochastic"}}},
+            r"quant\.gradient\.samples=2 does not reach wgrad.*format of its own.*quant\.wgrad\.gradient\.samples",
+        ),
+        ({"samples": 2, "wgrad": None}, r"quant\.gradient\.samples=2 does not reach wgrad.*high precision"),
+        ({"samples": 2, "samples_scope": "both", "dgrad": {"gradient": None}}, r"does not reach dgrad"),
         ({"wgrad": {"gradient": {"formt": "int4"}}}, r"quant\.wgrad\.gradient\.formt.*format"),
         ({"wgrad": {"gradient": {"samples": 0}}}, r"quant\.wgrad\.gradient\.samples=0"),
         ({"dgrad": {"weight": {"samples": 2}}}, r"quant\.dgrad\.weight\.samples .*quant\.gradient\.samples"),
@@ -113,7 +119,7 @@ def test_a_schemes_phases_are_two_quantizers():
         ({"gradient": None, "wgrad": {"gradient": {"samples": 2}}}, r"quant\.wgrad\.gradient\.format is missing"),
         (
             {"gradient": {"redraw_every": 2}, "wgrad": {"gradient": {"redraw_every": 3}}},
-            r"redraw_every of the gradient must be the same in all GEMMs, not \[2, 3\]",
+            r"quant\.gradient\.redraw_every must be the same in all GEMMs of the gradient, not \[2, 3\]",
         ),
     ],
 )

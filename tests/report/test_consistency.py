@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from report_runs import a_record
 
-from luqrun.report.consistency import trained_alike
+from luqrun.report.consistency import one_a_seed, trained_alike
 
 
 def trained(seed, epochs=6, row="luq", **more):
@@ -150,8 +150,7 @@ def test_of_many_keys_three_are_named():
     odd = trained(2, epochs=1, precision="bf16", compile=True, dataset={"batch_size": 1}, job="other", zeal=1)
     _, (left_out,) = trained_alike([trained(0), trained(1), odd])
     assert left_out.reason.endswith(
-        ": dataset.batch_size=1 instead of None, precision=bf16 instead of None, schedule.epochs=1 instead of 6, "
-        "and 2 more"
+        ": dataset.batch_size=1 instead of None, job=other instead of None, precision=bf16 instead of None, and 2 more"
     )
 
 
@@ -160,3 +159,18 @@ def test_of_measured_runs_only_the_recipe_counts():
     assert trained_alike(runs) == (runs, [])
     odd = trained(2, job="rounding", quant={"name": "fp32"})
     assert [each.path for each in trained_alike([*runs, odd])[1]] == [odd.path]
+
+
+def test_a_table_is_of_its_latest_results_alone():
+    """Else the cells that were repeated would be compared with cells of other numbers, or be left out for them."""
+    old = [trained(seed, row=row) for row in ("luq", "fp32") for seed in (0, 1)]
+    old = [
+        replace(record, path=Path(f"old{number}"), run={"status": "finished", "results": 1})
+        for number, record in enumerate(old)
+    ]
+    new = replace(trained(0, row="fp32"), path=Path("new"), run={"status": "finished", "results": 2})
+    elsewhere = replace(old[0], study="other", path=Path("elsewhere"))
+    kept, left_out = one_a_seed([*old, new, elsewhere])
+    assert kept == [new, elsewhere]
+    assert [each.path for each in left_out] == [record.path for record in old]
+    assert {each.reason for each in left_out} == {"of RESULTS 1: its table has runs of RESULTS 2 too"}

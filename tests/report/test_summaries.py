@@ -129,7 +129,7 @@ def test_of_a_run_of_two_results_the_later_counts(tmp_path):
     (run / "run.json").write_text(json.dumps(change_run))
     (record,), (left_out,) = read_inputs([path.parent, outputs])
     assert (record.value, record.results) == (80.0, 2)
-    assert left_out.reason == "of RESULTS 1: this cell and seed are there of RESULTS 2 too"
+    assert left_out.reason == "of RESULTS 1: its table has runs of RESULTS 2 too"
     summary = summaries.summary(record)
     assert summary["results"] == 2
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from luqrun.runs import folder as run_folder
-from luqrun.runs.folder import Busy, RunFolder, provenance, write_atomically
+from luqrun.runs.folder import LOCK, Busy, RunFolder, provenance, write_atomically
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -147,6 +147,28 @@ def test_a_folder_is_locked_while_its_process_lives(tmp_path):
     assert not RunFolder(tmp_path).is_locked()
     with RunFolder(tmp_path).locked():  # nothing is left of a dead one
         pass
+
+
+ASKER = """
+import sys
+from luqrun.runs.folder import RunFolder
+print("asking", flush=True)
+while True:
+    RunFolder(sys.argv[1]).is_locked()
+"""
+
+
+def test_who_only_asks_keeps_nobody_from_the_lock(tmp_path):
+    (tmp_path / LOCK).touch()
+    asker = subprocess.Popen([sys.executable, "-c", ASKER, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert asker.stdout.readline() == "asking\n"
+        for _ in range(200):
+            with RunFolder(tmp_path).locked():
+                pass
+    finally:
+        asker.kill()
+        asker.communicate()
 
 
 def test_a_lock_is_not_lost_by_asking_for_it(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import has_vnni
 from luqrun.quant.kernels.cpu import int8_direct, int8_products
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT, has_amx
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, multiply, scratch
@@ -38,11 +39,11 @@ CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int
 @functools.cache
 def is_fast() -> bool:
     """Whether this CPU multiplies int8 by itself (VNNI), through oneDNN, exactly."""
-    has_vnni = getattr(torch.cpu, "_is_vnni_supported", None)
-    if has_vnni is None:
+    vnni = has_vnni()
+    if vnni is None:
         log.warning("this torch does not say whether the CPU has VNNI: GEMMs run in floating point, slower")
         return False
-    if not (torch.backends.mkldnn.is_available() and has_vnni()):
+    if not (torch.backends.mkldnn.is_available() and vnni):
         return False
     # Where it is not exact for a usual product, floating point is faster than what is made of the integers then.
     return int8_products.proven(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads())

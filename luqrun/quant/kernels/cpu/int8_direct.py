@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from luqrun.internals.of_torch import conv_of_codes, prepack_conv
+
 EXACT_FLOATS = 1 << 24  # up to which float32 holds every integer
 SHIFT = 128  # what makes signed codes unsigned
 BLOCK_BYTES = 1 << 21  # of images at a time, for each thread, so that they stay in its cache
@@ -89,14 +91,13 @@ def pack(matrix: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Te
     depth, channels = matrix.shape
     weight = matrix.t().view(channels, *kernel, depth // (kernel[0] * kernel[1])).permute(0, 3, 1, 2)
     ones, _ = _ones_and_zeros(channels)
-    return torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, stride, (0, 0), (1, 1), 1, None)
+    return prepack_conv(weight, ones, stride)
 
 
 def convolve(images: Tensor, packed: Tensor, kind: Kind) -> Tensor:
     """float32 (N * H' * W', K): the sums of uint8 (N, H, W, C) with a weight from `pack`."""
     ones, zeros = _ones_and_zeros(kind.out_channels)
-    how = packed, ones, zeros, None, kind.stride, (0, 0), (1, 1), 1, 1.0, 0, torch.float32, "none", [], None
-    out = torch.ops.onednn.qconv2d_pointwise(images.permute(0, 3, 1, 2), 1.0, 0, *how)
+    out = conv_of_codes(images.permute(0, 3, 1, 2), packed, ones, zeros, kind.stride)
     if out.shape != (kind.images, kind.out_channels, *kind.out_size()):
         raise RuntimeError(f"it returns {tuple(out.shape)}")
     return out.permute(0, 2, 3, 1).reshape(-1, kind.out_channels).contiguous()
