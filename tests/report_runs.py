@@ -68,7 +68,7 @@ def summary_json(top1: float) -> dict:
         **last,
         "before_finetune": last,
         "finetune": [],
-        "best_top1": top1,
+        "best_metric": top1,
         "train_seconds": 44.4,
         "images_per_second": 2125.1,
         "peak_memory_bytes": 1208082432,

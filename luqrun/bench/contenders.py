@@ -18,6 +18,7 @@ from luqrun.bench.timing import Contender
 from luqrun.config import ModelConfig, ScheduleConfig, recipe
 from luqrun.quant import function, gemms, kernels, quantizer
 from luqrun.quant.convert import quantize_model
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import get_format
 from luqrun.quant.function import code_dtype
 from luqrun.quant.kernels import ops, reference
@@ -46,8 +47,8 @@ def oracle(device_type: str) -> Iterator[None]:
         yield
 
 
-def _encode(x, scale, signed, format, *rest):
-    return reference.encode(x, scale, signed, get_format(format), *rest)
+def _encode(x, scale, signed, encoding, *rest):
+    return reference.encode(x, scale, signed, Encoding.of(encoding), *rest)
 
 
 def _unpack(fields, shape, channels_last, signed, format, dtype):

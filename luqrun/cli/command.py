@@ -38,7 +38,6 @@ from luqrun.runs.folder import Busy, RunFolder, now, provenance, write_atomicall
 from luqrun.runs.identity import LAYOUT, refuse_other_run, run_id, runs_beside
 from luqrun.runs.metric import Metric
 from luqrun.runs.reading import CONFIG, SUMMARY, metric_of
-from luqrun.runs.start import diverged_base
 from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
 from luqrun.runtime.openmp import limit_spinning
@@ -272,6 +271,10 @@ def _begin(config: Config, data: dict, folder: RunFolder, held: ExitStack) -> di
         if config.reuse and (twin := find_twin(config, folder, data)):
             log.info("taken over from %s, the same run in another study (in a new study, reuse=false trains it)", twin)
             return adopt(twin, folder)
+        if config.resume != "base":
+            return None
+        from luqrun.runs.start import diverged_base  # pulls in torch
+
         if base := diverged_base(config, folder, data):
             log.info("diverged as the run without fine-tuning, %s, did", base)
             return adopt(base, folder)

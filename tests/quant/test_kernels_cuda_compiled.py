@@ -71,7 +71,7 @@ def test_operators_run_on_them(monkeypatch, shape):
     torch.library.opcheck(torch.ops.luqrun.encode, (x, *rest), test_utils=checks)
     torch.library.opcheck(torch.ops.luqrun.statistics, (x, True), test_utils=checks)
     torch.library.opcheck(torch.ops.luqrun.relu_, (x.clone(),), test_utils=checks)
-    quantize = "int4", "nearest", None, "sawb", False, None, STREAM, torch.bfloat16, True
+    quantize = Encoding("int4", "sawb").key, None, STREAM, torch.bfloat16, True
     torch.library.opcheck(torch.ops.luqrun.quantize, (x, *quantize), test_utils=checks)
     unpack = found[1], list(shape), x.dim() == 4, rest[1], "int4", torch.int8
     torch.library.opcheck(torch.ops.luqrun.unpack, unpack, test_utils=checks)

@@ -104,7 +104,7 @@ def test_a_run_is_judged_by_the_metric_that_it_recorded(tmp_path):
         assert only_reason(tmp_path).startswith("run.json is damaged (metric is ")
 
 
-@pytest.mark.parametrize("name", ["val/top1", "val/top5", "val/loss", "best_top1"])
+@pytest.mark.parametrize("name", ["val/top1", "val/top5", "val/loss", "best_metric"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_summary_with_nan_is_left_out(tmp_path, name, value):
     change(write_run(tmp_path), "summary.json", **{name: value})

@@ -17,7 +17,8 @@ from luqrun.config import FinetuneConfig, ModelConfig, recipe
 from luqrun.errors import UserError
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.runs.folder import RunFolder, run_id
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.identity import run_id
 from luqrun.train import rounding_experiment
 
 QUANTIZERS = {
