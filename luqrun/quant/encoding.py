@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass, fields
 
@@ -56,6 +55,7 @@ class Encoding:
         object.__setattr__(self, "form", form)
         object.__setattr__(self, "sawb", SAWB[form.bits] if self.range == "sawb" else (0.0, 0.0))
         object.__setattr__(self, "key", json.dumps([getattr(self, each.name) for each in fields(self)]))
+        _known[self.key] = self
 
     def _check_largest(self, form: Format) -> None:
         if not form.logarithmic:
@@ -77,7 +77,11 @@ class Encoding:
         return "stochastic" in (self.rounding, self.underflow)
 
     @staticmethod
-    @functools.cache
     def of(key: str) -> Encoding:
         """The encoding with this key."""
-        return Encoding(*json.loads(key))
+        if key not in _known:  # it was made in another process
+            Encoding(*json.loads(key))
+        return _known[key]
+
+
+_known: dict[str, Encoding] = {}  # by key; a dictionary, which torch.compile reads where it cannot call functools.cache

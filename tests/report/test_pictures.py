@@ -93,7 +93,7 @@ def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
     summary = json.loads((run / "summary.json").read_text())
     assert record.value == summary["val/top1"]
     assert summary.keys() == summary_json(1.0).keys()
-    assert record.run.keys() == run_json("finished", []).keys() | {"data", "world_sizes"}
+    assert record.run.keys() == run_json("finished", []).keys() | {"data", "metric", "world_sizes"}
     written = {row["kind"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
     ours = {row["kind"]: row for row in map(json.loads, metrics_lines([1.0]))}
     assert {kind: row.keys() for kind, row in written.items()} == {kind: row.keys() for kind, row in ours.items()}

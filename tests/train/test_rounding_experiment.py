@@ -159,13 +159,13 @@ def test_bins_and_operands_are_measured_apart_and_a_run_repeats(tmp_path):
 
 def test_what_does_not_matter_to_it_is_not_in_its_name():
     luq = config("quant=luq")
-    name = run_id(luq)
+    name = run_id(luq, {})
     assert name.startswith("rounding-luq-seed0-")
     same = {"precision": "bf16", "study": "other", "model": ModelConfig("vit_tiny"), "finetune": FinetuneConfig("none")}
     for key, value in same.items():
-        assert run_id(dataclasses.replace(luq, **{key: value})) == name
+        assert run_id(dataclasses.replace(luq, **{key: value}), {}) == name
     others = (dataclasses.replace(luq, seed=1), config("quant=forward_sr"), config("quant=luq", "job=train"))
-    assert len({name, *map(run_id, others)}) == 4
+    assert len({name, *(run_id(other, {}) for other in others)}) == 4
 
 
 def test_a_recipe_without_quantizers_is_refused(tmp_path):
