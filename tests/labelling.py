@@ -41,6 +41,7 @@ class Labelling:
             train=Words(64, seed=0),
             val=Words(45, seed=1),
             fingerprint=fingerprint(config),
+            sizes={"letters": LETTERS, "classes": CLASSES},
             describe=lambda: "64 training and 45 validation words",
         )
 

@@ -33,13 +33,21 @@ class Damaged(UserError):
 
 
 def save(
-    path: Path, config: Config, data: dict, model: dict[str, Tensor], optimizer: dict, progress: dict[str, object]
+    path: Path,
+    config: Config,
+    data: dict,
+    model: dict[str, Tensor],
+    optimizer: dict,
+    progress: dict[str, object],
+    sizes: dict[str, int] | None = None,
 ) -> None:
     """Write a checkpoint; on a full disk the old file stays. What was last.pt is then previous.pt.
 
-    data: the fingerprint of what is trained on (luqrun.runs.identity).
+    data: the fingerprint of what is trained on (luqrun.runs.identity). sizes: what else is needed to build the network
+    without luqrun, such as num_classes; nothing here reads it.
     """
     content = {
+        **(sizes or {}),
         "version": VERSION,
         "identity": asdict(Identity.of(config, data)),
         "model": model,
@@ -92,7 +100,7 @@ def read(path: Path) -> dict:
     if type(version) is int and version < VERSION:
         how = f"of an earlier luqrun (version {version} of checkpoints, here it is {VERSION}), and cannot be continued"
         raise UserError(f"checkpoint {path} is {how}; {ADVICE}")
-    if version != VERSION or set(content) != KEYS:
+    if version != VERSION or not set(content) >= KEYS:
         raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {ADVICE}")
     return content
 

@@ -35,6 +35,10 @@ class Data(Protocol):
     @property
     def fingerprint(self) -> dict[str, object]: ...
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the network, such as num_classes; checkpoints hold them, for who builds it without luqrun."""
+
     def describe(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""
 

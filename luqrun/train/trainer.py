@@ -305,7 +305,7 @@ class Trainer:
         self.progress.update(self.folder.written(), latest=self.tracker.latest)
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         path = self.folder.checkpoints / name
-        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress)
+        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress, self.data.sizes)
 
     def summarize(self) -> dict:
         """The content of summary.json."""

@@ -14,6 +14,7 @@ from torch import nn
 from luqrun import RESULTS
 from luqrun.errors import UserError
 from luqrun.runs import checkpoint
+from luqrun.tasks import build_task
 
 
 def data(**changes):
@@ -274,3 +275,11 @@ def test_the_one_before_is_kept(path, monkeypatch):
     found = [checkpoint.read(path.with_name(name))["progress"]["step"] for name in ("last.pt", "previous.pt")]
     assert found == [4, 3]
     assert sorted(os.listdir(path.parent)) == ["last.pt", "previous.pt"]
+
+
+def test_the_sizes_of_a_network_are_beside_its_weights(tmp_path):
+    """For who builds it without luqrun; also where the data follow from the settings (glyphs: 47 classes)."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, tiny(), data(), *content(tiny()), sizes={"num_classes": 47})
+    assert checkpoint.read(path)["num_classes"] == 47
+    assert build_task(tiny()).data.sizes == {"num_classes": 47}

@@ -32,6 +32,11 @@ class ImageData:
     of: int | None = None
     left_out: str = ""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the network, for checkpoints."""
+        return {"num_classes": len(self.classes)}
+
     def describe(self) -> str:
         """Such as "10,000 training and 4,000 validation images of 94 classes"."""
         of = f" of {self.of:,}" if self.of not in (None, len(self.train)) else ""
