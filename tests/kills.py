@@ -140,7 +140,7 @@ def only_run(root: Path, study: str) -> RunFolder:
 
 def _await_training(process, root: Path, study: str):
     """Return when a process has begun its file of curves, the last thing before its first step; its end if it ended."""
-    pattern = f"*/{EVENTS.removesuffix('*')}*.{process.pid}.0"
+    pattern = f"*/{EVENTS.removesuffix('*')}*.{process.pid}.*"  # and how many the process has begun
     while not list((root / "outputs" / study).glob(pattern)):
         if (result := process.wait(0.01)) is not None:
             return result
