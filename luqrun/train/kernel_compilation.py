@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from luqrun.quant.convert import MaskedReLU, quantize_model, quantized_layers
-from luqrun.quant.kernels import backend_for
+from luqrun.quant.kernels import MODULES, backend_for
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
 
@@ -44,7 +44,7 @@ def _train_tiny_network(recipe: Recipe, convolves: bool, rectifies: bool) -> Non
 
 def compile_kernels(rehearse: Callable[[], object], no_bar: bool | None) -> None:
     """Compile, or load, the CPU's kernels that `rehearse` calls, none of which computes anything meanwhile."""
-    if backend_for("cpu").__name__ != "luqrun.quant.kernels.cpu.backend":
+    if backend_for("cpu").__name__ != MODULES["cpu"]:
         return
     from luqrun.quant.kernels.cpu import (
         ahead,
