@@ -25,10 +25,16 @@ RANGE_SCOPES = ("rank", "global")
 
 @dataclass
 class ModelConfig:
-    """Which network. `stem`: auto (small for images up to 64 pixels), small or full."""
+    """Which network. `stem`: of one for images: auto (small for images up to 64 pixels), small or full.
+
+    Of one for text: `dropout`, its share (null: the network's own); `weights`: a folder in the Hugging Face layout to
+    start from.
+    """
 
     name: str = "???"
     stem: str = "auto"
+    dropout: float | None = None
+    weights: str | None = None
 
 
 @dataclass
@@ -42,7 +48,13 @@ class GlyphsConfig:
 
 @dataclass
 class DatasetConfig:
-    """Where images come from and how they are served. `limit`: a fixed random subset of the training images."""
+    """Where examples come from and how they are served. `limit`: a fixed random subset of the training examples.
+
+    Of text (null: not read by this data set): `source` and `target`, the languages that a translation is from and to;
+    `vocabulary`, how many subwords; `max_length`, in subwords, of a sentence or a window, and `stride`, by how many
+    windows overlap; `batch_tokens`, how many subwords, padding included, a training batch of sentences has at most;
+    `examples`, how many training examples are generated.
+    """
 
     name: str = "???"
     root: str | None = None
@@ -52,6 +64,13 @@ class DatasetConfig:
     limit: int | None = None
     augment: bool = True
     glyphs: GlyphsConfig | None = None
+    source: str | None = None
+    target: str | None = None
+    vocabulary: int | None = None
+    max_length: int | None = None
+    stride: int | None = None
+    batch_tokens: int | None = None
+    examples: int | None = None
 
 
 @dataclass
@@ -135,7 +154,11 @@ class QuantConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Optimizer and learning rate. `accumulate` micro-batches make one step; epochs may not be zero."""
+    """Optimizer and learning rate. `accumulate` micro-batches make one step; epochs may not be zero.
+
+    `warmup_steps`: instead of `warmup_epochs`; `beta2`: AdamW's second momentum (null: 0.999); `average`: the weights
+    at the ends of that many last epochs are averaged (null: the last ones are taken).
+    """
 
     name: str = "???"
     epochs: int = 6
@@ -152,6 +175,9 @@ class ScheduleConfig:
     clip_grad_norm: float | None = None
     accumulate: int = 1
     finetune_lr: float = 1e-3
+    warmup_steps: int | None = None
+    beta2: float | None = None
+    average: int | None = None
 
 
 @dataclass

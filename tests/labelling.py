@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from luqrun.config import Config
 from luqrun.runs.metric import Metric
+from luqrun.tasks.task import Task
 
 LETTERS, CLASSES, LONGEST, PADDING = 12, 3, 9, -1
 
@@ -31,7 +32,7 @@ class Words:
         return {"letters": self.letters[chosen], "labels": self.labels[chosen]}
 
 
-class Labelling:
+class Labelling(Task):
     metrics = (Metric("val/error", "error %", higher_is_better=False), Metric("val/loss", "loss", False))
     unit = "letters"
     equal_weights = False
@@ -40,6 +41,7 @@ class Labelling:
         self.data = SimpleNamespace(
             train=Words(64, seed=0),
             val=Words(45, seed=1),
+            test=Words(20, seed=2),
             fingerprint=fingerprint(config),
             sizes={"letters": LETTERS, "classes": CLASSES},
             describe=lambda: "64 training and 45 validation words",
@@ -62,13 +64,17 @@ class Labelling:
         losses = F.cross_entropy(logits.mT, batch["labels"], ignore_index=PADDING, reduction="none").sum(1)
         return list(zip(logits.argmax(2).tolist(), losses.tolist(), strict=True))
 
-    def score(self, predictions: list) -> dict[str, float]:
+    def files(self, predictions: list, split: str = "val") -> dict[str, str]:
+        found = [classes for batch in predictions for classes, _ in batch]
+        return {f"{split}.txt": "".join(" ".join(map(str, classes)) + "\n" for classes in found)}
+
+    def score(self, predictions: list, split: str = "val") -> dict[str, float]:
         found, losses = zip(*(word for batch in predictions for word in batch), strict=True)
-        labels = self.data.val.labels  # whose order the predictions must have
+        labels = getattr(self.data, split).labels  # whose order the predictions must have
         counted = labels != PADDING
         wrong = (torch.tensor(found) != labels)[counted]
         error = 100 * wrong.double().mean().item()
-        return {"val/error": error, "val/loss": sum(losses) / int(counted.sum())}
+        return {f"{split}/error": error, f"{split}/loss": sum(losses) / int(counted.sum())}
 
 
 build = Labelling

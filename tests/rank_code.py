@@ -22,6 +22,7 @@ from luqrun.quant.recipe import Recipe
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
 from luqrun.train import trainer
+from luqrun.train.evaluation import evaluate
 
 QUANTIZERS = {
     "absmax": Quantizer("e3m0"),
@@ -94,7 +95,7 @@ def stochastic_forward():
 def evaluated(folder: Path):
     """What an untrained network with a stochastic forward answers to the validation images."""
     with running.quiet_machine(folder / f"cache{process_group.rank()}"):
-        return running.build_trainer(folder / f"evaluated{process_group.rank()}", *EVALUATED).evaluate()
+        return evaluate(running.build_trainer(folder / f"evaluated{process_group.rank()}", *EVALUATED))
 
 
 def sharded():
@@ -133,7 +134,7 @@ def labelled(path: Path):
     own = np.array_split(order, process_group.world_size())[process_group.rank()]
     run.accumulate_gradients([words.batch(each, None) for each in np.array_split(own, 2)], record_health=False)
     run.tracker.close()
-    return torch.cat([each.grad.flatten() for each in run.model.parameters()]), run.evaluate()
+    return torch.cat([each.grad.flatten() for each in run.model.parameters()]), evaluate(run)
 
 
 def trained(folder):

@@ -21,6 +21,7 @@ from luqrun.report import experiments
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import run_id
 from luqrun.train import trainer
+from luqrun.train.evaluation import evaluate
 from luqrun.train.schedules import learning_rate
 
 CONF = conf_dir()
@@ -292,7 +293,7 @@ def one_step(config, images, path) -> None:
         try:
             run.train_epoch(0)
             assert run.progress["step"] == 1
-            assert run.evaluate()["val/loss"] > 0
+            assert evaluate(run)["val/loss"] > 0
         finally:
             run.tracker.close()
 

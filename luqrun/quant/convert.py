@@ -22,10 +22,11 @@ from luqrun.quant.coverage import (
     unquantized_layers,
     warn_of_unquantized,
 )
-from luqrun.quant.dataflow import Ends, find_ends
+from luqrun.quant.dataflow import EMBEDDINGS, Ends, find_ends
 from luqrun.quant.draws import rename_copies
-from luqrun.quant.layers import MaskedReLU, QuantConv2d, QuantLayer, QuantLinear
+from luqrun.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from luqrun.quant.recipe import Recipe
+from luqrun.quant.relu import MaskedReLU
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,14 @@ def quantize_model(
     """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
 
     Parameters, hooks and state_dict keys stay (a hindsight range adds buffers), and so do the layer objects, whoever
-    holds them. A ReLU then keeps one bit an element for its backward pass (layers.MaskedReLU), in any part of the
+    holds them. A ReLU then keeps one bit an element for its backward pass (relu.MaskedReLU), in any part of the
     model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they draw
     alike. Returns the model, or its replacement where the model itself is a layer.
 
     skip: layers to leave, instead of recipe.skip; `()` quantizes every layer. `first` are the layers that the input
     reaches through no other layer, `last` those whose output reaches the model's through no other: several where a
-    network branches, as with an auxiliary head. torch.fx traces the forward for it (and the modules' attributes are
+    network branches, as with an auxiliary head. An embedding is a layer here, though none that is quantized: of a
+    network for text it is the first one. torch.fx traces the forward for it (and the modules' attributes are
     restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
     which.
@@ -163,7 +165,9 @@ def _skipped(
 
 
 def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unquantized], example) -> Ends:
-    layers = {**found, **{name: other.module for name, other in others.items()}, **dict(quantized_layers(model))}
+    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, EMBEDDINGS)}
+    unquantized = {name: other.module for name, other in others.items()}
+    layers = {**found, **unquantized, **dict(quantized_layers(model)), **embeddings}
     registered = {name: layers[name] for name, _ in model.named_modules() if name in layers}
     return find_ends(model, registered, list(found), example)
 

@@ -26,7 +26,8 @@ CHAINS = (
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
     *(nn.Transformer, nn.MultiheadAttention),
 )
-LOOKUPS = (F.embedding, F.embedding_bag)  # a weight tied to an embedding's is not multiplied there
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+LOOKUPS = (F.embedding, F.embedding_bag)  # where a weight is looked up; one that is tied to it is multiplied elsewhere
 
 
 class Ends(NamedTuple):
@@ -97,8 +98,9 @@ class Flow:
 
 
 def find_ends(model: nn.Module, layers: dict[str, nn.Module], names: Sequence[str], example=None) -> Ends:
-    """The first and last of `layers`, all that multiply by weights. First is a layer that the model's input reaches
-    through no other, last one whose output reaches the model's through no other: several where a network branches.
+    """The first and last of `layers`, all that multiply by weights, and embeddings. First is a layer that the model's
+    input reaches through no other, last one whose output reaches the model's through no other: several where a network
+    branches.
 
     example: the input (a tensor, a tuple of arguments, or a dict of keywords) of an evaluation forward that shows it;
     else torch.fx traces the model. Where fx cannot, the first and last of `names` by registration.
@@ -167,26 +169,28 @@ class _Observer(TorchFunctionMode):
 
     def __init__(self, flow: Flow, layers: dict[str, nn.Module]):
         super().__init__()
-        self.flow, self.labels, self.weights = flow, {}, {}
+        self.flow, self.labels, self.weights, self.tables = flow, {}, {}, {}
         for name, layer in layers.items():
+            of = self.tables if isinstance(layer, EMBEDDINGS) else self.weights
             for weight in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-                self.weights[id(weight)] = self.weights.get(id(weight), 0) | flow.bits[name]
+                of[id(weight)] = of.get(id(weight), 0) | flow.bits[name]
 
     def put(self, tensor: Tensor, label: Label) -> None:
-        if id(tensor) not in self.weights:
+        if id(tensor) not in self.weights and id(tensor) not in self.tables:
             self.labels[id(tensor)] = (weakref.ref(tensor), label)
 
     def get(self, tensor: Tensor) -> Label:
         reference, label = self.labels.get(id(tensor), (None, Label()))
         alive = reference is not None and reference() is tensor  # an id is used again
-        return label if alive else Label(0, self.weights.get(id(tensor), 0))
+        return label if alive else Label(0, self.weights.get(id(tensor), 0) or self.tables.get(id(tensor), 0))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         labels = [self.get(each) for each in given]
         if func in LOOKUPS:
-            labels = [Label(label.flow) for label in labels]
+            table = sum({self.tables.get(id(each), 0) for each in given})
+            labels = [*(Label(label.flow) for label in labels), Label(0, table)]
         if func is F.multi_head_attention_forward:  # reads out_proj's weight too
             weights = [name for name, bit in self.flow.bits.items() if any(label.weights & bit for label in labels)]
             label = Label(self.flow.chain(weights, self.flow.operation([Label(each.flow) for each in labels]).flow))

@@ -22,10 +22,11 @@ from luqrun.internals.of_torch import is_batched, is_watched
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops
-from luqrun.quant.kernels.layout import dense, is_channels_last
+from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
+from luqrun.quant.sharing import made_once
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
@@ -154,7 +155,21 @@ class Plan:
     def quantize_forward(
         self, operand: str, x: Tensor, gemms: dict[str, Quantizer | None], dtype: torch.dtype, keep: bool
     ) -> tuple[Operand, Stored]:
-        """x for fprop, and with `keep` what the backward pass takes of it for the other of its two `gemms`."""
+        """x for fprop, and with `keep` what the backward pass takes of it for the other of its two `gemms`.
+
+        Where several layers read one activation, the first of them quantizes it for all.
+        """
+        first, second = gemms.values()
+        alone = self.share is not None or self.health is not None  # what belongs to this layer is done in it
+        needed = (first, second) if keep else (first,)
+        if operand == "activation" and not alone and all(each is not None and each.repeats for each in needed):
+            key = (first, second, dtype, keep)
+            return made_once(x, key, lambda: self._quantize_forward(operand, x, gemms, dtype, keep))
+        return self._quantize_forward(operand, x, gemms, dtype, keep)
+
+    def _quantize_forward(
+        self, operand: str, x: Tensor, gemms: dict[str, Quantizer | None], dtype: torch.dtype, keep: bool
+    ) -> tuple[Operand, Stored]:
         (_, first), (gemm, second) = gemms.items()
         same = in_same_codes(first, second)
         if first is None and second is not None and keep:
@@ -321,28 +336,3 @@ class QuantizedGemm(torch.autograd.Function):
             a = ctx.stored_a._replace(shape=a_shape).operand(saved[: ctx.split], codes)
             grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None
-
-
-class MaskedReLUFunction(torch.autograd.Function):
-    """max(x, 0), keeping a mask of one bit an element."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, inplace: bool):
-        if inplace:
-            ctx.mark_dirty(x)
-        else:
-            x = dense(x).clone(memory_format=torch.preserve_format)
-        ctx.channels_last = is_channels_last(x)
-        ctx.save_for_backward(ops.relu_(x))
-        return x
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        (mask,) = ctx.saved_tensors
-        if not torch.is_grad_enabled() and not is_batched(grad_output):
-            return ops.relu_backward(grad_output, mask, ctx.channels_last), None
-        # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
-        with torch.no_grad():
-            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
-            passes = ops.relu_backward(ones, mask, ctx.channels_last) > 0
-        return torch.where(passes, grad_output, 0), None

@@ -18,20 +18,17 @@ from luqrun.errors import TensorError, UserError
 from luqrun.internals.of_torch import (
     PLAIN,
     has_dispatch,
-    has_modes,
     has_tangent,
     is_transformed,
-    is_view,
     outermost_module,
     padding_of_each_side,
     repeats_forward,
     run_while_traced,
 )
 from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
-from luqrun.quant.function import MaskedReLUFunction, Plan, QuantizedGemm, traced_gemm
+from luqrun.quant.function import Plan, QuantizedGemm, traced_gemm
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
-from luqrun.quant.kernels.layout import dense
 from luqrun.quant.kernels.philox import MICRO_STEP, RANKS, STEP
 from luqrun.quant.quantizer import update_hindsight
 from luqrun.quant.recipe import OPERANDS, Recipe
@@ -276,26 +273,3 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         op = ConvOp(self.stride, padding, self.dilation, self.groups)
         output = self.quantized_gemm(op, batched, self.weight, self.bias)
         return output if input.dim() == 4 else output.squeeze(0)
-
-
-class MaskedReLU(nn.ReLU):
-    """nn.ReLU that keeps one bit an element for its backward pass, where nn.ReLU keeps its output.
-
-    The layer after it keeps packed codes instead of that output, so nothing else would hold it. Compiled, it is
-    nn.ReLU: there the compiler fuses it with its neighbours and chooses what to keep.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        node = as_leaf(self, input)
-        if node is not None:
-            return node
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:
-            return super().forward(input)
-        if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
-            return super().forward(input)
-        # Who keeps the clone would find it changed; or it is no plain tensor.
-        if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
-            return super().forward(input)
-        if self.inplace and (is_view(input) or dense(input) is not input):
-            return super().forward(input)
-        return MaskedReLUFunction.apply(input, self.inplace)

@@ -108,6 +108,12 @@ class RunFolder:
         if self.writes:
             write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
+    def write_text(self, name: str, text: str) -> None:
+        """name: may be of a file in a folder, which is made."""
+        if self.writes:
+            (self.path / name).parent.mkdir(exist_ok=True)
+            write_atomically(self.path / name, text.encode())
+
     def update_run(self, **fields) -> None:
         """Change fields of run.json."""
         if self.writes:

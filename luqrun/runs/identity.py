@@ -30,7 +30,14 @@ LAYOUT = 2  # of run folders, in run.json; in the first the hash was of the sett
 NOT_IN_RESULT = {
     "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking"),
     "dataset": ("root", "workers"),
+    "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
+}
+# Keys that decide nothing where they are null: most runs have no use for them, and earlier ones were without.
+OPTIONAL = {
+    "dataset": ("source", "target", "vocabulary", "max_length", "stride", "batch_tokens", "examples"),
+    "model": ("dropout",),
+    "schedule": ("warmup_steps", "beta2", "average"),
 }
 KIND = "job"  # the key that says whether a run trains or measures
 MAX_NAME = 200  # bytes; file systems take 255
@@ -78,6 +85,11 @@ def deciding_settings(config: Config | dict) -> dict:
         of = values.get(part) if part else values
         for name in names if isinstance(of, dict) else ():
             of.pop(name, None)
+    for part, names in OPTIONAL.items():
+        of = values.get(part)
+        for name in names if isinstance(of, dict) else ():
+            if of.get(name, 0) is None:
+                of.pop(name)
     if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
     if parts["finetune"].get("epochs") == 0:

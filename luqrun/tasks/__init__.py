@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import os
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -39,13 +41,13 @@ def fingerprint_data(config: Config) -> dict[str, object]:
     """
     if config.job != "train":
         return {}
-    key = config.dataset.name, config.dataset.root, os.getcwd()
+    key = json.dumps([dataclasses.asdict(config.dataset), config.model.weights, os.getcwd()])
     if key not in _fingerprints:
         _fingerprints[key] = _module(config).fingerprint(config)
     return _fingerprints[key]
 
 
-_fingerprints: dict[tuple, dict] = {}
+_fingerprints: dict[str, dict] = {}
 
 
 def _module(config: Config) -> ModuleType:

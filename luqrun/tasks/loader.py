@@ -35,51 +35,58 @@ T = TypeVar("T")
 def train_loader(
     data: Data, config: DatasetConfig, seed: int, epoch: int, first_batch: int = 0, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """One epoch of shuffled training batches, each of batch_size / world_size examples.
+    """One epoch of shuffled training batches, each of batch_size / world_size examples, or as the data say (Batched).
 
-    `config.batch_size` counts the examples of all ranks; rank r takes every world_size-th of them from the r-th on.
-    The last, incomplete batch is left out. `first_batch` batches are skipped without being loaded.
+    A batch is of all ranks; rank r takes every world_size-th example of it from the r-th on. Of batches of batch_size
+    the last, incomplete one is left out. `first_batch` batches are skipped without being loaded.
     Raises UserError for an impossible batch_size, and, from the iteration, for an unreadable example.
     """
-    batches = batches_per_epoch(data, config)
+    count = batches_per_epoch(data, config)
     check_ranks(config, world_size)
     rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
-    order = rng.permutation(len(data.train))
-    schedule = [
-        order[start : start + config.batch_size][rank::world_size]
-        for start in range(first_batch * config.batch_size, batches * config.batch_size, config.batch_size)
-    ]
-    return _loader(data.train, config, seed, epoch, schedule)
+    if _is_batched(data):
+        batches = data.train.batches(rng)
+        assert len(batches) == count
+    else:
+        order, size = rng.permutation(len(data.train)), config.batch_size
+        batches = [order[start : start + size] for start in range(0, count * size, size)]
+    return _loader(data.train, config, seed, epoch, [batch[rank::world_size] for batch in batches[first_batch:]])
 
 
-def val_loader(data: Data, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """The validation set in order, each example exactly once over all ranks; the last batch may be smaller.
+def eval_loader(examples: Examples, config: DatasetConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """The examples in order, each exactly once over all ranks; the last batch may be smaller.
 
     Rank r takes every world_size-th batch of `config.batch_size` examples from the r-th on, whole: what is computed
     from a batch, the range of its activations say, must not depend on the number of ranks. The ranks may differ by one
     in the number of batches: gather results after the loop (`in_order`), not in it.
     """
     check_ranks(config, world_size)
-    indices = np.arange(len(data.val))
+    indices = np.arange(len(examples))
     batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
-    return _loader(data.val, config, 0, 0, batches[rank::world_size])
+    return _loader(examples, config, 0, 0, batches[rank::world_size])
 
 
 def in_order(parts: Sequence[list[T]]) -> list[T]:
-    """One result a batch of each rank's val_loader, parts[rank], in the order of the validation set."""
+    """One result a batch of each rank's eval_loader, parts[rank], in the order of the examples."""
     count = sum(map(len, parts))
     return [parts[number % len(parts)][number // len(parts)] for number in range(count)]
 
 
 def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
-    """Whole batches in the training set. Raises UserError if there is not even one."""
+    """Batches in an epoch of training. Raises UserError if there is not even one."""
     check_at_least("dataset.batch_size", config.batch_size, 1)
+    if _is_batched(data):
+        return data.train.num_batches
     if config.batch_size > len(data.train):
         raise UserError(
             f"dataset.batch_size={config.batch_size} is more than the {len(data.train)} training examples "
             "(all, or what dataset.limit leaves)"
         )
     return len(data.train) // config.batch_size
+
+
+def _is_batched(data: Data) -> bool:
+    return hasattr(data.train, "num_batches")
 
 
 class _Loader(DataLoader):

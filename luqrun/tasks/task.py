@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,15 +23,25 @@ class Examples(Protocol):
         """The examples `indices`, int64 (n,), collated. What is random in one of them follows from its key, uint64."""
 
 
+class Batched(Examples, Protocol):
+    """A training set that says itself which examples share a batch, such as sentences of about one length."""
+
+    num_batches: int
+
+    def batches(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """The batches of an epoch, `num_batches` of them whatever is drawn: int64 indices, of all processes."""
+
+
 class Data(Protocol):
-    """A training and a validation set.
+    """A training and a validation set, and a test set where there is one: a run is judged by it once, at its end.
 
     fingerprint: what tells these data from others, as plain JSON; run.json and checkpoints record it. The same as
     luqrun.tasks.fingerprint_data finds without reading them.
     """
 
-    train: Examples
+    train: Examples | Batched
     val: Examples
+    test: Examples | None
 
     @property
     def fingerprint(self) -> dict[str, object]: ...
@@ -46,18 +57,24 @@ class Data(Protocol):
 class Task(Protocol):
     """What the loop asks of a task; one is made for each run, from its config (luqrun.tasks.build_task).
 
-    metrics: what `score` returns; the first one decides which epoch is the best, and val/loss is among them.
-    unit: what a batch's weight counts, in the plural: images, tokens.
-    equal_weights: whether all training batches weigh the same, so that no process has to ask the others.
+    metrics: what `score` returns of the validation set; the first one decides which epoch is the best, and val/loss is
+    among them. unit: what a batch's weight counts, in the plural: images, tokens. equal_weights: whether all training
+    batches weigh the same, so that no process has to ask the others. notes: what else summary.json says, such as the
+    version of a score.
     """
 
     metrics: Sequence[Metric]
     unit: str
     equal_weights: bool
     data: Data
+    notes: Mapping[str, str] = MappingProxyType({})
 
     def network(self) -> nn.Module:
         """A new network, its weights drawn from torch's generator. Raises UserError for a model that does not fit."""
+
+    def example(self) -> object | None:
+        """An input that shows which layers are first and last (luqrun.quantize_model); None: torch.fx finds them."""
+        return None
 
     def weight(self, batch: Batch) -> int:
         """How many examples, or tokens, the loss of this training batch is the mean of; at least 1."""
@@ -71,7 +88,12 @@ class Task(Protocol):
         """
 
     def predict(self, network: nn.Module, batch: Batch) -> object:
-        """What `score` needs of a validation batch: sums, or predictions. Small and picklable: it is sent around."""
+        """What `score` needs of a batch of evaluation: sums, or predictions. Small and picklable: it is sent around."""
 
-    def score(self, predictions: list) -> dict[str, float]:
-        """The metrics by name, from what `predict` returned for the batches of all processes, in the data's order."""
+    def score(self, predictions: list, split: str = "val") -> dict[str, float]:
+        """The metrics by name, such as val/loss, from what `predict` returned for the batches of all processes, in the
+        data's order. split: val or test."""
+
+    def files(self, predictions: list, split: str = "val") -> dict[str, str]:
+        """The predictions as text files by name, in the form that other scorers read; the run folder keeps them."""
+        return {}

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from luqrun.quant.convert import MaskedReLU, quantize_model, quantized_layers
+from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import MODULES, backend_for
 from luqrun.quant.recipe import Recipe
+from luqrun.quant.relu import MaskedReLU
 from luqrun.runtime import process_group
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import nn
 from luqrun.config import FinetuneConfig, ScheduleConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 
-SCHEDULES = ("step", "cosine", "onecycle")
+SCHEDULES = ("step", "cosine", "onecycle", "linear", "inverse_sqrt")
 OPTIMIZERS = ("sgd", "adamw")
 MAX_DECAY = 1e6
 MAX_BETA = 0.999999  # the first step is divided by 1 - beta1
@@ -39,7 +39,8 @@ def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Opt
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+        beta2 = 0.999 if config.beta2 is None else config.beta2
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, beta2))
     assert config.optimizer == "sgd"
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
@@ -48,23 +49,29 @@ def learning_rate(config: ScheduleConfig, step: int, steps_per_epoch: int) -> fl
     """The learning rate of optimizer step `step`, counted from 0 over the `config.epochs` epochs of the run.
 
     step: times `gamma` at each milestone (in epochs). cosine: down to 0 at the end of the last epoch. Both rise
-    linearly over `warmup_epochs`: with W warm-up steps, step t < W has (t + 1) / (W + 1) of the rate; milestones count
-    from the start of the run, the cosine from the end of the warm-up. onecycle: a cosine from lr / 25 up to lr over
-    the first 30 % of the steps, then one down to lr / 250000; momentum stays as it is.
+    linearly over `warmup_epochs` or `warmup_steps`: with W warm-up steps, step t < W has (t + 1) / (W + 1) of the rate;
+    milestones count from the start of the run, the cosine from the end of the warm-up. linear: down to 0 likewise, in a
+    line. inverse_sqrt: after the warm-up lr * sqrt((W + 1) / (t + 1)), as of Transformers for translation. onecycle: a
+    cosine from lr / 25 up to lr over the first 30 % of the steps, then one down to lr / 250000; momentum stays.
     """
     num_steps = config.epochs * steps_per_epoch
     assert 0 <= step < num_steps
     if config.name == "onecycle":
         return _onecycle(config.lr, step, num_steps)
-    warmup_steps = int(config.warmup_epochs * steps_per_epoch)
+    warmup_steps = int(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
     if config.name == "step":
         passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
         return config.lr * warmup * config.gamma**passed
-    assert config.name == "cosine"
     if step < warmup_steps:
         return config.lr * warmup
-    return _cosine(config.lr, 0.0, (step - warmup_steps) / (num_steps - warmup_steps))
+    if config.name == "inverse_sqrt":
+        return config.lr * math.sqrt((warmup_steps + 1) / (step + 1))
+    done = (step - warmup_steps) / (num_steps - warmup_steps)
+    if config.name == "linear":
+        return config.lr * (1 - done)
+    assert config.name == "cosine"
+    return _cosine(config.lr, 0.0, done)
 
 
 def rate_of_step(schedule: ScheduleConfig, finetune: FinetuneConfig, step: int, steps_per_epoch: int) -> float:
@@ -120,6 +127,15 @@ def validate_schedule(config: ScheduleConfig) -> None:
             raise UserError(f"schedule.{key}={getattr(config, key)} must be at least 0 and less than 1")
     if config.optimizer == "adamw":
         check_at_most("schedule.momentum", config.momentum, MAX_BETA)
+    if config.beta2 is not None:
+        if config.optimizer != "adamw":
+            raise UserError(f"schedule.beta2={config.beta2} is read by schedule.optimizer=adamw alone")
+        if not 0 <= config.beta2 <= MAX_BETA:
+            raise UserError(f"schedule.beta2={config.beta2} must be at least 0 and at most {MAX_BETA}")
+    if config.average is not None:
+        check_at_least("schedule.average", config.average, 1)
+        if config.average > config.epochs:
+            raise UserError(f"schedule.average={config.average} must be at most schedule.epochs={config.epochs}")
     if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
         raise UserError("schedule.nesterov=true needs schedule.optimizer=sgd and schedule.momentum above 0")
     if config.clip_grad_norm is not None:
@@ -134,6 +150,12 @@ def validate_schedule(config: ScheduleConfig) -> None:
             f"schedule.warmup_epochs={config.warmup_epochs} must be at least 0 and less than "
             f"schedule.epochs={config.epochs}"
         )
+    if config.warmup_steps is not None:
+        check_at_least("schedule.warmup_steps", config.warmup_steps, 0)
+        if config.warmup_epochs or config.name == "onecycle":
+            key = "warmup_epochs" if config.warmup_epochs else "name"
+            other = f"schedule.{key}={getattr(config, key)}"
+            raise UserError(f"schedule.warmup_steps={config.warmup_steps} does not go with {other}")
     if config.name == "onecycle" and config.warmup_epochs:
         raise UserError(
             f"schedule.warmup_epochs={config.warmup_epochs} must be 0: schedule.name=onecycle warms up itself"

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> nn.Module:
     """The network that a run's task trains, quantized, its weights drawn from config.seed."""
     torch.manual_seed(config.seed)
-    model = quantize_model(task.network(), recipe, seed=config.seed)
+    model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example())
     if process_group.world_size() > 1:
         set_shared_ranges(model, config.distributed.range == "global")
         if config.distributed.batch_norm == "sync":

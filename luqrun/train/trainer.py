@@ -32,9 +32,11 @@ from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.runtime.seeds import DROPOUT, mix
 from luqrun.runtime.signals import ASKING, Requests, Stopped
 from luqrun.tasks import build_task
-from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, in_order, train_loader, val_loader
+from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, train_loader
 from luqrun.tasks.task import Batch
 from luqrun.train import setup, throughput
+from luqrun.train.averaging import average_weights
+from luqrun.train.evaluation import TEST, evaluate
 from luqrun.train.kernel_compilation import compile_training_kernels
 from luqrun.train.profiling import DATA, StepProfiler
 from luqrun.train.schedules import build_optimizer, rate_of_step
@@ -104,9 +106,10 @@ class Trainer:
             raise UserError(f"{wanted} is too large; it must be at most the {self.batches} batches of an epoch")
         # batch: micro-batches done in this epoch; sums, weight: of what is shown of this epoch's training so far.
         self.progress = {
-            "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None,
+            "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None, "average": None,
             **throughput.START, "evaluations": [], "metric": asdict(self.metric), "world_sizes": [],
         }  # fmt: skip
+        self.on_test: dict[str, float] = {}
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
         self.throughput, sizes = throughput.Throughput(self.progress, config.compile), self.progress["world_sizes"]
@@ -131,7 +134,7 @@ class Trainer:
             return False
         self.model.load_state_dict(start.content["model"])
         self.optimizer.load_state_dict(start.content["optimizer"])
-        self.progress = start.content["progress"]
+        self.progress |= start.content["progress"]
         self.folder.rewind(self.progress if start.own else {})
         log.info("continuing from %s: epoch %d, step %d", start.path, self.progress["epoch"] + 1, self.progress["step"])
         return start.own
@@ -153,7 +156,10 @@ class Trainer:
         for epoch in range(self.progress["epoch"], self.total_epochs):
             set_finetune(self.model, self.phase(epoch) == FINETUNE)
             self.train_epoch(epoch)
-            metrics = {**self._train_metrics(), **self.evaluate()}
+            if self.phase(epoch) == TRAIN:
+                sums = average_weights(self.model, self.progress["average"], self.config.schedule, epoch)
+                self.progress["average"] = sums
+            metrics = {**self._train_metrics(), **evaluate(self)}
             if not math.isfinite(metrics["val/loss"]):
                 self._report_divergence("validation loss", metrics["val/loss"])
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
@@ -167,6 +173,10 @@ class Trainer:
             if is_best:  # before last.pt: a run killed in between does this epoch again, and its best once more
                 self.save_checkpoint(checkpoint.BEST)
             self.save_checkpoint()
+        if self.data.test is not None:
+            self.on_test = evaluate(self, TEST)
+            step, epoch = self.progress["step"], self.total_epochs
+            self.tracker.row("test", epoch, step, self.phase(epoch - 1), self.on_test)
 
     def train_epoch(self, epoch: int) -> None:
         """The micro-batches of one epoch that are left, `accumulate` of them a step."""
@@ -197,7 +207,7 @@ class Trainer:
                     row = {"loss": loss, "lr": self.learning_rate(step - 1)}
                     row[f"{self.task.unit}_per_second"] = self.throughput.take_recent()
                     self.tracker.row("step", epoch + 1, step, self.phase(epoch), row)
-                self._stop_if_asked()
+                self.stop_if_asked()
                 if tracking.checkpoint_every and step % tracking.checkpoint_every == 0 and progress["batch"] < usable:
                     self.save_checkpoint()
 
@@ -266,31 +276,14 @@ class Trainer:
 
     def _forward_and_backward(self, batch: Batch, weight: int, total: int) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch, the part weight / total of the step; returns its sums, float64 ()."""
-        with self._autocast():
+        with self.autocast():
             loss, sums = self.task.loss(self.network, to_device(batch, self.device))
         # DDP takes the mean gradient of the processes. Equal weights make this the number of micro-batches, exactly.
         (loss / (total / (weight * process_group.world_size()))).backward()
         return {"loss": loss.detach().double() * weight, **sums}
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The task's metrics, with the recipe's weights and activations whatever the phase."""
-        self.model.eval()
-        setup.share_buffers(self.model)
-        loader = val_loader(self.data, self.config.dataset, process_group.rank(), process_group.world_size())
-        everywhere = math.ceil(len(self.data.val) / self.config.dataset.batch_size) // process_group.world_size()
-        predictions = []
-        with closing(iter(loader)) as batches:
-            for number in tqdm(range(len(loader)), "evaluation", disable=self.no_bar, leave=False):
-                with self.requests.reading(self.save_checkpoint):
-                    batch = next(batches)
-                if number < everywhere:  # in what every process has
-                    self._stop_if_asked()  # it is done again from the start
-                with self._autocast():
-                    predictions.append(self.task.predict(self.network, to_device(batch, self.device)))
-        return self.task.score(in_order(process_group.gather(predictions)))
-
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Raise Stopped, with a checkpoint, in all processes where one was asked to stop."""
         number = self.requests.check()
         asked = int(process_group.all_reduce_max(-1 if number is None else ASKING.index(number)))
         if asked >= 0:
@@ -312,6 +305,8 @@ class Trainer:
         evaluations, epochs = self.progress["evaluations"], self.config.schedule.epochs
         return {
             **{name: evaluations[-1][name] for name in self.shown},
+            **self.on_test,
+            **self.task.notes,
             "before_finetune": {name: evaluations[epochs - 1][name] for name in self.shown},
             "finetune": [{name: row[name] for name in ("epoch", *self.shown)} for row in evaluations[epochs:]],
             "best_metric": self.progress["best"],
@@ -344,5 +339,6 @@ class Trainer:
         for _, layer in quantized_layers(self.model):
             layer.health = {} if on else None
 
-    def _autocast(self):
+    def autocast(self):
+        """Around what the network computes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")

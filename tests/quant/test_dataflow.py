@@ -14,7 +14,7 @@ from luqrun.config import ModelConfig
 from luqrun.errors import UserError
 from luqrun.quant.convert import TWINS, quantize_model, quantized_layers
 from luqrun.quant.coverage import unquantized_layers
-from luqrun.quant.dataflow import find_ends
+from luqrun.quant.dataflow import EMBEDDINGS, find_ends
 from luqrun.tasks.classification.networks import MODELS, build_model
 from tests.layers import LUQ
 
@@ -26,7 +26,8 @@ def layers_of(model):
 
 def ends(model, example=None):
     layers = layers_of(model)
-    return find_ends(model, layers, list(layers), example)
+    embeddings = {name: each for name, each in model.named_modules() if isinstance(each, EMBEDDINGS)}
+    return find_ends(model, {**layers, **embeddings}, list(layers), example)
 
 
 def linear():
@@ -120,7 +121,7 @@ CASES = {
     "two inputs": (TwoInputs, (X, X), ["left", "right"], ["joint"]),
     "reads weights": (ReadsWeights, (X,), ["stem"], ["head"]),
     "loop": (Loop, (X,), ["into"], ["out"]),
-    "tied embedding": (WithEmbedding, (torch.tensor([[1, 2]]),), ["attention"], ["head"]),
+    "tied embedding": (WithEmbedding, (torch.tensor([[1, 2]]),), ["embedding"], ["head"]),
     "another kind first": (StartsWithConv1d, (torch.rand(3, 2, 4),), ["stem"], ["head"]),
 }
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import luqrun
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.kernels.layout import is_channels_last
-from luqrun.quant.layers import MaskedReLU
 from luqrun.quant.recipe import Recipe
+from luqrun.quant.relu import MaskedReLU
 
 INPUTS = {
     "vector": normal(1031),

@@ -11,6 +11,7 @@ from running import build_trainer, metrics, quiet_machine, train
 from luqrun import tasks
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
+from luqrun.train.evaluation import evaluate
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -58,7 +59,7 @@ def test_weights_draw_alike_on_all_ranks_and_activations_apart(found):
 
 def test_an_evaluation_with_draws_does_not_depend_on_the_number_of_processes(found, tmp_path):
     with quiet_machine(tmp_path / "cache"):
-        alone = build_trainer(tmp_path / "run", *rank_code.EVALUATED).evaluate()
+        alone = evaluate(build_trainer(tmp_path / "run", *rank_code.EVALUATED))
     assert all(each["evaluated"] == found[0][0]["evaluated"] for each in found[0])
     assert found[0][0]["evaluated"] == alone
 

@@ -13,7 +13,7 @@ from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import build_dataset
 from luqrun.tasks.classification.images import CIFAR_STATISTICS, IMAGENET_STATISTICS
-from luqrun.tasks.loader import train_loader, val_loader
+from luqrun.tasks.loader import eval_loader, train_loader
 
 RNG = np.random.default_rng(5)
 NO_KEYS = np.zeros(1, np.uint64)
@@ -198,11 +198,11 @@ def test_a_corrupt_image_is_named(folders, workers, size):
     spoil(folders / "val/dog/1.jpg")
     data = build_dataset(config(folders, image_size=size))
     with pytest.raises(UserError, match=r"cannot read the image .*val/dog/1\.jpg") as caught:
-        list(val_loader(data, config(folders, image_size=size, workers=workers)))
+        list(eval_loader(data.val, config(folders, image_size=size, workers=workers)))
     assert "\n" not in str(caught.value)
     (folders / "val/dog/1.jpg").write_text("not an image")
     with pytest.raises(UserError, match=r"val/dog/1\.jpg"):
-        list(val_loader(data, config(folders, image_size=size, workers=workers)))
+        list(eval_loader(data.val, config(folders, image_size=size, workers=workers)))
 
 
 def test_small_images_are_read_once_by_workers_too(folders):

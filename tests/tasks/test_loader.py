@@ -19,7 +19,7 @@ from luqrun.tasks.classification.data import build_dataset
 from luqrun.tasks.classification.image_data import ImageData
 from luqrun.tasks.classification.pixels import MemoryImages
 from luqrun.tasks.examples import Collated
-from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, in_order, train_loader, val_loader
+from luqrun.tasks.loader import batches_per_epoch, eval_loader, explain_dead_worker, in_order, train_loader
 
 COUNT = 21
 
@@ -124,23 +124,23 @@ def test_torch_generator_stays_as_it_was(kind, workers, root):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     list(train_loader(data, settings(workers=workers), seed=7, epoch=0))
-    list(val_loader(data, settings(workers=workers)))
+    list(eval_loader(data.val, settings(workers=workers)))
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_serves_each_image_once(world_size, root):
     data = build("memory", root)
-    parts = [served(val_loader(data, settings(), rank, world_size)) for rank in range(world_size)]
+    parts = [served(eval_loader(data.val, settings(), rank, world_size)) for rank in range(world_size)]
     labels = [label for part in parts for _, batch in part for label in batch.tolist()]
     assert sorted(labels) == list(range(COUNT))
-    whole = served(val_loader(data, settings()))
+    whole = served(eval_loader(data.val, settings()))
     for rank, part in enumerate(parts):  # the same batches, whatever the number of ranks
         assert same(part, whole[rank::world_size])
     assert in_order([[batch.tolist() for _, batch in part] for part in parts]) == [b.tolist() for _, b in whole]
     if world_size == 1:
         assert labels == list(range(COUNT))
-        assert same(parts[0], served(val_loader(data, settings(workers=2))))
+        assert same(parts[0], served(eval_loader(data.val, settings(workers=2))))
 
 
 def test_a_worker_that_is_killed_is_one_line_with_advice(root):
@@ -235,4 +235,4 @@ def test_wrong_settings(changes, ranks, message, root):
 
 def test_wrong_settings_of_evaluation(root):
     with pytest.raises(UserError, match=r"dataset\.batch_size=5 must be a multiple"):
-        val_loader(build("memory", root), settings(batch_size=5), world_size=2)
+        eval_loader(build("memory", root), settings(batch_size=5), world_size=2)

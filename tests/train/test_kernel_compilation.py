@@ -41,7 +41,8 @@ def names(versions) -> set[str]:
 
 def convolutions(recipe):
     layers = [nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)]
-    return quantize(nn.Sequential(*layers), recipe).to(memory_format=torch.channels_last), torch.ones(2, 3, 5, 5)
+    model = quantize(nn.Sequential(*layers), recipe).to(memory_format=torch.channels_last)
+    return model, torch.ones(2, 3, 5, 5, requires_grad=True)  # as of a layer before it: a stride has a dgrad of its own
 
 
 def linear(recipe):

@@ -143,7 +143,7 @@ def test_optimizer_settings_arrive():
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"name": "linear"}, "schedule.name=linear"),
+        ({"name": "exponential"}, "schedule.name=exponential"),
         ({"optimizer": "adam"}, "schedule.optimizer=adam"),
         ({"epochs": 0}, "schedule.epochs"),
         ({"lr": 0.0}, "schedule.lr"),

@@ -13,6 +13,7 @@ from torch import nn
 from luqrun.errors import UserError
 from luqrun.quant.convert import quantized_layers, set_finetune
 from luqrun.quant.quantizer import Quantizer
+from luqrun.train.evaluation import evaluate
 from luqrun.train.trainer import Trainer
 
 ACCURACIES = {"val/top1", "val/top5", "val/loss"}
@@ -178,7 +179,7 @@ def test_evaluation_counts_every_image_of_an_incomplete_batch(tmp_path, finetune
     with quiet_machine(tmp_path / "cache"):
         run = build_trainer(tmp_path / "run", "dataset.batch_size=32")
         set_finetune(run.model, finetune)
-        found = run.evaluate()
+        found = evaluate(run)
         assert not run.model.training
         images, labels = run.data.val.batch(torch.arange(94).numpy(), None)
         logits = []
@@ -197,7 +198,7 @@ def test_evaluation_changes_nothing(tmp_path):
         run = build_trainer(tmp_path / "run", "quant=luq_hindsight")
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
         state = torch.get_rng_state()
-        assert run.evaluate() == run.evaluate()
+        assert evaluate(run) == evaluate(run)
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_tensors(dict(run.model.state_dict()), before)
 

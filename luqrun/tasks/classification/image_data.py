@@ -31,6 +31,7 @@ class ImageData:
     fingerprint: dict[str, object] = field(default_factory=dict)
     of: int | None = None
     left_out: str = ""
+    test: None = None
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from luqrun.errors import check_choice
 from luqrun.runs.metric import Metric
 from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
+from luqrun.tasks.task import Task
 
 
 def build(config: Config) -> Classification:
@@ -32,8 +33,8 @@ def fingerprint(config: Config) -> dict:
     return fingerprint_dataset(config.dataset)
 
 
-class Classification:
-    """A task (luqrun.tasks.task.Task). A batch is images, float32 (n, C, H, W), and their classes, int64 (n,)."""
+class Classification(Task):
+    """A batch is images, float32 (n, C, H, W), and their classes, int64 (n,)."""
 
     metrics = (
         Metric("val/top1", "top-1 %", higher_is_better=True),
@@ -68,9 +69,10 @@ class Classification:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return [*torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()]).tolist(), len(labels)]
 
-    def score(self, predictions: list[list[float]]) -> dict[str, float]:
+    def score(self, predictions: list[list[float]], split: str = "val") -> dict[str, float]:
         loss, top1, top5, images = map(math.fsum, zip(*predictions, strict=True))
-        return {"val/loss": loss / images, "val/top1": 100 * (top1 / images), "val/top5": 100 * (top5 / images)}
+        means = {"loss": loss / images, "top1": 100 * (top1 / images), "top5": 100 * (top5 / images)}
+        return {f"{split}/{name}": mean for name, mean in means.items()}
 
 
 def _channels_last(images: Tensor) -> Tensor:

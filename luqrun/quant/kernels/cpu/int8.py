@@ -78,7 +78,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _pixels(x: Tensor) -> Tensor:
     """(N, C, H, W) as (N * H * W, C), without a copy of what is channels_last."""
-    return _channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    images, channels, height, width = x.shape
+    return _channels_last(x).permute(0, 2, 3, 1).reshape(images * height * width, channels)  # -1 would not do without
 
 
 class _Patches(NamedTuple):

@@ -1,0 +1,59 @@
+"""The ReLU of a quantized model: it keeps one bit an element for its backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from luqrun.internals.of_torch import PLAIN, has_modes, has_tangent, is_batched, is_transformed, is_view
+from luqrun.quant.kernels import ops
+from luqrun.quant.kernels.layout import dense, is_channels_last
+from luqrun.quant.layers import as_leaf
+
+
+class MaskedReLUFunction(torch.autograd.Function):
+    """max(x, 0), keeping a mask of one bit an element."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, inplace: bool):
+        if inplace:
+            ctx.mark_dirty(x)
+        else:
+            x = dense(x).clone(memory_format=torch.preserve_format)
+        ctx.channels_last = is_channels_last(x)
+        ctx.save_for_backward(ops.relu_(x))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (mask,) = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not is_batched(grad_output):
+            return ops.relu_backward(grad_output, mask, ctx.channels_last), None
+        # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
+        with torch.no_grad():
+            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
+            passes = ops.relu_backward(ones, mask, ctx.channels_last) > 0
+        return torch.where(passes, grad_output, 0), None
+
+
+class MaskedReLU(nn.ReLU):
+    """nn.ReLU that keeps one bit an element for its backward pass, where nn.ReLU keeps its output.
+
+    The layer after it keeps packed codes instead of that output, so nothing else would hold it. Compiled, it is
+    nn.ReLU: there the compiler fuses it with its neighbours and chooses what to keep.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:
+            return super().forward(input)
+        if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
+            return super().forward(input)
+        # Who keeps the clone would find it changed; or it is no plain tensor.
+        if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
+            return super().forward(input)
+        if self.inplace and (is_view(input) or dense(input) is not input):
+            return super().forward(input)
+        return MaskedReLUFunction.apply(input, self.inplace)
