@@ -9,7 +9,9 @@ from types import FrameType
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves  # noqa: F401 for others
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
@@ -198,3 +200,10 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def innermost(network: nn.Module) -> nn.Module:
+    """The model inside of what DDP and torch.compile make of it, whose other methods they do not hand on."""
+    while isinstance(network, DistributedDataParallel | OptimizedModule):
+        network = network.module if isinstance(network, DistributedDataParallel) else network._orig_mod
+    return network

@@ -15,14 +15,19 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _THREADS = "TOKENIZERS_PARALLELISM"
 
 
+def require_text() -> None:
+    """Raise UserError where what text needs is not installed. Nothing is imported."""
+    missing = [name for name in PACKAGES if not _is_there(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not found: text needs the extra text: pip install 'luqrun[text]'")
+
+
 def transformers() -> ModuleType:
     """The package transformers, offline and quiet: it shows neither progress bars nor warnings.
 
     Raises UserError where it, tokenizers or sacrebleu is not installed.
     """
-    missing = [name for name in PACKAGES if not _is_there(name)]
-    if missing:
-        raise UserError(f"{', '.join(missing)} not found: text needs the extra text: pip install 'luqrun[text]'")
+    require_text()
     if "transformers" not in sys.modules:  # they are read when it is imported
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     if _THREADS not in os.environ:  # else tokenizers complains of each process that is forked, such as a loader's
@@ -32,6 +37,18 @@ def transformers() -> ModuleType:
     module.utils.logging.set_verbosity_error()
     module.utils.logging.disable_progress_bar()
     return module
+
+
+def tokenizers() -> ModuleType:
+    """The package tokenizers, as transformers() sets it up."""
+    transformers()
+    return importlib.import_module("tokenizers")
+
+
+def sacrebleu() -> ModuleType:
+    """The package sacrebleu."""
+    require_text()
+    return importlib.import_module("sacrebleu")
 
 
 def _is_there(name: str) -> bool:

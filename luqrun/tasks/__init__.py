@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 from luqrun.config import Config
 from luqrun.errors import check_choice
 from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
+from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:
     from luqrun.tasks.task import Task
 
 # dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`,
 # `validate(config)` and `fingerprint(config)`.
-MODULES = dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task")
+MODULES = {
+    **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
+    **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),
+}
 
 
 def build_task(config: Config) -> Task:

@@ -47,6 +47,11 @@ def train_loader(
     if _is_batched(data):
         batches = data.train.batches(rng)
         assert len(batches) == count
+        if (smallest := min(map(len, batches))) < world_size:
+            raise UserError(
+                f"a batch of {smallest} examples cannot be shared by {world_size} processes: raise "
+                f"dataset.batch_tokens={config.batch_tokens}, or lower dataset.max_length={config.max_length}"
+            )
     else:
         order, size = rng.permutation(len(data.train)), config.batch_size
         batches = [order[start : start + size] for start in range(0, count * size, size)]

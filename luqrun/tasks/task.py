@@ -97,3 +97,7 @@ class Task(Protocol):
     def files(self, predictions: list, split: str = "val") -> dict[str, str]:
         """The predictions as text files by name, in the form that other scorers read; the run folder keeps them."""
         return {}
+
+    def artifacts(self) -> dict[str, str]:
+        """Text files by name that the run folder keeps from the start, such as a tokenizer."""
+        return {}

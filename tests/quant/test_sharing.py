@@ -12,7 +12,6 @@ from luqrun.quant import quantizer, sharing
 from luqrun.quant.convert import quantized_layers, set_step
 from luqrun.quant.recipe import Recipe
 
-
 ABSMAX = quantizer.Quantizer("int4")
 
 

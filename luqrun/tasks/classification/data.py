@@ -11,10 +11,10 @@ from __future__ import annotations
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.tasks.classification.image_data import ImageData
+from luqrun.tasks.settings import check_common, check_read
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
 MAX_IMAGE_SIZE = 4096
-MAX_WORKERS = 256  # each is a process
 
 
 def fingerprint_dataset(config: DatasetConfig) -> dict:
@@ -32,29 +32,14 @@ def validate_dataset(config: DatasetConfig) -> None:
     check_choice("dataset.name", config.name, NAMES)
     check_at_least("dataset.image_size", config.image_size, 8)
     check_at_most("dataset.image_size", config.image_size, MAX_IMAGE_SIZE)
-    check_at_least("dataset.batch_size", config.batch_size, 1)
-    check_at_least("dataset.workers", config.workers, 0)
-    check_at_most("dataset.workers", config.workers, MAX_WORKERS)
-    if config.limit is not None:
-        check_at_least("dataset.limit", config.limit, 1)
+    check_common(config)
     if config.name == "glyphs":
         glyphs = config.glyphs or GlyphsConfig()
         check_at_least("dataset.glyphs.train_images", glyphs.train_images, 1)
         check_at_least("dataset.glyphs.val_images", glyphs.val_images, 1)
         if not 0 <= glyphs.noise < float("inf"):
             raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
-    _refuse_unread(config)
-
-
-def _refuse_unread(config: DatasetConfig) -> None:
-    """Raise UserError for a setting that this data set does not read."""
-    others = ", ".join(name for name in NAMES if name != "glyphs")
-    if config.name == "glyphs" and config.root is not None:
-        raise UserError(
-            f"dataset.root={config.root} is not read by dataset=glyphs, whose images are drawn; allowed with {others}"
-        )
-    if config.name != "glyphs" and config.glyphs is not None:
-        raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
+    check_read(config, ("image_size", "augment", "glyphs" if config.name == "glyphs" else "root"))
 
 
 def build_dataset(config: DatasetConfig) -> ImageData:

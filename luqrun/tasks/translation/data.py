@@ -1,0 +1,145 @@
+"""Parallel text by name, as the loaders want it: subwords of training, validation and test pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from luqrun.config import DatasetConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.settings import check_common, check_read
+from luqrun.tasks.translation import GENERATED, NAMES, parallel_text, sentences
+from luqrun.tasks.translation.batches import BucketedPairs, SentencePairs
+from luqrun.tasks.translation.parallel_text import Pairs
+from luqrun.tasks.translation.subwords import FEWEST, Subwords, subwords_of
+
+READ = ("source", "target", "vocabulary", "max_length", "batch_tokens")  # of dataset.*, beside what all data sets read
+MAX_LENGTH = 4096
+SUBSET_SEED = 1706
+
+
+def validate_dataset(config: DatasetConfig) -> None:
+    """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
+    check_choice("dataset.name", config.name, NAMES)
+    check_common(config)
+    check_read(config, (*READ, "examples") if config.name == GENERATED else (*READ, "root"))
+    for key in ("source", "target"):
+        language = getattr(config, key)
+        if not language.isidentifier():
+            raise UserError(f"dataset.{key}={language} must be how the files end, such as en")
+    if config.source == config.target:
+        raise UserError(f"dataset.source and dataset.target are both {config.source}; they must be two languages")
+    if config.name == GENERATED:
+        check_at_least("dataset.examples", config.examples, 1)
+        if (config.source, config.target) not in sentences.DIRECTIONS:
+            allowed = " or ".join(" to ".join(each) for each in sentences.DIRECTIONS)
+            raise UserError(f"dataset={GENERATED} has {allowed}, not {config.source} to {config.target}")
+    check_at_least("dataset.vocabulary", config.vocabulary, FEWEST)
+    check_at_least("dataset.max_length", config.max_length, 8)
+    check_at_most("dataset.max_length", config.max_length, MAX_LENGTH)
+    check_at_least("dataset.batch_tokens", config.batch_tokens, config.max_length)
+
+
+@dataclass(frozen=True)
+class TranslationData:
+    """What luqrun.tasks.task.Data wants, and of validation and test what the scores need.
+
+    references: by split, the translations in the order of the file. order: by split, which line of the file the
+    examples are, sorted by length, so that a batch has little padding. of, left_out: training pairs there are before
+    dataset.limit; and what was too long, in words.
+    """
+
+    train: BucketedPairs
+    val: SentencePairs
+    test: SentencePairs | None
+    subwords: Subwords
+    references: dict[str, list[str]]
+    order: dict[str, np.ndarray]
+    languages: tuple[str, str]
+    of: int
+    left_out: str = ""
+    fingerprint: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"vocabulary": len(self.subwords)}
+
+    def describe(self) -> str:
+        """Such as "29,000 training, 1,014 validation and 1,000 test sentences, en to de, 10,000 subwords"."""
+        of = f" of {self.of:,}" if self.of != len(self.train) else ""
+        test = f" and {len(self.test):,} test" if self.test is not None else ""
+        pairs = f"{len(self.train):,}{of} training, {len(self.val):,} validation{test} sentences"
+        padding = f"{100 * self.train.padding():.0f} % of a training batch is padding"
+        about = f"{' to '.join(self.languages)}, {len(self.subwords):,} subwords, {padding}"
+        return f"{pairs}, {about}" + (f"; {self.left_out}" if self.left_out else "")
+
+
+def fingerprint_dataset(config: DatasetConfig) -> dict[str, object]:
+    """As luqrun.tasks.fingerprint_data; {} for sentences that are generated."""
+    check_choice("dataset.name", config.name, NAMES)
+    return {} if config.name == GENERATED else parallel_text.fingerprint(config)
+
+
+def build_dataset(config: DatasetConfig) -> TranslationData:
+    """The data set that `config` names. Raises UserError naming the key, or the file and line, that is wrong.
+
+    Training pairs with a side longer than dataset.max_length are left out; of validation and test the source is cut.
+    """
+    validate_dataset(config)
+    if config.name == GENERATED:
+        texts = sentences.generate(config.examples, (config.source, config.target))
+    else:
+        files = parallel_text.find_files(config)
+        texts = {split: parallel_text.read_pairs(*paths) for split, paths in files.items()}
+    of, texts["train"] = len(texts["train"].source), _limited(texts["train"], config.limit)
+    subwords = subwords_of(texts["train"], config.vocabulary)
+    encoded = {split: [subwords.encode(side) for side in pairs] for split, pairs in texts.items()}
+    source, target = encoded.pop("train")
+    kept = [index for index, pair in enumerate(zip(source, target, strict=True)) if _fits(pair, config)]
+    if not kept:
+        raise UserError(f"no training sentence has at most dataset.max_length={config.max_length} subwords")
+    too_long = len(source) - len(kept)
+    notes = [f"left out: {too_long:,} training pairs of more than {config.max_length} subwords"] if too_long else []
+    evaluated, order = {}, {}
+    for split, (sources, targets) in encoded.items():
+        cut = sum(len(each) > config.max_length for each in sources)
+        notes += [f"cut to {config.max_length} subwords: {cut:,} {split} sentences"] if cut else []
+        sources = [_cut(each, config.max_length) for each in sources]
+        targets = [_cut(each, config.max_length) for each in targets]  # of the loss alone; scores take the text
+        order[split] = np.argsort([len(each) for each in sources], kind="stable")
+        evaluated[split] = SentencePairs(*([side[i] for i in order[split]] for side in (sources, targets)))
+    return TranslationData(
+        train=BucketedPairs([source[i] for i in kept], [target[i] for i in kept], config.batch_tokens),
+        val=evaluated["val"],
+        test=evaluated.get("test"),
+        subwords=subwords,
+        references={split: pairs.target for split, pairs in texts.items() if split != "train"},
+        order=order,
+        languages=(config.source, config.target),
+        of=of,
+        left_out="; ".join(notes),
+        fingerprint=fingerprint_dataset(config),
+    )
+
+
+def _fits(pair: Sequence[list[int]], config: DatasetConfig) -> bool:
+    return all(len(side) <= config.max_length for side in pair)
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """At most so many, the end kept."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def _limited(pairs: Pairs, limit: int | None) -> Pairs:
+    """A fixed random subset of `limit` pairs, in their order; smaller ones are nested."""
+    count = len(pairs.source)
+    if limit is None:
+        return pairs
+    if limit > count:
+        raise UserError(f"dataset.limit={limit} is more than the {count} training sentences there are")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
+    chosen = np.sort(rng.permutation(count)[:limit])
+    return Pairs(*([side[i] for i in chosen] for side in pairs))

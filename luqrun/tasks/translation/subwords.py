@@ -1,0 +1,81 @@
+"""Joint subwords of two languages: byte-pair encoding, learnt from the training text by Hugging Face's tokenizers.
+
+A subword that begins a word has a mark; punctuation is apart. Decoding gives plain text again, as sacrebleu wants it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from luqrun.internals.of_transformers import tokenizers
+from luqrun.runs.folder import write_atomically
+from luqrun.tasks.translation.parallel_text import Pairs
+
+log = logging.getLogger(__name__)
+
+PADDING, END, UNKNOWN = 0, 1, 2  # padding also begins what a decoder reads, as in Marian
+SPECIAL = ("<pad>", "</s>", "<unk>")
+FEWEST = 100  # subwords that dataset.vocabulary must at least ask for
+
+
+class Subwords:
+    """Text to subwords and back; `json` is the tokenizer as its library writes it."""
+
+    def __init__(self, content: str):
+        self.json = content
+        self._tokenizer = tokenizers().Tokenizer.from_str(content)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """The subwords of each line, END after them."""
+        return [[*each.ids, END] for each in self._tokenizer.encode_batch_fast(list(lines), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Plain text of each list of subwords, up to its END, with single spaces between words."""
+        cut = [list(itertools.takewhile(lambda one: one != END, (int(each) for each in line))) for line in ids]
+        return [" ".join(text.split()) for text in self._tokenizer.decode_batch(cut, skip_special_tokens=True)]
+
+
+def subwords_of(train: Pairs, vocabulary: int) -> Subwords:
+    """The subwords of a training text, both languages together, from the user's cache where they are.
+
+    vocabulary: how many at most; a small text has fewer.
+    """
+    key = hashlib.sha256(json.dumps([tokenizers().__version__, vocabulary, train]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luqrun"
+    path = folder / f"subwords-{key}.json"
+    try:
+        return Subwords(path.read_text())
+    except OSError:
+        pass
+    except Exception as error:  # the library raises plain exceptions
+        log.warning("%s is damaged; the subwords are learnt again (%s)", path, error)
+    found = _learn(train, vocabulary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, found.encode())
+    except OSError as error:
+        log.warning("cannot cache the subwords in %s (%s): they are learnt again each time", folder, error.strerror)
+    return Subwords(found)
+
+
+def _learn(train: Pairs, vocabulary: int) -> str:
+    library = tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE(unk_token=SPECIAL[UNKNOWN], fuse_unk=True))
+    tokenizer.normalizer = library.normalizers.NFC()
+    parts = [library.pre_tokenizers.Metaspace(prepend_scheme="always"), library.pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(parts)
+    tokenizer.decoder = library.decoders.Metaspace(prepend_scheme="always")
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(itertools.chain(train.source, train.target), trainer)
+    return tokenizer.to_str()
