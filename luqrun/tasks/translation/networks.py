@@ -45,9 +45,10 @@ def build_network(config: ModelConfig, vocabulary: int, max_length: int) -> nn.M
         forced_eos_token_id=None,
     )
     model = library.MarianMTModel(settings)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            nn.init.xavier_uniform_(module.weight)
+            joint = name.endswith(("q_proj", "k_proj", "v_proj"))  # there as if the three were one matrix
+            nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if joint else 1.0)
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.model.shared.weight, std=width**-0.5)
     nn.init.zeros_(model.model.shared.weight[PADDING].detach())
