@@ -19,7 +19,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="in all variants together (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default: %(default)s)")
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--images", type=int, default=160, help="16 a step: how long a run is (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=160, help="or sentences, of an epoch: how long a run is (default: %(default)s)"
+    )
     parser.add_argument("--work", type=Path, help="folder for the runs, to be looked at (default: a temporary one)")
     options = parser.parse_args()
 
@@ -39,8 +41,8 @@ def main() -> int:
             os.makedirs(folder)
             share = options.kills // len(chosen) + (number < options.kills % len(chosen))
             rng = random.Random(f"{options.seed} {name}")
-            overrides = (*VARIANTS[name], f"dataset.glyphs.train_images={options.images}")
-            tally = kill_variant(shell, folder, overrides, share, rng)
+            length = "dataset.examples" if "translation" in name else "dataset.glyphs.train_images"
+            tally = kill_variant(shell, folder, (*VARIANTS[name], f"{length}={options.images}"), share, rng)
             total.add(tally)
             print(f"{name:{width}}  {tally.row()}", flush=True)
             for difference in tally.differences:

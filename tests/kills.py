@@ -18,12 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import EVENTS, RunFolder
 
-# Six batches an epoch, and a checkpoint after every step, so that many kills come while one is written.
-TINY = (
+# A checkpoint after every step, so that many kills come while one is written.
+OFTEN = (
     "device=cpu",
-    "dataset.glyphs.train_images=96",
-    "dataset.glyphs.val_images=47",
-    "dataset.batch_size=16",
     "schedule.epochs=1",
     "finetune=fnt1",
     "tracking.log_every=1",
@@ -31,19 +28,34 @@ TINY = (
     "tracking.histogram_every=3",
     "tracking.checkpoint_every=1",
 )
+# Six batches an epoch.
+GLYPHS = ("dataset.glyphs.train_images=96", "dataset.glyphs.val_images=47", "dataset.batch_size=16")
+TINY = (*GLYPHS, *OFTEN)
+SENTENCES = (
+    *("dataset=sentences", "model=transformer_tiny", "schedule=sentences", "dataset.examples=96"),
+    *("dataset.batch_tokens=256", "dataset.vocabulary=150", "dataset.max_length=24", "schedule.average=null"),
+)
 VARIANTS = {
-    "fp32": ("quant=luq",),
-    "bf16, augmented by two workers": ("precision=bf16", "dataset.augment=true", "dataset.workers=2"),
-    "fp32, hindsight, two micro-batches a step": ("quant=luq_hindsight", "schedule.accumulate=2", "schedule.epochs=2"),
+    "fp32": (*TINY, "quant=luq"),
+    "bf16, augmented by two workers": (*TINY, "precision=bf16", "dataset.augment=true", "dataset.workers=2"),
+    "fp32, hindsight, two micro-batches a step": (
+        *TINY,
+        "quant=luq_hindsight",
+        "schedule.accumulate=2",
+        "schedule.epochs=2",
+    ),
     "bf16, hindsight, two micro-batches, one worker": (
+        *TINY,
         "quant=luq_hindsight",
         "precision=bf16",
         "schedule.accumulate=2",
         "schedule.epochs=2",
         "dataset.workers=1",
     ),
+    "translation, averaged weights": (*SENTENCES, *OFTEN, "schedule.epochs=2", "schedule.average=2"),
 }
-CLOCK = {"images_per_second", "mean_images_per_second", "latest", "train_seconds", "seconds", "timed_seconds"}
+CLOCK = {"latest", "train_seconds", "seconds", "timed_seconds"}
+RATE = "_per_second"
 # Of a process, not of the run: where it started, how long its files are, what memory it took.
 OF_A_PROCESS = {"timed", "metrics_bytes", "event_bytes", "peak_memory_bytes"}
 PATIENCE = 30  # seconds; a worker looks for its process every 5
@@ -73,12 +85,12 @@ class Tally:
         return f"{self.kills:5}  {self.survived:8}  {self.runs:4}  {came}; {workers}"
 
 
-def kill_variant(shell, root: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> Tally:
-    """Kill runs of TINY with `overrides` until there were `kills`; the instants are drawn by `rng`.
+def kill_variant(shell, root: Path, arguments: tuple[str, ...], kills: int, rng: random.Random) -> Tally:
+    """Kill runs with these arguments until there were `kills`; the instants are drawn by `rng`.
 
     shell: start(cwd, *arguments) gives a process with pid, wait(timeout) and kill(); see tests/shell.py.
     """
-    arguments, tally = (*TINY, *overrides), Tally()
+    tally = Tally()
     process = shell.start(root, *arguments, "study=whole")
     first = _await_training(process, root, "whole")
     begun = time.monotonic()
@@ -183,9 +195,15 @@ def differences(one: RunFolder, other: RunFolder) -> list[str]:
     found += _unequal(*([*map(json.loads, (f.path / "metrics.jsonl").open())] for f in (one, other)), "metrics.jsonl")
     found += _unequal(one.summary(), other.summary(), "summary.json")
     found += _unequal(curves(one), curves(other), "curves")
+    found += _unequal(*({path.name: path.read_text() for path in texts(f)} for f in (one, other)), "predictions")
     kept = [{path.name for path in [*f.path.iterdir(), *f.checkpoints.iterdir()]} for f in (one, other)]
     kept = [{name for name in names if not name.startswith("events.")} for names in kept]
     return found + ([f"files {sorted(kept[0] ^ kept[1])}"] if kept[0] != kept[1] else [])
+
+
+def texts(folder: RunFolder) -> list[Path]:
+    """What a run keeps of its predictions."""
+    return sorted((folder.path / "predictions").glob("*"))
 
 
 def curves(folder: RunFolder) -> dict[str, list]:
@@ -201,7 +219,7 @@ def curves(folder: RunFolder) -> dict[str, list]:
 def _unequal(one, other, where: str) -> list[str]:
     """The places where two nested structures differ by a bit, without what a clock or a process decides."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = (one.keys() | other.keys()) - CLOCK - OF_A_PROCESS
+        keys = {key for key in (one.keys() | other.keys()) - CLOCK - OF_A_PROCESS if not str(key).endswith(RATE)}
         return [
             line for key in sorted(keys, key=str) for line in _unequal(one.get(key), other.get(key), f"{where}/{key}")
         ]

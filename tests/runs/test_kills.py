@@ -20,8 +20,9 @@ from luqrun.runs import checkpoint
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 KILLS = 3  # of each variant
 VARIANTS = {
-    "fp32": ("dataset.augment=true",),
+    "fp32": (*TINY, "dataset.augment=true"),
     "bf16": kills.VARIANTS["bf16, hindsight, two micro-batches, one worker"],
+    "translation": kills.VARIANTS["translation, averaged weights"],
 }
 
 

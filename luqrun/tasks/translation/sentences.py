@@ -13,7 +13,7 @@ import numpy as np
 from luqrun.tasks.translation.parallel_text import Pairs
 
 DIRECTIONS = (("en", "de"), ("de", "en"))
-EVALUATED = {"val": 500, "test": 500}  # sentences, none of which is in the training set
+EVALUATED = {"val": 500, "test": 500}  # sentences, none of which is in the training set; beside few of these, fewer
 SEED = 1017
 
 # English singular and plural, gender, German singular and plural
@@ -116,7 +116,10 @@ def _written(words: str) -> str:
 
 
 def generate(count: int, languages: tuple[str, str] = DIRECTIONS[0]) -> dict[str, Pairs]:
-    """`count` training pairs, and those of validation and test, the same in each run; by split."""
+    """`count` training pairs, and those of validation and test, the same in each run; by split.
+
+    Validation and test have a tenth of `count`, at least 20 and at most what EVALUATED says.
+    """
     writer = _Writer(np.random.Generator(np.random.Philox(SEED)))
     seen, found = set(), {}
     for split, wanted in {**EVALUATED, "train": count}.items():
@@ -128,6 +131,8 @@ def generate(count: int, languages: tuple[str, str] = DIRECTIONS[0]) -> dict[str
                 pairs.append(pair)
             elif split == "train" and pair not in seen:
                 pairs.append(pair)
+        if split in EVALUATED:
+            pairs = pairs[: max(20, count // 10)]
         english, german = (list(side) for side in zip(*pairs, strict=True))
         found[split] = Pairs(english, german) if languages == DIRECTIONS[0] else Pairs(german, english)
     return found
