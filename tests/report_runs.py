@@ -90,7 +90,7 @@ def metrics_lines(curve) -> list[str]:
 
 def write_run(
     outputs: Path, table="fig2", row="luq", column="top1", seed=0, top1=80.0, *,
-    scale="glyphs", study=None, status="finished", curve=None, name=None, more=(), cell=True,
+    scale="embedded", study=None, status="finished", curve=None, name=None, more=(), cell=True,
 ) -> Path:  # fmt: skip
     """A run folder; a top1 of DIVERGED makes it a diverged one. more: overrides beside the usual ones."""
     study = study or f"{scale}/{table}"
@@ -137,7 +137,7 @@ def write_measured(outputs: Path, table="table1") -> None:
     (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
 
 
-def a_record(table, row, column, seed, top1, *, scale="glyphs", study=None, curve=None, more=()) -> Record:
+def a_record(table, row, column, seed, top1, *, scale="embedded", study=None, curve=None, more=()) -> Record:
     """What would be read from such a folder."""
     diverged = top1 is DIVERGED
     overrides = [f"seed={seed}", f"+experiment={table}/{scale}", *more]

@@ -311,7 +311,7 @@ def test_a_recipe_of_the_experiments_trains_a_step(recipe, images, tmp_path):
 # Of the large ones, those that have no small twin.
 @pytest.mark.parametrize("model", sorted({*each(SWEEPS, "model")} - {"vit_b_16", "resnext50_32x4d", "mobilenet_v2"}))
 def test_a_model_of_the_experiments_trains_a_step(model, images, tmp_path):
-    runs = [*jobs("experiment/table2/glyphs.yaml"), *jobs("experiment/table2/paper.yaml")]
+    runs = [*jobs("experiment/table2/embedded.yaml"), *jobs("experiment/table2/paper.yaml")]
     one_step(
         next(config for config in runs if (config.model.name, config.quant.name) == (model, "luq")), images, tmp_path
     )

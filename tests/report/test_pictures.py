@@ -17,7 +17,7 @@ from luqrun.report.summaries import read_inputs
 from luqrun.runs.folder import RunFolder, provenance
 from luqrun.tasks.loader import train_loader
 
-CELL = ("+experiment=fig2/glyphs", "quant=luq", "tracking.health_every=2", "seed=3")
+CELL = ("+experiment=fig2/embedded", "quant=luq", "tracking.health_every=2", "seed=3")
 
 
 def finish(folder: RunFolder, overrides) -> None:
@@ -30,13 +30,13 @@ def finish(folder: RunFolder, overrides) -> None:
 def outputs(tmp_path_factory):
     """The folder of studies with one run."""
     folder = tmp_path_factory.mktemp("outputs")
-    finish(train(folder / "glyphs" / "fig2" / "run", *CELL)[1], CELL)
+    finish(train(folder / "embedded" / "fig2" / "run", *CELL)[1], CELL)
     return folder
 
 
 @pytest.fixture
 def run(outputs):
-    return outputs / "glyphs" / "fig2" / "run"
+    return outputs / "embedded" / "fig2" / "run"
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def draw(outputs):
     from luqrun.report.pictures import main
 
     def draw(*arguments) -> int:
-        with quiet_machine(outputs / "glyphs" / "fig2" / "cache"):
+        with quiet_machine(outputs / "embedded" / "fig2" / "cache"):
             return main([str(each) for each in arguments])
 
     return draw
@@ -87,7 +87,7 @@ def copy(run, path, without=()):
 def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
     (record,), left_out = read_inputs([outputs])
     assert left_out == []
-    assert (record.study, record.table, record.scale) == ("glyphs/fig2", "fig2", "glyphs")
+    assert (record.study, record.table, record.scale) == ("embedded/fig2", "fig2", "embedded")
     assert (record.row, record.column, record.seed) == ("luq", "top1", 3)
     assert record.curve == (record.value,)
     summary = json.loads((run / "summary.json").read_text())
