@@ -260,7 +260,10 @@ def test_a_sweep_is_what_its_scale_promises(name):
         for row in {config.cell.row for config in found}:
             columns = [config.cell.column for config in found if config.cell.row == (baseline[0] or row)]
             assert (baseline[1] or columns[0]) in columns
-    assert len({config.seed for config in found}) >= {"embedded": 5 if table in ("fig2", "table3") else 3, "small": 3}.get(scale, 1)
+    assert len({config.seed for config in found}) >= {
+        "embedded": 5 if table in ("fig2", "table3") else 3,
+        "small": 3,
+    }.get(scale, 1)
     # Fine-tunes start from one checkpoint, and the run that makes it comes before them.
     tunes = "finetune" in sweep(name)
     assert {config.resume for config in found} == {"base" if tunes else "auto"}

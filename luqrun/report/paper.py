@@ -85,8 +85,8 @@ REPLICATIONS = {
     ),
 }
 ABOUT_REPLICATIONS = (
-    "Others' LUQ: Xi et al. 2023, arXiv 2306.11987, where weights and activations are quantized by LSQ instead of SAWB; "
-    "the LUQ in the code that they published has 21 levels and a bias, so it may be a weaker one."
+    "Others' LUQ: Xi et al. 2023, arXiv 2306.11987, where LSQ quantizes weights and activations, not SAWB; the LUQ in "
+    "the code that they published has 21 levels and a bias, so it may be a weaker one."
 )
 TABLE3 = {
     "ResNet-18": {"none": 69.24, "fnt1": 69.7},

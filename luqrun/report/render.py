@@ -51,13 +51,15 @@ def about(table: Table) -> list[str]:
     of_test = [metric.label for metric in table.metrics if metric.name.startswith("test/")]
     if of_test:
         others = [metric.label for metric in table.metrics if metric.label not in of_test]
-        notes.append(", ".join([f"{' and '.join(of_test)}: on test data", *(f"{each}: on validation data" for each in others)]))
+        notes.append(
+            ", ".join([f"{' and '.join(of_test)}: on test data", *(f"{each}: on validation data" for each in others)])
+        )
         notes[-1] += "."
     signatures = dict.fromkeys(run.notes[BLEU] for run in table.runs if BLEU in run.notes)
     if signatures:
         notes.append(
-            f"BLEU is sacrebleu's, of detokenized text ({' and '.join(signatures)}); the paper's is tokenized BLEU, which "
-            "reads higher (its fp32 of 27.5 was 26.5 by sacrebleu for Xi et al. 2023)."
+            f"BLEU is sacrebleu's, of detokenized text ({' and '.join(signatures)}); the paper's is tokenized BLEU, "
+            "which reads higher (its fp32 of 27.5 was 26.5 by sacrebleu for Xi et al. 2023)."
         )
     return [*notes, ABOUT_REPLICATIONS] if _has_others(table) else notes
 

@@ -139,7 +139,11 @@ def _files(entry: dict, source: str) -> tuple[dict, dict, dict, tuple[float, ...
     numbers = {name: value for name, value in entry.items() if name not in HOLDS}
     result = {_long(name): value for name, value in numbers.items()} | {"rounding": entry.get("rounding", [])}
     notes = entry.get("notes", {})
-    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()) or notes.keys() & result:
+    if (
+        not isinstance(notes, dict)
+        or not all(isinstance(text, str) for text in notes.values())
+        or notes.keys() & result
+    ):
         raise Unusable(f"{source} is damaged (notes)")
     result |= notes
     check(result, SUMMARY, source)

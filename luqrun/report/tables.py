@@ -127,7 +127,6 @@ class Table:
         values = [each.value if each else None for each in theirs]
         return None if None in values else values[0] - values[1]
 
-
     def others(self, cell: Cell) -> tuple[Replication, ...]:
         """What others measured of the paper's scheme on the paper's network."""
         return replications(self.name, cell.row, cell.column)

@@ -266,7 +266,9 @@ def test_a_copied_run_is_no_other_study(tmp_path):
     assert left_out[0].reason == "duplicated: the same cell and seed as two (nor do their settings differ)"
 
 
-@pytest.mark.parametrize("other", [{"study": "again/fig2"}, {"table": "options", "study": "embedded/fig2"}, {"seed": 7}])
+@pytest.mark.parametrize(
+    "other", [{"study": "again/fig2"}, {"table": "options", "study": "embedded/fig2"}, {"seed": 7}]
+)
 def test_the_same_cell_of_another_study_table_or_seed_is_no_duplicate(tmp_path, other):
     write_run(tmp_path, name="one")
     write_run(tmp_path, name="two", **other)
@@ -295,3 +297,27 @@ def test_a_study_is_named_by_its_place_from_wherever_one_looks(tmp_path):
         assert record.study == study
     with pytest.raises(UserError, match="is a run; give the folder that holds its study"):
         read_inputs([path])
+
+
+def test_the_scale_of_glyphs_is_that_of_embedded_data_today(tmp_path):
+    path = write_run(tmp_path, "table2", "resnet8", "luq", scale="glyphs")
+    (record,), left_out = read_inputs([tmp_path])
+    assert left_out == []
+    assert (record.scale, record.study) == ("embedded", "glyphs/table2")
+    assert record.config["cell"]["scale"] == "embedded"
+    # Today's experiment would bring the study embedded/table2.
+    assert record.command == "luqrun seed=0 quant=resnet8 +experiment=table2/embedded study=glyphs/table2"
+    given = [
+        "seed=0",
+        "experiment=table2/glyphs",
+        "study=mine",
+        "+scale=glyphs",
+        "schedule=glyphs/vit_tiny",
+        "a=glyphs",
+    ]
+    change(path, "run.json", overrides=given)
+    (record,), _ = read_inputs([tmp_path])
+    assert record.overrides == [
+        "seed=0", "experiment=table2/embedded", "study=mine", "+scale=embedded", "schedule=embedded/vit_tiny",
+        "a=glyphs",
+    ]  # fmt: skip

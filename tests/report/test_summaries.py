@@ -266,3 +266,19 @@ def test_published_settings_are_those_of_which_an_earlier_luqrun_made_the_run_id
         if entry["config"]["dataset"]["name"] != "folder":  # there it was also of where the images were
             text = json.dumps(deciding_settings(entry["config"]), sort_keys=True)
             assert entry["run"].endswith("-" + hashlib.sha256(text.encode()).hexdigest()[:8])
+
+
+def test_summaries_of_the_scale_of_glyphs_are_read(tmp_path):
+    path = publish_one(tmp_path, scale="glyphs", table="table2", row="resnet8", column="luq")
+    now = json.loads(path.read_text())[0]
+    assert (now["scale"], now["study"]) == ("embedded", "glyphs/table2")
+    command = "luqrun seed=0 quant=resnet8 +experiment=table2/glyphs"
+    change(
+        path,
+        scale="glyphs",
+        command=command,
+        config={**now["config"], "cell": {**now["config"]["cell"], "scale": "glyphs"}},
+    )
+    (record,), left_out = read_summaries(path.parent)
+    assert left_out == []
+    assert (record.scale, record.command) == ("embedded", now["command"])
