@@ -48,13 +48,8 @@ def line(table: Table, cell: Cell) -> tuple[str, ...]:
 def about(table: Table) -> list[str]:
     """What a reader of its numbers must know, a sentence or two each."""
     notes = ["Mean ± standard deviation (seeds); differences are paired by seed. The paper's are on its own data."]
-    of_test = [metric.label for metric in table.metrics if metric.name.startswith("test/")]
-    if of_test:
-        others = [metric.label for metric in table.metrics if metric.label not in of_test]
-        notes.append(
-            ", ".join([f"{' and '.join(of_test)}: on test data", *(f"{each}: on validation data" for each in others)])
-        )
-        notes[-1] += "."
+    if len(table.metrics) > 1:
+        notes.append("What is not called test is on validation data.")
     signatures = dict.fromkeys(run.notes[BLEU] for run in table.runs if BLEU in run.notes)
     if signatures:
         notes.append(
