@@ -1,46 +1,35 @@
 """The YAML files: each opens with the command that runs it, that composes, and experiments make their tables."""
 
-import copy
 import dataclasses
-import functools
-import itertools
 import re
 
 import pytest
-import torch
+from experiment_jobs import (
+    CONF,
+    EXPERIMENTS,
+    FILES,
+    GROUPS,
+    OPTIONS,
+    SWEEPS,
+    TEXT_MODELS,
+    TEXTS,
+    command,
+    jobs,
+    on_the_command_line,
+    sweep,
+    table_and_scale,
+)
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from PIL import Image
-from running import composed, quiet_machine
+from running import composed
 
 from luqrun.cli.messages import one_line
 from luqrun.cli.validation import to_config, validate
-from luqrun.config import CellConfig, Config, FinetuneConfig, conf_dir
+from luqrun.config import Config, FinetuneConfig
 from luqrun.errors import UserError
 from luqrun.report import experiments
-from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import run_id
-from luqrun.train import trainer
-from luqrun.train.evaluation import evaluate
 from luqrun.train.schedules import learning_rate
-
-CONF = conf_dir()
-TEXTS = ("sentences", "parallel", "multi30k", "wmt14", "facts", "squad")
-TEXT_MODELS = ("transformer_tiny", "transformer_base", "bert", "bert_tiny")
-GROUPS = ("model", "dataset", "quant", "schedule", "finetune")
-FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
-OPTIONS = [name for name in FILES if name.split("/")[0] in GROUPS]
-EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
-SWEEPS = [name for name in EXPERIMENTS if "sweeper:" in (CONF / name).read_text()]
-
-
-def command(name) -> list[str]:
-    """The overrides of the command in the file's opening comment, on this machine."""
-    lines = [line for line in (CONF / name).read_text().splitlines() if not line.startswith("# @package")]
-    assert lines[0].startswith("# ")
-    found = re.search(r"[.:]\s+luqrun((?: [\w./+-]+=\S+| -m)*)$", lines[0])
-    assert found, f"{name}: the first line does not end in a luqrun command"
-    return found[1].split()
 
 
 def test_the_groups_are_there():
@@ -111,87 +100,6 @@ def test_fine_tune_options_and_the_rate_of_the_schedule(number):
     config = to_config(composed(f"finetune={option}", "schedule.finetune_lr=0.007"))
     assert (config.finetune.epochs, config.finetune.lr_base) == (number, 0.007)
     assert to_config(composed(f"finetune={option}", "finetune.lr_base=0.1")).finetune.lr_base == 0.1
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Two classes of two training images and one validation image, as ImageNet and class folders lie on disk."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 2), ("val", 1)):
-        for label in ("n01", "n02"):
-            (root / split / label).mkdir(parents=True)
-            for number in range(count):
-                Image.effect_noise((40, 36), 60 + number).convert("RGB").save(root / split / label / f"{number}.JPEG")
-    return root
-
-
-def shrunk(config: Config, root) -> Config:
-    """The same experiment on stand-in data small enough for a test: one step of two images, and an evaluation."""
-    config = copy.deepcopy(config)
-    config.dataset.batch_size, config.dataset.workers, config.dataset.limit = 2, 0, 2
-    config.schedule.accumulate, config.schedule.warmup_epochs, config.device = 1, 0.0, "cpu"
-    config.schedule.lr = 1e-4  # a step on two images must not diverge
-    if config.dataset.name == "glyphs":
-        config.dataset.glyphs.train_images = config.dataset.glyphs.val_images = 2
-    else:
-        config.dataset.name, config.dataset.root, config.dataset.image_size = "folder", str(root), 16
-    return config
-
-
-def sweep(name) -> dict[str, list[str]]:
-    """What an experiment sweeps over: key -> values, in the order in which Hydra varies them; {} for one run."""
-    params = OmegaConf.select(OmegaConf.load(CONF / name), "hydra.sweeper.params") or {}
-    return {key: str(values).split(",") for key, values in params.items()}
-
-
-def on_the_command_line(name, **chosen) -> list[str]:
-    """The overrides of an experiment's command, and of one point of its sweep."""
-    overrides = [text.replace("DIR", "/data") for text in command(name) if text != "-m"]
-    assert overrides[0] == "+" + name.removesuffix(".yaml").replace("/", "=", 1)
-    return [overrides[0], *(f"{key}={value}" for key, value in chosen.items()), *overrides[1:]]
-
-
-@functools.cache
-def part(group, option):
-    """An option of quant or finetune, as it stands in a Config."""
-    return getattr(to_config(composed(f"{group}={option}")), group)
-
-
-@functools.cache
-def jobs(name) -> list[Config]:
-    """The configs of an experiment: one, or all of its sweep, in order.
-
-    Hydra takes a fifth of a second for one. So it composes, for each model, the last point of the sweep, and the other
-    recipes, fine-tunes and seeds are put in their places.
-    """
-    made, found = {}, []
-    last = {key: values[-1] for key, values in sweep(name).items()}
-    for point in itertools.product(*sweep(name).values()):
-        chosen = dict(zip(sweep(name), point, strict=True))
-        model = {key: value for key, value in chosen.items() if key == "model"}
-        if str(model) not in made:
-            plain = composed(*on_the_command_line(name, **{**last, **model}))
-            made[str(model)] = to_config(plain), OmegaConf.to_container(plain, resolve=False)["cell"]
-        config, cell = made[str(model)]
-        changed = {"seed": int(chosen["seed"]), "quant": part("quant", chosen["quant"])} if chosen else {}
-        if "finetune" in chosen:
-            finetune = part("finetune", chosen["finetune"])
-            changed["finetune"] = dataclasses.replace(finetune, lr_base=config.schedule.finetune_lr)
-        config = dataclasses.replace(config, **changed)
-        names = {group: {"name": getattr(config, group).name} for group in ("model", "quant", "finetune")}
-        config.cell = CellConfig(
-            **OmegaConf.to_container(OmegaConf.create({**names, "cell": cell}), resolve=True)["cell"]
-        )
-        found.append(config)
-    return found
-
-
-def table_and_scale(name) -> tuple[str, str]:
-    """Of the cells that an experiment fills: those of table2/small_translation are of the scale small."""
-    table, scale = name.removesuffix(".yaml").split("/")[1:]
-    for part in filter(None, experiments.PARTS):
-        scale = scale.removesuffix(part)
-    return table, scale
 
 
 def is_of_text(name) -> bool:
@@ -315,39 +223,6 @@ def test_a_part_is_called_as_its_file_is(group):
     # luqrun.report.experiments reads the rows and columns of a table from names of files.
     for path in (CONF / group).glob("*.yaml"):
         assert OmegaConf.load(path).name == path.stem
-
-
-def one_step(config, images, path) -> None:
-    with quiet_machine(path):
-        run = trainer.Trainer(shrunk(config, images), RunFolder(path), torch.device("cpu"))
-        try:
-            run.train_epoch(0)
-            assert run.progress["step"] == 1
-            assert evaluate(run)["val/loss"] > 0
-        finally:
-            run.tracker.close()
-
-
-def each(names, key) -> list[str]:
-    return sorted({value for name in names for value in sweep(name).get(key, [])})
-
-
-# Of the recipes that differ in the number of samples alone, the first.
-@pytest.mark.parametrize("recipe", [name for name in each(SWEEPS, "quant") if not re.search("(4|8|16)$", name)])
-def test_a_recipe_of_the_experiments_trains_a_step(recipe, images, tmp_path):
-    one_step(dataclasses.replace(to_config(composed("finetune=none")), quant=part("quant", recipe)), images, tmp_path)
-
-
-# Of the large ones, those that have no small twin. Those for text are trained in tests/tasks.
-UNTRAINED = {"vit_b_16", "resnext50_32x4d", "mobilenet_v2", *TEXT_MODELS}
-
-
-@pytest.mark.parametrize("model", sorted({*each(SWEEPS, "model")} - UNTRAINED))
-def test_a_model_of_the_experiments_trains_a_step(model, images, tmp_path):
-    runs = [*jobs("experiment/table2/embedded.yaml"), *jobs("experiment/table2/paper.yaml")]
-    one_step(
-        next(config for config in runs if (config.model.name, config.quant.name) == (model, "luq")), images, tmp_path
-    )
 
 
 @pytest.mark.parametrize(
