@@ -23,7 +23,7 @@ CONFIG, RUN, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "sum
 # What an earlier luqrun called otherwise: keys of the config, the scales of cells, and options of the command line.
 RENAMED = {"task": "job"}
 RENAMED_SCALES = {"glyphs": "embedded"}
-_RENAMED_OPTION = re.compile(r"(\+*experiment=(\w+)/|\+*scale=|schedule=)glyphs(?=$|/)")
+_RENAMED_OPTION = re.compile(r"^(\+*experiment=(\w+)/|\+*scale=|schedule=)glyphs(?=$|/)")
 
 
 class Unusable(UserError):

@@ -313,11 +313,11 @@ def test_the_scale_of_glyphs_is_that_of_embedded_data_today(tmp_path):
         "study=mine",
         "+scale=glyphs",
         "schedule=glyphs/vit_tiny",
-        "a=glyphs",
+        "a.scale=glyphs",
     ]
     change(path, "run.json", overrides=given)
     (record,), _ = read_inputs([tmp_path])
     assert record.overrides == [
         "seed=0", "experiment=table2/embedded", "study=mine", "+scale=embedded", "schedule=embedded/vit_tiny",
-        "a=glyphs",
+        "a.scale=glyphs",
     ]  # fmt: skip
