@@ -211,7 +211,10 @@ class DistributedConfig:
 
 @dataclass
 class CellConfig:
-    """Which cell of which of the paper's tables or figures a run is; `scale`: glyphs, cifar, cifar100 or paper."""
+    """Which cell of which of the paper's tables or figures a run is.
+
+    `scale`: embedded, small, cifar, cifar100 or paper.
+    """
 
     table: str | None = None
     scale: str | None = None

@@ -165,6 +165,7 @@ def without_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda table: None)
         patch.setattr(rounding, "draw", lambda records: None)
-        patch.setattr(experiments, "expected", functools.cache(experiments.expected))
-        patch.setattr("luqrun.report.tables.expected", experiments.expected)
+        for name in ("experiments_of", "expected_of"):
+            patch.setattr(experiments, name, functools.cache(getattr(experiments, name)))
+            patch.setattr(f"luqrun.report.tables.{name}", getattr(experiments, name))
         yield

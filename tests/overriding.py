@@ -45,7 +45,7 @@ WORDS = [
     "[]", "{}", "[null]", "[[1]]", "{a:1}", "{name:1}", "[1,2", "{a", "'", '"', "''", "a=b", "=", " ", "a b", "\t",
     ".", "..", "~", "/", "/etc/passwd", "@", "*", "[first]", "[first,last]", "[nothing*]", "['[']", "conv*", "first",
     "auto", "base", "cpu", "cuda", "bf16", "resnet8", "vit_tiny", "luq", "fp32", "int4", "int8", "e3m0", "e3m0_radix4",
-    "sawb", "hindsight", "nearest", "stochastic", "flush", "both", "adamw", "cosine", "fig2", "fig2/glyphs", "glyphs",
+    "sawb", "hindsight", "nearest", "stochastic", "flush", "both", "adamw", "cosine", "fig2", "fig2/embedded", "glyphs",
 ]  # fmt: skip
 ODD = st.text(
     st.sampled_from("aZ09 _-./\\'\"${}[]():,=+~@#%&*?!<>|;^`\t\n\x1b\x85é中\U0001f600\u2028\udcff"), max_size=8
@@ -92,7 +92,7 @@ _prefixes = st.sampled_from([""] * 6 + ["+", "++", "~"])
 _fitting = st.sampled_from(KEYS).flatmap(lambda key: _FITTING[_TYPES[key]].map(lambda value: f"{key}={written(value)}"))
 _choices = st.sampled_from(GROUPS).flatmap(
     lambda group: st.sampled_from(
-        sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) or ["fig2/glyphs"]
+        sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) or ["fig2/embedded"]
     ).map(lambda name: f"{'+' * (group == 'experiment')}{group}={name}")
 )
 _any = st.one_of(

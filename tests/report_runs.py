@@ -90,7 +90,7 @@ def metrics_lines(curve) -> list[str]:
 
 def write_run(
     outputs: Path, table="fig2", row="luq", column="top1", seed=0, top1=80.0, *,
-    scale="glyphs", study=None, status="finished", curve=None, name=None, more=(), cell=True,
+    scale="embedded", study=None, status="finished", curve=None, name=None, more=(), cell=True,
 ) -> Path:  # fmt: skip
     """A run folder; a top1 of DIVERGED makes it a diverged one. more: overrides beside the usual ones."""
     study = study or f"{scale}/{table}"
@@ -105,6 +105,36 @@ def write_run(
     (path / "metrics.jsonl").write_text("".join(line + "\n" for line in metrics_lines(curve)))
     if status == "finished":
         RunFolder(path).write_json("summary.json", summary_json(top1))
+    return path
+
+
+SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
+TEXT = {  # model: its experiment, its metric, and what else is said of it
+    "transformer_tiny": ("small_translation", {"name": "val/bleu", "label": "BLEU", "higher_is_better": True}),
+    "bert": ("small_question_answering", {"name": "val/f1", "label": "F1 %", "higher_is_better": True}),
+}
+
+
+def write_text_run(outputs: Path, model: str, quant: str, seed: int, value: float | None, *, more=(), **about) -> Path:
+    """A run of table 2 at the small scale. value: what it is judged by; of a translation on test data, where on
+    validation data it is one more."""
+    experiment, metric = TEXT[model]
+    path = write_run(outputs, "table2", model, quant, seed, value, scale="small", **about)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["model"]["name"] = model
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run = json.loads((path / "run.json").read_text())
+    overrides = [f"model={model}", f"seed={seed}", f"quant={quant}", f"+experiment=table2/{experiment}", *more]
+    RunFolder(path).write_json("run.json", {**run, "overrides": overrides, "metric": metric})
+    if value is DIVERGED:
+        (path / "metrics.jsonl").write_text("")
+        return path
+    name, tested = metric["name"], model == "transformer_tiny"
+    last = value + 1 if tested else value
+    (path / "metrics.jsonl").write_text(json.dumps({"kind": "epoch", name: last}) + "\n")
+    result = {name: last, "val/loss": 2.5} | ({} if tested else {"val/em": value - 10})
+    on_test = {"test/bleu": value, "test/loss": 2.25, "bleu_signature": SIGNATURE} if tested else {}
+    RunFolder(path).write_json("summary.json", {**result, **on_test, "train_seconds": 9.5, "tokens_per_second": 800.0})
     return path
 
 
@@ -137,7 +167,7 @@ def write_measured(outputs: Path, table="table1") -> None:
     (path / "summary.json").write_text(json.dumps({"rounding": [row]}))
 
 
-def a_record(table, row, column, seed, top1, *, scale="glyphs", study=None, curve=None, more=()) -> Record:
+def a_record(table, row, column, seed, top1, *, scale="embedded", study=None, curve=None, more=()) -> Record:
     """What would be read from such a folder."""
     diverged = top1 is DIVERGED
     overrides = [f"seed={seed}", f"+experiment={table}/{scale}", *more]

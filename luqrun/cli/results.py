@@ -11,13 +11,15 @@ from luqrun.config import Config, QuantConfig
 from luqrun.runs.metric import TOP1, Metric
 
 RATE = "_per_second"  # how summary.json ends the name of the speed; before it stands what is counted
-LABELS = {"val/top5": "top-5 %"}  # of what else an evaluation reports
+LABELS = {"val/top5": "top-5 %", "val/em": "EM %"}  # of what else an evaluation reports
+TEST = "test/"
 
 
 def closing_table(
     config: Config, summary: dict, folder: Path, overrides: Sequence[str] = (), metric: Metric = TOP1
 ) -> str:
-    """A short table of a finished run: its metrics before and after each fine-tune epoch, speed, places.
+    """A short table of a finished run: its metrics before and after each fine-tune epoch, those on test data, speed,
+    places.
 
     metric: what it is judged by, which stands first.
     """
@@ -49,7 +51,17 @@ def closing_table(
     speed = f"{rate:.0f} {unit}/s in training, {summary['train_seconds']:.0f} s of it"
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
-    return "\n".join(["", title, *lines, f"{speed}, {memory}", *where])
+    return "\n".join(["", title, *lines, *_on_test(summary, metric), f"{speed}, {memory}", *where])
+
+
+def _on_test(summary: dict, metric: Metric) -> list[str]:
+    """The metrics on test data in a line, and the version of each score, as summary.json calls it, in one more."""
+    names = [name for name in summary if name.startswith(TEST)]
+    names.sort(key=lambda name: name != metric.of_test.name)
+    labels = {metric.of_test.name: metric.label} | {TEST + name.removeprefix("val/"): LABELS[name] for name in LABELS}
+    shown = [f"{labels.get(name, name.removeprefix(TEST))} {_number(name, summary[name])}" for name in names]
+    notes = [f"{name}: {text}" for name, text in summary.items() if isinstance(text, str)]
+    return ([f"on test data: {', '.join(shown)}"] if shown else []) + notes
 
 
 def _fprop_format(quant: QuantConfig, operand: str) -> str | None:
@@ -69,8 +81,12 @@ def _label(name: str) -> str:
 
 
 def _row(label: str, result: dict, names: Sequence[str]) -> list[str]:
+    return [label, *(_number(name, result[name]) for name in names)]
+
+
+def _number(name: str, value: float) -> str:
     """Losses have one more digit."""
-    return [label, *(f"{result[name]:.{3 if name.endswith('loss') else 2}f}" for name in names)]
+    return f"{value:.{3 if name.endswith('loss') else 2}f}"
 
 
 def _shown(path: Path) -> str:

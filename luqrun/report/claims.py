@@ -80,6 +80,7 @@ CLAIMS = (
     _above("fig1c", "in the gradient quantizer SR is above RDN", "backward_only", "backward_nearest"),
     _beside("table2", "fp32 is above LUQ + SMP", "fp32", "luq_smp2"),
     _beside("table2", "LUQ + SMP is not worse than LUQ", "luq_smp2", "luq", strict=False),
+    _beside("table2", "LUQ is above biased FP4", "luq", "biased_log"),
     _beside("table3", "fp32 is above LUQ + SMP", "fp32_none", "luq_smp2_none"),
     *_finetunes(),
     _beside("table6", "4-bit gradients cost more than a 4-bit forward", "forward_only", "backward_only"),
@@ -149,20 +150,28 @@ def how_tested(findings: Sequence[Finding]) -> str:
 
 
 def check_claims(tables: Sequence[Table]) -> list[Finding]:
-    """A finding for each claim about these tables."""
+    """A finding for each claim about these tables: of those that have its cells, and in rows that have a run."""
     return [
         _test(table, claim, row)
         for table in tables
         for claim in CLAIMS
         if claim.table == table.name
-        for row in (table.rows if any(row is None for row, _ in claim.cells) else [None])
+        for row in (_begun(table) if any(row is None for row, _ in claim.cells) else [None])
+        if all((own or row, column) in table.cells for own, column in claim.cells)
     ]
 
 
+def _begun(table: Table) -> list[str]:
+    return [row for row in table.rows if table.metric(row) is not None]
+
+
 def _test(table: Table, claim: Claim, row: str | None) -> Finding:
-    cells = [(table.cells.get((own or row, column)), weight) for (own, column), weight in claim.cells.items()]
-    if any(cell is None or not cell.runs for cell, _ in cells):
+    cells = [(table.cells[own or row, column], weight) for (own, column), weight in claim.cells.items()]
+    if not all(cell.runs for cell, _ in cells):
         return Finding(table.study, claim, row, MISSING)
+    metric, *others = {table.metric(cell.row) for cell, _ in cells}
+    if others:
+        return Finding(table.study, claim, row, NOT_SHOWN, note="its runs have several metrics")
     common = set.intersection(*(set(cell.runs) for cell, _ in cells))
     if not common:
         return Finding(table.study, claim, row, MISSING, note="no seed in common")
@@ -176,7 +185,7 @@ def _test(table: Table, claim: Claim, row: str | None) -> Finding:
     seeds = sorted(set.intersection(*(set(cell.values) for cell, _ in cells)))
     if not seeds:
         return Finding(table.study, claim, row, NOT_SHOWN, note=note)
-    sign = 1 if table.metric.higher_is_better else -1
+    sign = 1 if metric.higher_is_better else -1
     sums = [sign * sum(weight * cell.values[seed] for cell, weight in cells) for seed in seeds]
     low, high = bounds(sums, CONFIDENCE)
     if low > claim.margin:

@@ -77,7 +77,7 @@ def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool,
     entries += [_write_table(*both, *where) for both in zip(tables, names, strict=True)]
     notes = markdown_findings(findings, left_out)
     if not tables and not measured:
-        print(f"no runs of tables under {', '.join(map(str, inputs))}; luqrun -m +experiment=fig2/glyphs makes some")
+        print(f"no runs of tables under {', '.join(map(str, inputs))}; luqrun -m +experiment=fig2/embedded makes some")
     print(notes, end="")
     _write(out / f"{FINDINGS}.md", notes)
     _write(out / f"{INDEX}.md", index(entries, findings, left_out, (each.results for each in records)))
@@ -141,9 +141,8 @@ def _write_table(table: Table, name: str, out: Path, pages: Sequence[str], own: 
     _write(out / f"{name}.md", text)
     _write(out / f"{name}.csv", csv_text(table))
     _write(out / f"{_cells(name)}.csv", cells_csv(table))
-    runs = [run for cell in table.cells.values() for run in cell.runs.values()]
     path = out / f"{name}.json"
-    _write(path, summaries.to_json(runs, path if own else None))
+    _write(path, summaries.to_json(table.runs, path if own else None))
     figure = figures.draw(table)
     if figure is not None:
         figures.save(figure, out, name)

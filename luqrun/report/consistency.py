@@ -103,6 +103,9 @@ def trained_alike(records: Sequence[Record]) -> tuple[list[Record], list[LeftOut
         of_cell[id(record)] = (*table, record.row, record.column), own
     cells: dict[tuple, list[tuple[Record, dict]]] = {}
     for group in of_table.values():
+        on_test = any(record.tested for record, _ in group)
+        for record, settings in group:  # one that diverged never came to them
+            settings["test data"] = on_test if record.diverged else record.tested
         for record, _ in _majority(group, "table", left_out):
             cell, own = of_cell[id(record)]
             cells.setdefault(cell, []).append((record, own))

@@ -1,10 +1,12 @@
-"""Which cells a table has: read from the experiment that fills it, conf/experiment/TABLE/SCALE.yaml."""
+"""Which cells a table has: read from the experiments that fill it, conf/experiment/TABLE/SCALE.yaml and its parts."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -35,16 +37,19 @@ BASELINES = {
     "fig5": ("forward_only", None),
     "options": ("luq", None),
 }
+# A table's rows for text are experiments of their own where their data lie elsewhere: table2/small_translation.
+PARTS = ("", "_translation", "_question_answering")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A run that a table wants: its cell, its seed and the command that makes it."""
+    """A run that a table wants: its cell, its seed, the command that makes it and that command's experiment."""
 
     row: str
     column: str
     seed: int
     command: str
+    experiment: str
 
 
 def check_tables(names: list[str]) -> None:
@@ -54,31 +59,41 @@ def check_tables(names: list[str]) -> None:
             raise UserError(f"table {name} is not known; allowed: {', '.join(TITLES)}")
 
 
-def expected(table: str, scale: str, shared: Sequence[str] = ()) -> list[Expected]:
-    """The runs that `luqrun -m +experiment=TABLE/SCALE` makes; none where there is no such experiment.
+def experiments_of(table: str, scale: str) -> list[str]:
+    """The experiments whose runs are of this table at this scale, such as table2/small_translation; [] for none."""
+    found = [f"{table}/{scale}{part}" for part in PARTS]
+    return [name for name in found if _file(name).is_file() and "hydra" in OmegaConf.load(_file(name))]
+
+
+def expected(table: str, scale: str) -> list[Expected]:
+    """The runs that all experiments of this table at this scale make; none where there is no such experiment."""
+    return [wish for name in experiments_of(table, scale) for wish in expected_of(name)]
+
+
+def expected_of(name: str, shared: Sequence[str] = ()) -> list[Expected]:
+    """The runs that `luqrun -m +experiment=NAME` makes.
 
     shared: the overrides of all runs that there are; a model among them that the experiment has not replaces its own.
-    A command that needs dataset.root says DIR, where that is not among them.
+    A command that needs a folder, such as dataset.root, says DIR, where that is not among them.
     """
-    path = conf_dir() / "experiment" / table / f"{scale}.yaml"
-    if not path.is_file():
-        return []
-    experiment = OmegaConf.load(path)
-    if "hydra" not in experiment:  # a single run of another experiment's
-        return []
+    experiment = OmegaConf.load(_file(name))
     params = OmegaConf.to_container(experiment.hydra.sweeper.params)
     choices = {key: [f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()}
     own = [given for given in shared if given.startswith("model=")]
     if own and own[0] not in choices.get("model", own):
         choices["model"] = own
-    known = any(given.startswith("dataset.root=") for given in shared)
-    root = " dataset.root=DIR" if "dataset.root=DIR" in path.read_text() and not known else ""
+    needed = dict.fromkeys(re.findall(r"\s([\w.]+=)DIR\b", _file(name).read_text()))
+    folders = "".join(f" {key}DIR" for key in needed if not any(given.startswith(key) for given in shared))
     found = []
     for overrides in itertools.product(*choices.values()):
         chosen = dict(override.split("=", 1) for override in overrides)
-        groups = {name: {"name": chosen[name]} for name in ("model", "quant", "finetune") if name in chosen}
+        groups = {key: {"name": chosen[key]} for key in ("model", "quant", "finetune") if key in chosen}
         # A recipe, a model and a fine-tune are called as their files are: a test sees to it.
         cell = OmegaConf.create({**groups, "cell": experiment.cell}).cell
-        command = f"luqrun +experiment={table}/{scale} {' '.join(overrides)}{root}"
-        found.append(Expected(cell.row, cell.column, int(chosen["seed"]), command))
+        command = f"luqrun +experiment={name} {' '.join(overrides)}{folders}"
+        found.append(Expected(cell.row, cell.column, int(chosen["seed"]), command, name))
     return found
+
+
+def _file(name: str) -> Path:
+    return conf_dir() / "experiment" / f"{name}.yaml"

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from luqrun.errors import UserError
 from luqrun.report.experiments import BASELINES
 from luqrun.report.tables import Table
+from luqrun.runs.metric import Metric
 
 CURVES = ("fig1b", "fig1c", "fig2", "options")
 DIVERGED = "diverged"  # the id of a line
@@ -75,7 +76,8 @@ def _curves(table: Table):
         plt.close(figure)
         return None
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="epoch", ylabel=f"validation {table.metric.label}", title=table.title)
+    labels = dict.fromkeys(run.curve_metric.label for run in table.runs)
+    axes.set(xlabel="epoch", ylabel=f"validation {' or '.join(labels)}", title=table.title)
     # Beside the curves: recipes that fail for a while leave no room among them.
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
     ended = "\nx: diverged after it" if any(line.get_gid() == DIVERGED for line in axes.lines) else ""
@@ -87,6 +89,11 @@ def _until_divergence(axes, curve: tuple[float, ...], style: str, color: str) ->
     """A run of its own, thin, with a cross at its last epoch."""
     epochs, last = range(1, len(curve) + 1), [len(curve) - 1]
     axes.plot(epochs, curve, style, color=color, linewidth=0.8, marker="x", markevery=last, gid=DIVERGED)
+
+
+def _with_split(metric: Metric) -> str:
+    """Such as "validation top-1 %"; a metric on test data says so itself."""
+    return metric.label if metric.name.startswith("test/") else f"validation {metric.label}"
 
 
 def _samples(table: Table):
@@ -120,7 +127,7 @@ def _samples(table: Table):
     axes.set_xticks(samples, [str(count) for count in samples])
     axes.set(
         xlabel="samples of 2-bit gradients; bars: 1 standard deviation",
-        ylabel=f"validation {table.metric.label}",
+        ylabel=" or ".join(_with_split(metric) for metric in table.metrics),
         title=table.title,
     )
     axes.legend(fontsize=8, frameon=False)

@@ -12,7 +12,7 @@ import yaml
 from luqrun.report import figures, rounding
 from luqrun.report.claims import Finding, how_tested
 from luqrun.report.records import LeftOut, Record
-from luqrun.report.render import about_rounding, commands_of_all, header, how_made, line
+from luqrun.report.render import about, about_rounding, commands_of_all, header, how_made, line
 from luqrun.report.tables import Table
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # XML's; HTML knows an <svg> without
@@ -48,7 +48,7 @@ def page(
     if left_out:
         items = (f"<li>{escape(str(each.path))}: {escape(each.reason)}</li>" for each in left_out)
         parts.append(f"<h2>Runs left out</h2><ul>{''.join(items)}</ul>")
-    records = [run for table in tables for cell in table.cells.values() for run in cell.runs.values()]
+    records = [run for table in tables for run in table.runs]
     parts.append("<h2>Runs</h2>")
     parts += [_run(record) for record in [*records, *(record for table in rounding_tables for record in table.records)]]
     head = f'<meta charset="utf-8"><title>luqrun: {escape(name)}</title><style>{STYLE}</style>'
@@ -61,12 +61,14 @@ def _table(table: Table) -> str:
         values = [escape(value) for value in line(table, cell)]
         links = " ".join(f'<a href="#{_anchor(run)}">{seed}</a>' for seed, run in sorted(cell.runs.items()))
         style = ' class="missing"' if cell.missing else ' class="number"'
-        cells = [f"<td>{values[0]}</td><td{style}>{values[1]}</td>"]
-        cells += [f'<td class="number">{value}</td>' for value in values[2:]]
+        ours = header(table).index("against our baseline") - 1
+        cells = [f"<td>{value}</td>" for value in values[:ours]] + [f"<td{style}>{values[ours]}</td>"]
+        cells += [f'<td class="number">{value}</td>' for value in values[ours + 1 :]]
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
     listed = _made_by(commands_of_all(table)) + _missing(*table.missing())
     body = _html_table((*header(table), "runs by seed"), rows)
-    return f"<h2>{escape(table.title)}</h2>{body}{listed}{_svg(figures.draw(table))}"
+    notes = "".join(f"<p>{escape(note)}</p>" for note in about(table))
+    return f"<h2>{escape(table.title)}</h2>{body}{notes}{listed}{_svg(figures.draw(table))}"
 
 
 def _made_by(commands: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -26,8 +25,7 @@ from luqrun.report.figures import pyplot, save
 from luqrun.report.records import printable
 from luqrun.runs import checkpoint
 from luqrun.runs.reading import CONFIG, read_config
-from luqrun.tasks.classification.data import build_dataset, validate_dataset
-from luqrun.tasks.classification.networks import build_model
+from luqrun.tasks import build_task, validate_task
 from luqrun.tasks.loader import train_loader
 from luqrun.train.tracking import HEALTH
 
@@ -86,16 +84,16 @@ def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
     """Of the first batch of the epoch to come: layers at 4 bits in either phase, the rest in the run's precision."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.create(read_config(run))))
-        validate_dataset(config.dataset)
+        validate_task(config)
         check_choice("precision", config.precision, PRECISIONS)
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
         raise UserError(f"{run / CONFIG}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     path = run / "checkpoints" / checkpoint.LAST
     if not path.exists():
         raise NothingToShow(f"{path} is not there")
-    data = build_dataset(config.dataset)
-    model = build_model(config.model, len(data.classes), data.channels, data.image_size)
-    model = quantize_model(model, Recipe.from_config(config.quant), seed=config.seed)
+    task = build_task(config)
+    recipe = Recipe.from_config(config.quant)
+    model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example())
     content = checkpoint.read(path)
     try:
         model.load_state_dict(content["model"])
@@ -115,11 +113,11 @@ def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
         output.register_hook(found.append)
 
     layers[name].register_forward_hook(watch)
-    images, labels = next(iter(train_loader(data, config.dataset, config.seed, content["progress"]["epoch"])))
+    batch = next(iter(train_loader(task.data, config.dataset, config.seed, content["progress"]["epoch"])))
     model.to(memory_format=torch.channels_last).train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = model(images.to(memory_format=torch.channels_last))
-    F.cross_entropy(logits.float(), labels).backward()
+        loss, _ = task.loss(model, batch)
+    loss.backward()
     state = f"{_weights(config, content['progress'])}; layers at 4 bits, the rest in {config.precision}"
     return LayerGradient(name, found[0].detach().float(), state, name_of(run))
 

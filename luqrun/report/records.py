@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from luqrun.config import flatten
@@ -36,9 +36,11 @@ DRAWN = ["nearest", "stochastic", "flush"]
 class Record:
     """One finished or diverged run that says which cell of which table it is.
 
-    value: the metric of the last evaluation (None where the run diverged, or did not train). curve: the metric after
-    each epoch, of a diverged run up to there. rounding: what job=rounding measured. config, run: what config.yaml and
-    run.json say. more: other numbers of the end, by name: top5, loss, train_seconds (without evaluations).
+    value: what tables compare, the metric on test data where the run has it, else that of the last evaluation (None
+    where the run diverged, or did not train). curve: the metric on validation data after each epoch, of a diverged run
+    up to there. rounding: what job=rounding measured. config, run: what config.yaml and run.json say. more: other
+    numbers of the end, by name: top5, loss, train_seconds (without evaluations). notes: texts of the end, such as a
+    score's signature. tested: whether the value is of test data.
     """
 
     path: Path
@@ -54,9 +56,16 @@ class Record:
     config: dict
     run: dict
     more: dict[str, float | None]
+    notes: dict[str, str] = field(default_factory=dict)
+    tested: bool = False
 
     @property
     def metric(self) -> Metric:
+        """What the value is of."""
+        return self.curve_metric.of_test if self.tested else self.curve_metric
+
+    @property
+    def curve_metric(self) -> Metric:
         return metric_of(self.run)
 
     @property
@@ -86,10 +95,10 @@ class Record:
         return flatten(deciding_settings(self.config))
 
     def trained(self) -> dict:
-        """What decides its result beside the settings (luqrun.runs.identity), and what it is judged by."""
+        """What decides its result beside the settings (luqrun.runs.identity), and by what its training is judged."""
         data = {f"data.{name}": value for name, value in deciding_data(self.run.get("data")).items()}
         sizes = self.run.get("world_sizes") or [self.run.get("world_size", 1)]  # one, before that was recorded
-        return {**data, "RESULTS": self.results, "processes": sizes, "metric": self.metric.name}
+        return {**data, "RESULTS": self.results, "processes": sizes, "metric": self.curve_metric.name}
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,10 @@ def make_record(stored: StoredRun, study: str) -> Record:
         raise Unusable("its cell or seed is incomplete")
     if "/" in names[2]:
         raise Unusable(f"its scale {names[2]} is not known")
-    numbers = {_short(key): value for key, value in (stored.summary or {}).items() if _is_shown(key)}
+    summary = stored.summary or {}
+    numbers = {_short(key): value for key, value in summary.items() if _is_shown(key)}
+    last, on_test = _value(stored), _test_value(stored)
+    judged = stored.metric if on_test is None else stored.metric.of_test
     return Record(
         path=stored.path,
         study=study,
@@ -170,12 +182,14 @@ def make_record(stored: StoredRun, study: str) -> Record:
         row=cell["row"],
         column=cell["column"],
         seed=seed,
-        value=_value(stored),
+        value=last if on_test is None else on_test,
         curve=stored.curve,
         rounding=_rounding(stored),
         config=stored.config,
         run=stored.run,
-        more={name: value for name, value in numbers.items() if name != stored.metric.short},
+        more={name: value for name, value in numbers.items() if name != judged.short},
+        notes={name: printable(text) for name, text in summary.items() if isinstance(text, str)},
+        tested=on_test is not None,
     )
 
 
@@ -216,6 +230,17 @@ def _value(stored: StoredRun) -> float | None:
     if stored.curve[-1:] != (value,):
         where = f"the curve of {stored.source(METRICS)} does not end in the {metric.name} of {stored.source(SUMMARY)}"
         raise Unusable(f"incomplete: {where}")
+    return value
+
+
+def _test_value(stored: StoredRun) -> float | None:
+    """The metric on test data; None where the run had none."""
+    metric = stored.metric.of_test
+    value = (stored.summary or {}).get(metric.name)
+    if value is not None and not metric.allows(value):
+        raise Unusable(f"{metric.name} is {value}")
+    if value is not None and stored.run["status"] == "diverged":
+        raise Unusable(f"it diverged, and has a {metric.name} all the same")
     return value
 
 

@@ -55,6 +55,11 @@ def experiment(overrides: Iterable[str]) -> str | None:
     return next((each for each in overrides if key(each).partition("@")[0] == "experiment"), None)
 
 
+def name_of(override: str) -> str:
+    """Of an override that chooses an experiment, which: table2/embedded."""
+    return override.partition("=")[2]
+
+
 def shared(runs: Sequence[Run]) -> tuple[str, ...]:
     """The overrides that all of these runs, one at least, were given."""
     return tuple(given for given in runs[0].overrides if all(given in run.overrides for run in runs))
@@ -71,25 +76,26 @@ def whole_commands(name: str, scale: str, runs: Sequence[Run]) -> list[str]:
     Runs of a shipped experiment whose file is not there have none.
     """
     groups: dict[tuple, list[Run]] = {}
-    shipped = f"+experiment={name}/{scale}"
+    shipped = experiments.experiments_of(name, scale) or [f"{name}/{scale}"]
     for run in runs:
-        chosen = experiment(run.overrides) or shipped
-        groups.setdefault((run.options, chosen.lstrip("+") == shipped.lstrip("+")), []).append(run)
+        chosen = experiment(run.overrides)
+        own = name_of(chosen) if chosen else shipped[0]
+        groups.setdefault((run.options, own if own in shipped else None), []).append(run)
     found = []
-    for (options, is_shipped), own in groups.items():
-        found += _of_the_shipped(name, scale, options, own) if is_shipped else _of_ones_own(options, own)
+    for (options, own), members in groups.items():
+        found += _of_ones_own(options, members) if own is None else _of_the_shipped(own, options, members)
     return found
 
 
-def _of_the_shipped(name: str, scale: str, options: tuple[str, ...], runs: Sequence[Run]) -> list[str]:
-    """The experiment's own sweep, with what all the runs were given beside, and with recipes and the like that it
-    does not go through."""
+def _of_the_shipped(name: str, options: tuple[str, ...], runs: Sequence[Run]) -> list[str]:
+    """The sweep of the experiment `name`, with what all the runs were given beside, and with recipes and the like that
+    it does not go through."""
+    if name not in experiments.experiments_of(*name.split("/", 1)):
+        return []
     sweep: dict[str, list[str]] = {}
-    for wish in experiments.expected(name, scale):
+    for wish in experiments.expected_of(name):
         for part in shlex.split(wish.command)[1:]:
             sweep.setdefault(key(part), []).append(part)
-    if not sweep:
-        return []
     beside = [given for given in shared(runs) if given not in sweep.get(key(given), []) and not _is_experiment(given)]
     settled = {"seed", *map(key, beside)}
     for each in [name for name in sweep if name not in settled]:
@@ -97,7 +103,7 @@ def _of_the_shipped(name: str, scale: str, options: tuple[str, ...], runs: Seque
         others = [part for part in dict.fromkeys(given) if part not in sweep[each]]
         if others and not _is_experiment(others[0]):
             beside.append(_joined([*dict.fromkeys(sweep[each]), *others]))
-    return [shlex.join(["luqrun", *options, "-m", f"+experiment={name}/{scale}", *beside])]
+    return [shlex.join(["luqrun", *options, "-m", f"+experiment={name}", *beside])]
 
 
 def _is_experiment(override: str) -> bool:

@@ -13,7 +13,17 @@ from pathlib import Path, PurePosixPath
 from luqrun.report.consistency import one_a_seed
 from luqrun.report.records import LeftOut, Record, make_record, names_a_cell, read_folders
 from luqrun.report.rerun_commands import split
-from luqrun.runs.reading import RUN, SUMMARY, StoredRun, Unusable, check, check_config, metric_of
+from luqrun.runs.reading import (
+    RENAMED_SCALES,
+    RUN,
+    SUMMARY,
+    StoredRun,
+    Unusable,
+    check,
+    check_config,
+    metric_of,
+    renamed_options,
+)
 
 # Of run.json; not its paths and times.
 KEPT = (
@@ -22,7 +32,7 @@ KEPT = (
 )  # fmt: skip
 CELL = ("study", "table", "scale", "row", "column", "seed")
 # What an entry holds beside the numbers of the end, which are called as in Record.more.
-HOLDS = {"run", "command", "curve", "config", "rounding", *CELL, *KEPT}
+HOLDS = {"run", "command", "curve", "config", "rounding", "notes", *CELL, *KEPT}
 
 
 def summary(record: Record) -> dict:
@@ -36,6 +46,7 @@ def summary(record: Record) -> dict:
         "command": record.command,
         record.metric.short: record.value,
         **record.more,
+        **({"notes": record.notes} if record.notes else {}),
         "curve": record.curve,
         **kept,
         "config": _without_places(record.config),
@@ -121,11 +132,20 @@ def _files(entry: dict, source: str) -> tuple[dict, dict, dict, tuple[float, ...
         words = overrides = None
     run = {name: entry[name] for name in KEPT if name in entry} | {"command": words, "overrides": overrides}
     check(run, RUN, source)
+    run = renamed_options(run, config)
     metric = metric_of(run)
     if not isinstance(curve, list) or not all(map(metric.allows, curve)):
         raise Unusable("its curve is damaged")
     numbers = {name: value for name, value in entry.items() if name not in HOLDS}
     result = {_long(name): value for name, value in numbers.items()} | {"rounding": entry.get("rounding", [])}
+    notes = entry.get("notes", {})
+    if (
+        not isinstance(notes, dict)
+        or not all(isinstance(text, str) for text in notes.values())
+        or notes.keys() & result
+    ):
+        raise Unusable(f"{source} is damaged (notes)")
+    result |= notes
     check(result, SUMMARY, source)
     return config, run, result, tuple(map(float, curve))
 
@@ -137,7 +157,9 @@ def _long(name: str) -> str:
 
 def _record(entry: dict, stored: StoredRun) -> Record:
     record = make_record(stored, str(PurePosixPath(entry["study"])))
-    if any(entry.get(name) != getattr(record, name) for name in CELL):
+    said = {name: entry.get(name) for name in CELL}
+    said["scale"] = RENAMED_SCALES.get(str(said["scale"]), said["scale"])
+    if any(said[name] != getattr(record, name) for name in CELL):
         raise Unusable("its cell or seed is not that of its config")
     return record
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from luqrun.report import rerun_commands
-from luqrun.report.experiments import BASELINES, TITLES, Expected, expected
-from luqrun.report.paper import Published, published
+from luqrun.report.experiments import BASELINES, TITLES, Expected, expected_of, experiments_of
+from luqrun.report.paper import Published, Replication, published, replications
 from luqrun.report.records import Record
 from luqrun.report.spread import Spread
-from luqrun.runs.metric import TOP1, Metric
+from luqrun.runs.metric import Metric
 
 
 @dataclass
@@ -59,13 +59,31 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table of one study. rows and columns keep the experiment's order."""
+    """A table of one study. rows and columns keep the experiment's order. Each row may have a metric of its own."""
 
     study: str
     name: str
     scale: str
     cells: dict[tuple[str, str], Cell]
-    metric: Metric = TOP1
+
+    @property
+    def runs(self) -> list[Record]:
+        return [run for cell in self.cells.values() for run in cell.runs.values()]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What its runs are compared by, each once."""
+        return list(dict.fromkeys(map(self._metric_of_run, self.runs)))
+
+    def metric(self, row: str) -> Metric | None:
+        """What the runs of a row are compared by; None where there is no run."""
+        own = [run for (name, _), cell in self.cells.items() if name == row for run in cell.runs.values()]
+        return self._metric_of_run(min(own, key=lambda run: run.diverged)) if own else None
+
+    def _metric_of_run(self, run: Record) -> Metric:
+        """A run that diverged never came to the test data: its metric is that of the others like it."""
+        on_test = any(other.tested and other.curve_metric == run.curve_metric for other in self.runs)
+        return run.curve_metric.of_test if run.diverged and on_test else run.metric
 
     @property
     def title(self) -> str:
@@ -87,9 +105,11 @@ class Table:
         return None if self.is_baseline(cell) else self.cells.get(self._compared_with(cell))
 
     def difference(self, cell: Cell) -> Spread | None:
-        """Ours less our baseline, seed by seed."""
+        """Ours less our baseline, seed by seed; None where they have no seed in common, or not one metric."""
         base = self.baseline(cell)
-        pairs = [] if base is None else [value - base.values[s] for s, value in cell.values.items() if s in base.values]
+        if base is None or self.metric(base.row) != self.metric(cell.row):
+            return None
+        pairs = [value - base.values[seed] for seed, value in cell.values.items() if seed in base.values]
         return Spread.of(pairs) if pairs else None
 
     def missing(self) -> tuple[int, list[str]]:
@@ -107,6 +127,10 @@ class Table:
         values = [each.value if each else None for each in theirs]
         return None if None in values else values[0] - values[1]
 
+    def others(self, cell: Cell) -> tuple[Replication, ...]:
+        """What others measured of the paper's scheme on the paper's network."""
+        return replications(self.name, cell.row, cell.column)
+
 
 def build_tables(records: Sequence[Record], wanted: Sequence[str] = ()) -> list[Table]:
     """A table for each study that trains one; `wanted`: of these names only (default: all)."""
@@ -121,14 +145,32 @@ def build_table(study: str, name: str, scale: str, records: Sequence[Record]) ->
     """The table of these records, one at least, which are all of this study, name and scale."""
     cells: dict[tuple[str, str], Cell] = {}
     by_cell = {(record.row, record.column, record.seed): record for record in records}
-    shared, options = rerun_commands.shared(records), rerun_commands.common_options(records)
-    for wish in (_alike(wish, shared, options) for wish in expected(name, scale, shared)):
+    for wish in _wishes(name, scale, records):
         cell = cells.setdefault((wish.row, wish.column), Cell(wish.row, wish.column))
         if (wish.row, wish.column, wish.seed) not in by_cell:
             cell.missing.append(wish)
     for (row, column, seed), record in sorted(by_cell.items()):
         cells.setdefault((row, column), Cell(row, column)).runs[seed] = record
-    return Table(study, name, scale, cells, records[0].metric)
+    return Table(study, name, scale, cells)
+
+
+def _wishes(name: str, scale: str, records: Sequence[Record]) -> list[Expected]:
+    """What the experiments of this table make, each run with what the runs of its experiment were given.
+
+    Of an experiment without runs nothing is known but the study, where all others were given one.
+    """
+    names, found = experiments_of(name, scale), []
+    of_row = {wish.row: wish.experiment for each in names for wish in expected_of(each)}
+    runs: dict[str, list[Record]] = {each: [] for each in names}
+    for record in records if names else ():
+        chosen = rerun_commands.name_of(rerun_commands.experiment(record.overrides) or "")
+        runs[chosen if chosen in names else of_row.get(record.row, names[0])].append(record)
+    study = tuple(given for given in rerun_commands.shared(records) if rerun_commands.key(given) == "study")
+    for each, own in runs.items():
+        shared = rerun_commands.shared(own) if own else study
+        options = rerun_commands.common_options(own) if own else ()
+        found += [_alike(wish, shared, options) for wish in expected_of(each, shared)]
+    return found
 
 
 def _alike(wish: Expected, shared: Sequence[str], options: Sequence[str]) -> Expected:

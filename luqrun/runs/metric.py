@@ -15,8 +15,13 @@ class Metric:
 
     @property
     def short(self) -> str:
-        """Without saying that it is of the validation set: top1."""
+        """Without saying that it is of the validation set: top1. Of test data that is said: test/bleu."""
         return self.name.removeprefix("val/")
+
+    @property
+    def of_test(self) -> Metric:
+        """The same of test data: test/bleu, which tables call test BLEU."""
+        return Metric(f"test/{self.short}", f"test {self.label}", self.higher_is_better)
 
     @property
     def title(self) -> str:

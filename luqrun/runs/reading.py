@@ -6,6 +6,7 @@ Folders that an earlier luqrun wrote are read too: what was not recorded then ha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from luqrun.runs.metric import TOP1, Metric, is_number
 CONFIG, RUN, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
 
 
-RENAMED = {"task": "job"}  # keys of the config, by their name in an earlier luqrun
+# What an earlier luqrun called otherwise: keys of the config, the scales of cells, and options of the command line.
+RENAMED = {"task": "job"}
+RENAMED_SCALES = {"glyphs": "embedded"}
+_RENAMED_OPTION = re.compile(r"^(\+*experiment=(\w+)/|\+*scale=|schedule=)glyphs(?=$|/)")
 
 
 class Unusable(UserError):
@@ -115,7 +119,7 @@ def read_run(folder: Path, wanted: Callable[[dict], bool] = lambda config: True)
     config = read_config(folder)
     if not wanted(config):
         return None
-    run = read_json(folder, RUN)
+    run = renamed_options(read_json(folder, RUN), config)
     finished = run.get("status") == "finished"
     if finished and not (folder / SUMMARY).is_file():
         raise Unusable(f"incomplete: finished without {SUMMARY}")
@@ -143,8 +147,29 @@ def check_config(config: object, source: str) -> dict:
     hold, with keys of one type, or has no end."""
     with suppress(TypeError, ValueError, RecursionError):
         if isinstance(config, dict) and json.dumps(config, sort_keys=True) and _is_shallow(config):
-            return {RENAMED.get(key, key): value for key, value in config.items()}
+            return {RENAMED.get(key, key): _renamed_scale(key, value) for key, value in config.items()}
     raise Unusable(f"{source} is not a configuration")
+
+
+def _renamed_scale(key: str, value: object) -> object:
+    """The value of a key of the config; of `cell` the scale by today's name."""
+    if key != "cell" or not _is_mapping(value) or not _is_text(value.get("scale")):
+        return value
+    return {**value, "scale": RENAMED_SCALES.get(value["scale"], value["scale"])}
+
+
+def renamed_options(run: dict, config: dict) -> dict:
+    """run.json with the command line of an earlier luqrun as today's would have it.
+
+    An experiment that was renamed brought a study of another name, which is now given beside it.
+    """
+    overrides = run.get("overrides") or []
+    renamed = [_RENAMED_OPTION.sub(r"\1embedded", given) for given in overrides]
+    experiments = [found[2] for given in overrides if (found := _RENAMED_OPTION.match(given)) and found[2]]
+    study = config.get("study")
+    if experiments and _is_text(study) and not any(given.startswith("study=") for given in overrides):
+        renamed.append(f"study={study}")
+    return run if renamed == overrides else {**run, "overrides": renamed}
 
 
 def _is_shallow(value: object, levels: int = 20) -> bool:

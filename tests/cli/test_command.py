@@ -222,10 +222,10 @@ def test_a_sweep_runs_all_its_jobs(luqrun, tmp_path):
 
 
 def test_a_sweep_without_m_is_told_to_be_one_run(luqrun, tmp_path):
-    result = luqrun("+experiment=fig2/glyphs", *TINY)
+    result = luqrun("+experiment=fig2/embedded", *TINY)
     assert result.code == 0
     assert "which only -m runs" in result.err + result.out
-    assert len(runs(tmp_path, "glyphs/fig2")) == 1
+    assert len(runs(tmp_path, "embedded/fig2")) == 1
     swept = luqrun("-m", *TINY, "quant=fp32", "seed=1")
     assert "which only -m runs" not in swept.err + swept.out
 

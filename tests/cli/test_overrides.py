@@ -212,7 +212,7 @@ def test_a_sweeps_escapes_are_not_shown():
     ("given", "words"),
     [
         ("+seed=1", ("seed is there already", "seed=VALUE")),
-        ("experiment=table2/glyphs", ("write +experiment=table2/glyphs",)),
+        ("experiment=table2/embedded", ("write +experiment=table2/embedded",)),
         ("~seed", ("~seed", "none can be left out")),
         ("~tracking", ("~tracking", "none can be left out")),
         ("~nosuch", ("nosuch", "does not exist")),

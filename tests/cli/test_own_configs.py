@@ -28,7 +28,7 @@ def assert_refused(answer, *words):
 
 
 @pytest.mark.parametrize(
-    "name", ["quant/luq.yaml", "experiment/table2/glyphs.yaml", "config.yaml", "model/resnet8.yaml"]
+    "name", ["quant/luq.yaml", "experiment/table2/embedded.yaml", "config.yaml", "model/resnet8.yaml"]
 )
 def test_a_file_that_a_shipped_one_hides_is_refused(luqrun, tmp_path, name):
     write(tmp_path, name, "name: mine\n")

@@ -73,6 +73,27 @@ def test_another_task_is_shown_by_its_own_metric(tmp_path):
     assert lines[4].startswith("900 tokens/s in training, 3 s of it")
 
 
+def test_the_test_data_and_the_signature_of_a_score_have_lines_of_their_own(tmp_path):
+    result = {"val/loss": 1.25, "val/bleu": 26.75}
+    summary = {
+        **result, "test/loss": 1.5, "test/bleu": 27.5, "bleu_signature": "nrefs:1|tok:13a", "before_finetune": result,
+        "finetune": [], "tokens_per_second": 900.4, "train_seconds": 3.0, "peak_memory_bytes": 0,
+    }  # fmt: skip
+    metric = Metric("val/bleu", "BLEU", True)
+    lines = closing_table(tiny(), summary, tmp_path, metric=metric).splitlines()
+    assert lines[4:6] == ["on test data: BLEU 27.50, loss 1.500", "bleu_signature: nrefs:1|tok:13a"]
+    assert lines[6].startswith("900 tokens/s")
+
+
+def test_exact_match_is_a_percentage(tmp_path):
+    summary = {**SUMMARY, "before_finetune": {"val/em": 41.3, "val/f1": 53.0, "val/loss": 2.0}, "finetune": []}
+    lines = closing_table(tiny(), summary, tmp_path, metric=Metric("val/f1", "F1 %", True)).splitlines()
+    assert [re.split(r"  +", line) for line in lines[2:4]] == [
+        ["after", "F1 %", "EM %", "loss"],
+        ["1 epoch, quant=luq", "53.00", "41.30", "2.000"],
+    ]
+
+
 def test_jobs_of_several_tasks_name_their_metrics(tmp_path):
     def job(name, metric, summary):
         (tmp_path / name).mkdir()

@@ -89,13 +89,13 @@ def test_a_table_of_numbers_needs_no_extra(tmp_path, capsys, monkeypatch):
     write_run(tmp_path, "table2", "resnet8", "luq", 1, status="running", name="going")
     assert report(tmp_path, "--html") == 0
     printed, out = capsys.readouterr().out, tmp_path / "tables"
-    names = {"tables.md", "findings.md", "glyphs.html", *files_of("glyphs-table2")}
+    names = {"tables.md", "findings.md", "embedded.html", *files_of("embedded-table2")}
     assert {path.name for path in out.iterdir()} == names
     assert "| resnet8, luq | 79.2 (1); 2 missing | −0.8 (1) | 69.09 (ResNet-18) | −0.61 |" in printed
-    assert "luqrun -m +experiment=table2/glyphs model=resnet8 seed=1,2 quant=luq\n" in printed
-    assert (out / "glyphs-table2.md").read_text() in printed
+    assert "luqrun -m +experiment=table2/embedded model=resnet8 seed=1,2 quant=luq\n" in printed
+    assert (out / "embedded-table2.md").read_text() in printed
     assert (out / "findings.md").read_text() in printed
-    assert "glyphs/table2/going: incomplete: running" in (out / "findings.md").read_text()
+    assert "embedded/table2/going: incomplete: running" in (out / "findings.md").read_text()
 
 
 def test_figures_without_matplotlib_name_the_extra(tmp_path, capsys, monkeypatch):
@@ -108,12 +108,12 @@ def test_summaries_hold_what_stays_when_the_folders_are_gone(tmp_path):
     write_run(tmp_path, "table2", "resnet8", "luq", 1, 79.25, name="one")
     write_run(tmp_path, "table2", "resnet8", "luq", 0, DIVERGED, name="two")
     report(tmp_path)
-    diverged, finished = json.loads((tmp_path / "tables" / "glyphs-table2.json").read_text())
+    diverged, finished = json.loads((tmp_path / "tables" / "embedded-table2.json").read_text())
     assert (finished["run"], finished["status"], finished["top1"], finished["seed"]) == ("one", "finished", 79.25, 1)
     assert finished["curve"] == [4.0, 30.5, 79.25]
     assert (finished["git_commit"], finished["git_dirty"], finished["versions"]["torch"]) == ("c0ffee", False, "2.15.0")
     assert (diverged["status"], diverged["top1"], diverged["diverged_at_step"]) == ("diverged", None, 123)
-    assert str(tmp_path) not in (tmp_path / "tables" / "glyphs-table2.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "tables" / "embedded-table2.json").read_text()
 
 
 def test_two_tables_of_one_study_do_not_overwrite_each_other(tmp_path):
@@ -122,7 +122,7 @@ def test_two_tables_of_one_study_do_not_overwrite_each_other(tmp_path):
     write_run(tmp_path, "table6", "resnet8", "luq", study="other", name="three")
     report(tmp_path)
     names = {path.name for path in (tmp_path / "tables").glob("*.md")}
-    assert names == {"mine-table2-glyphs.md", "mine-table6-glyphs.md", "other.md", "findings.md", "tables.md"}
+    assert names == {"mine-table2-embedded.md", "mine-table6-embedded.md", "other.md", "findings.md", "tables.md"}
 
 
 def test_studies_that_are_called_alike_do_not_overwrite_each_other(tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_a_second_report_replaces_the_first(tmp_path):
     report(tmp_path, "--html")
     second = {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
     assert first.keys() == second.keys()
-    assert b"diverged (1 of 2)" in second["glyphs-table2.md"]
+    assert b"diverged (1 of 2)" in second["embedded-table2.md"]
 
 
 @pytest.fixture(scope="module")
@@ -227,20 +227,21 @@ def test_check_is_one_where_a_claim_does_not_hold(study, tmp_path, capsys):
 
 def test_the_files_of_a_figure(out):
     assert {path.name for path in out.iterdir()} == {
-        *files_of("glyphs-fig2"), "glyphs-fig2.png", "glyphs-fig2.svg", *files_of("glyphs-table2"),
-        "tables.md", "findings.md", "glyphs.html",
+        *files_of("embedded-fig2"), "embedded-fig2.png", "embedded-fig2.svg", *files_of("embedded-table2"),
+        "tables.md", "findings.md", "embedded.html",
     }  # fmt: skip
-    with (out / "glyphs-fig2.csv").open(newline="") as file:
+    with (out / "embedded-fig2.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 31
     assert sum(row["status"] == "finished" for row in rows) == 16
     assert sum(row["status"] == "diverged" for row in rows) == 3
-    assert {row["top1"] for row in rows if row["status"] == "missing"} == {""}
-    assert json.loads((out / "glyphs-fig2.json").read_text())[0]["status"] == "finished"
+    assert {row["value"] for row in rows if row["status"] == "missing"} == {""}
+    assert {row["metric"] for row in rows if row["value"]} == {"top1"}
+    assert json.loads((out / "embedded-fig2.json").read_text())[0]["status"] == "finished"
 
 
 def test_the_file_of_cells_holds_what_the_table_shows(out):
-    with (out / "glyphs-fig2-cells.csv").open(newline="") as file:
+    with (out / "embedded-fig2-cells.csv").open(newline="") as file:
         rows = {row["row"]: row for row in csv.DictReader(file)}
     assert list(rows)[:2] == ["fp32", "biased_log"]
     values = [80.1, 80.5, 79.6]
@@ -252,7 +253,7 @@ def test_the_file_of_cells_holds_what_the_table_shows(out):
     assert (luq["paper"], luq["paper_model"], luq["paper_difference"]) == ("75.42", "ResNet-50", "-1.08")
     assert (sr["runs"], sr["diverged"], sr["mean"], sr["n"], sr["difference"]) == ("3", "3", "", "", "")
     assert (sr["paper"], sr["paper_model"], rows["fp32"]["difference"]) == ("", "diverges", "")
-    with (out / "glyphs-table2-cells.csv").open(newline="") as file:
+    with (out / "embedded-table2-cells.csv").open(newline="") as file:
         single = next(row for row in csv.DictReader(file) if row["runs"] == "1")
     assert (single["mean"], single["deviation"], single["n"]) == ("79.25", "", "1")
 
@@ -269,7 +270,7 @@ def test_a_table_says_which_command_makes_all_of_it(tmp_path):
     wanted = "luqrun -m +experiment=fig2/cifar dataset=folder 'dataset.root=my images' schedule.epochs=5"
     assert f"```\n{wanted}\n```" in (out / "cifar-fig2.md").read_text()
     assert f"<pre>{escape(wanted)}</pre>" in (out / "cifar.html").read_text()
-    assert "```\nluqrun -m +experiment=table2/glyphs quant=resnet8\n```" in (out / "glyphs-table2.md").read_text()
+    assert "```\nluqrun -m +experiment=table2/embedded quant=resnet8\n```" in (out / "embedded-table2.md").read_text()
     assert "one command" not in (out / "mine-fig2.md").read_text()  # there is no such experiment
 
 
@@ -292,17 +293,17 @@ def test_the_index_shows_each_table_with_its_figure_findings_and_files(out):
     text = (out / "tables.md").read_text()
     start, fig2, table2, left_out = re.split("^## ", text, flags=re.M)
     assert start.startswith("# ")
-    assert fig2.startswith("Fig. 2: parts of LUQ (glyphs/fig2)\n")
+    assert fig2.startswith("Fig. 2: parts of LUQ (embedded/fig2)\n")
     assert "| luq | 80.1 ± 0.5 (3); 2 missing | −1.9 ± 0.2 (3) | 75.42 (ResNet-50) | −1.08 |" in fig2
-    assert fig2.count("- glyphs/fig2: ") == 5
-    assert "(glyphs-fig2.svg)" in fig2
+    assert fig2.count("- embedded/fig2: ") == 5
+    assert "(embedded-fig2.svg)" in fig2
     assert "Table 2" in table2
-    assert "- glyphs/table2, resnet8: " in table2
-    assert "- glyphs/fig2: " not in table2
+    assert "- embedded/table2, resnet8: " in table2
+    assert "- embedded/fig2: " not in table2
     assert ".svg" not in table2
     assert "summary.json holds NaN" in left_out
     links = re.findall(r"\]\(([^)]*)\)", text)
-    assert set(links) >= {"glyphs.html", "glyphs-fig2.csv", "glyphs-fig2-cells.csv", "glyphs-fig2.json"}
+    assert set(links) >= {"embedded.html", "embedded-fig2.csv", "embedded-fig2-cells.csv", "embedded-fig2.json"}
     assert all((out / link).is_file() for link in links)
 
 

@@ -11,8 +11,17 @@ from running import composed
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import conf_dir
 from luqrun.errors import UserError
-from luqrun.report.experiments import BASELINES, ROUNDING_TABLES, TITLES, check_tables, expected
-from luqrun.report.paper import MODELS, published
+from luqrun.report.experiments import (
+    BASELINES,
+    PARTS,
+    ROUNDING_TABLES,
+    TITLES,
+    check_tables,
+    expected,
+    expected_of,
+    experiments_of,
+)
+from luqrun.report.paper import BERT, MODELS, REPLICATIONS, TRANSFORMER, published, replications
 
 CONF = conf_dir()
 EXPERIMENTS = [
@@ -29,15 +38,47 @@ def overrides(command: str) -> list[str]:
     return given
 
 
+def scale_of(experiment: str) -> str:
+    """The scale of the cells that an experiment fills: that of small_translation is small."""
+    for part in filter(None, PARTS):
+        experiment = experiment.removesuffix(part)
+    return experiment
+
+
 def test_every_table_has_its_experiments():
     assert {table for table, _ in EXPERIMENTS} == set(TITLES) == {*BASELINES, *ROUNDING_TABLES}
+    more = {"table2": {"small"}, "table3": {"small"}}
     for table in BASELINES:
-        assert [scale for name, scale in EXPERIMENTS if name == table] == ["cifar", "cifar100", "glyphs", "paper"]
+        scales = {scale_of(name) for each, name in EXPERIMENTS if each == table}
+        assert scales == {"cifar", "cifar100", "embedded", "paper"} | more.get(table, set())
+    for table, name in EXPERIMENTS:
+        assert f"{table}/{name}" in experiments_of(table, scale_of(name))
+
+
+def test_the_rows_of_a_table_may_be_of_several_experiments():
+    texts = ["table2/small_translation", "table2/small_question_answering"]
+    assert experiments_of("table2", "small") == texts
+    assert [(wish.row, wish.experiment) for wish in expected("table2", "small")] == [
+        (row, name) for row, name in zip(("transformer_tiny", "bert"), texts, strict=True) for _ in range(4 * 3)
+    ]
+    assert experiments_of("table2", "paper") == [f"table2/paper{part}" for part in PARTS]
+    assert experiments_of("table3", "small") == ["table3/small"]
+    assert experiments_of("table2", "resnet50_luq") == experiments_of("table2", "mars") == []
+
+
+def test_a_command_names_each_folder_that_it_needs_and_was_not_given():
+    name = "table2/small_question_answering"
+    assert expected_of(name)[0].command == (
+        f"luqrun +experiment={name} model=bert seed=0 quant=fp32 dataset.root=DIR model.weights=DIR"
+    )
+    shared = ("dataset.root=/data", "schedule.epochs=1")
+    assert expected_of(name, shared)[0].command.endswith("quant=fp32 model.weights=DIR")
+    assert "DIR" not in expected_of(name, (*shared, "model.weights=/w"))[0].command
 
 
 @pytest.mark.parametrize(("table", "scale"), EXPERIMENTS)
 def test_expected_is_what_hydra_composes(table, scale):
-    wishes = expected(table, scale)
+    wishes = expected_of(f"{table}/{scale}")
     params = yaml.safe_load((CONF / "experiment" / table / f"{scale}.yaml").read_text())["hydra"]["sweeper"]["params"]
     count = 1
     for values in params.values():
@@ -47,8 +88,8 @@ def test_expected_is_what_hydra_composes(table, scale):
     config = to_config(composed(*overrides(chosen.command)))
     validate(config)
     cell = config.cell
-    assert (cell.table, cell.scale, cell.row, cell.column) == (table, scale, chosen.row, chosen.column)
-    assert (config.seed, config.study) == (chosen.seed, f"{scale}/{table}")
+    assert (cell.table, cell.scale, cell.row, cell.column) == (table, scale_of(scale), chosen.row, chosen.column)
+    assert (config.seed, config.study) == (chosen.seed, f"{scale_of(scale)}/{table}")
     assert config.reuse
 
 
@@ -60,14 +101,16 @@ def parse(override: str):
 
 @pytest.mark.parametrize(("table", "scale"), EXPERIMENTS)
 def test_every_command_parses_and_names_options_that_exist(table, scale):
-    needs_root = scale in ("cifar", "cifar100", "paper")
-    for wish in expected(table, scale):
+    needs_root = scale not in ("embedded", "measured")
+    needs_weights = scale.endswith("_question_answering")
+    for wish in expected_of(f"{table}/{scale}"):
         first, *others = [parse(override) for override in overrides(wish.command)]
         assert first.is_add()
         assert (first.key_or_group, first.value()) == ("experiment", f"{table}/{scale}")
         values = {each.key_or_group: each.value() for each in others}
         assert not any(each.is_sweep_override() for each in others)
         assert values.pop("dataset.root", None) == ("/data" if needs_root else None)
+        assert values.pop("model.weights", None) == ("/data" if needs_weights else None)
         assert values.pop("seed") == wish.seed
         assert "quant" in values
         for group, option in values.items():
@@ -76,13 +119,13 @@ def test_every_command_parses_and_names_options_that_exist(table, scale):
 
 @pytest.mark.parametrize("table", sorted(SEEDS))
 def test_the_glyph_scale_has_enough_seeds(table):
-    wishes = expected(table, "glyphs")
+    wishes = expected(table, "embedded")
     for cell in {(wish.row, wish.column) for wish in wishes}:
         assert [wish.seed for wish in wishes if (wish.row, wish.column) == cell] == list(range(SEEDS[table]))
 
 
 def test_the_order_is_the_experiment_s():
-    rows = list(dict.fromkeys(wish.row for wish in expected("fig2", "glyphs")))
+    rows = list(dict.fromkeys(wish.row for wish in expected("fig2", "embedded")))
     assert rows == ["fp32", "biased_log", "fp4_sr", "fp4_su", "uniform_sr", "luq"]
     first = expected("table3", "cifar")[0]
     assert (first.row, first.column, first.seed) == (first.row, "fp32_none", 0)
@@ -106,7 +149,7 @@ def test_unknown_tables_are_refused_with_the_known_ones():
 @pytest.mark.parametrize(("table", "scale"), [each for each in EXPERIMENTS if each[0] in BASELINES])
 def test_every_cell_has_a_baseline_in_its_table(table, scale):
     row, column = BASELINES[table]
-    cells = {(wish.row, wish.column) for wish in expected(table, scale)}
+    cells = {(wish.row, wish.column) for wish in expected(table, scale_of(scale))}
     assert {(row or own_row, column or own_column) for own_row, own_column in cells} <= cells
 
 
@@ -116,6 +159,8 @@ TABLE_2 = {
     "ResNet-50": (76.5, 74.01, 75.42, 75.63),
     "MobileNet-V2": (71.9, 68.85, 69.55, 69.7),
     "ResNeXt-50": (77.6, None, 76.02, 76.12),
+    TRANSFORMER: (27.5, 25.4, 27.17, 27.25),
+    BERT: (87.03, None, 85.75, 85.9),
     "ViT-B": (76.2, None, 73.7, 74.1),
 }
 # Baseline, LUQ + SMP, and after 1, 2 and 3 epochs of fine-tuning.
@@ -124,6 +169,8 @@ TABLE_3 = {
     "ResNet-50": (76.5, 75.63, 75.89, 76.0, 76.18),
     "MobileNet-V2": (71.9, 69.7, 70.1, 70.3, 70.3),
     "ResNeXt-50": (77.6, 76.12, 76.25, 76.33, 76.7),
+    TRANSFORMER: (27.5, None, None, None, None),
+    BERT: (87.03, None, None, None, None),
     "ViT-B": (76.2, None, None, None, None),
 }
 COLUMNS_2 = ("fp32", "radix4_tpr", "luq", "luq_smp2")
@@ -140,7 +187,7 @@ def test_the_numbers_of_tables_2_and_3(row, model):
 
 def test_every_model_of_an_experiment_stands_for_one_of_the_paper():
     for table in ("table2", "table3"):
-        for scale in ("cifar", "cifar100", "glyphs", "paper"):
+        for scale in ("cifar", "cifar100", "embedded", "small", "paper"):
             assert {wish.row for wish in expected(table, scale)} <= set(MODELS)
     at_scale = {wish.row: MODELS[wish.row] for wish in expected("table2", "paper")}
     assert sorted(at_scale.values()) == sorted(TABLE_2)
@@ -187,7 +234,15 @@ def test_words_and_numbers_belong_to_cells_that_exist():
     from luqrun.report import paper
 
     for table, words in {**paper.OUTCOMES, "fig2": paper.FIG2}.items():
-        wishes = expected(table, "glyphs")
+        wishes = expected(table, "embedded")
         cells = {wish.column if table == "table6" else wish.row for wish in wishes}
         assert set(words) <= cells, table
-    assert set(paper.TABLE2) < {wish.column for wish in expected("table2", "glyphs")}
+    assert set(paper.TABLE2) < {wish.column for wish in expected("table2", "embedded")}
+
+
+def test_what_others_measured_stands_beside_luq_alone():
+    assert [f"{each.difference:.2f}" for each in replications("table2", "bert", "luq")] == ["-2.57"]
+    assert [f"{each.difference:.2f}" for each in replications("table2", "vit_tiny", "luq")] == ["-3.14", "-4.63"]
+    assert "quoted" in REPLICATIONS[BERT][0].what  # it is the paper's number to the digit
+    assert replications("table2", "transformer_base", "luq") == ()  # theirs is the paper's, and said to be
+    assert replications("table2", "bert", "luq_smp2") == replications("table3", "bert", "luq") == ()

@@ -103,7 +103,7 @@ def test_the_curve_of_a_diverged_run_is_shown_up_to_there(plt):
 def test_every_figure_of_a_study_is_drawn(plt, name):
     rows = {"fig1c": "backward_only", "fig5": "fp2_both4", "fig1b": "forward_only"}
     axes = drawn(a_table(name, {rows.get(name, "luq"): [80.0, 81.0]}))
-    assert axes.get_title().endswith(f"(glyphs/{name})")
+    assert axes.get_title().endswith(f"(embedded/{name})")
     assert len(labels(axes)) == 1
 
 

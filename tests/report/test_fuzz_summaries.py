@@ -34,7 +34,7 @@ def published(undrawn, tmp_path_factory):
 def test_the_report_names_the_summaries_that_it_leaves_out(published, undrawn, done, garbage):
     with tempfile.TemporaryDirectory() as folder:
         outputs = shutil.copytree(published, Path(folder) / "outputs")
-        path = outputs / "glyphs-fig2.json"
+        path = outputs / "embedded-fig2.json"
         for number, delete, value in done:
             path.write_text(with_value(path.read_text(), path.name, number, delete, value))
         try:

@@ -76,7 +76,7 @@ LOADING = ("src", "href", "xlink:href", "data", "action", "poster", "srcset", "b
 
 
 def test_a_page_loads_nothing(out):
-    text = (out / "glyphs.html").read_text()
+    text = (out / "embedded.html").read_text()
     page = Page(text)
     assert not re.search(r"https?:|@import|//[a-z]", text)
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
@@ -86,7 +86,7 @@ def test_a_page_loads_nothing(out):
 
 
 def test_every_number_of_a_page_links_to_its_runs(out):
-    page = Page((out / "glyphs.html").read_text())
+    page = Page((out / "embedded.html").read_text())
     runs = [each for each in page.ids if "seed" in each or each.endswith("-bold")]
     assert len(set(runs)) == len(runs) == 20
     assert {link[1:] for link in page.links} <= set(page.ids)
@@ -95,7 +95,7 @@ def test_every_number_of_a_page_links_to_its_runs(out):
     assert rows["luq"][-1] == "0 1 2"
     assert rows["uniform_sr"][1] == "diverged (3 of 3); 2 missing"
     assert rows["resnet8, luq"][-1] == "0"
-    assert rows["resnet8, fp32"][1:] == ["missing", "", "69.7 (ResNet-18)", "", ""]
+    assert rows["resnet8, fp32"][1:] == ["missing", "", "69.7 (ResNet-18)", "", "", ""]
     for row in page.rows:
         if re.match(r"[\d.]+ |diverged", row[1]) and row[0]:
             assert re.fullmatch(r"\d( \d)*", row[-1]), row
@@ -104,12 +104,12 @@ def test_every_number_of_a_page_links_to_its_runs(out):
 
 
 def test_a_page_tells_of_each_run_what_made_it(out):
-    text = (out / "glyphs.html").read_text()
-    assert "<pre>luqrun seed=1 quant=luq +experiment=fig2/glyphs\n\ncommit c0ffee, numba 0.68.1" in text
-    assert "  table: fig2\n  scale: glyphs\n  row: luq\n" in text
+    text = (out / "embedded.html").read_text()
+    assert "<pre>luqrun seed=1 quant=luq +experiment=fig2/embedded\n\ncommit c0ffee, numba 0.68.1" in text
+    assert "  table: fig2\n  scale: embedded\n  row: luq\n" in text
     assert "<summary>12 missing runs</summary>" in text
     assert "summary.json holds NaN" in text
-    assert '<li class="holds">glyphs/fig2: LUQ is above FP4 + SR: holds (+' in text
+    assert '<li class="holds">embedded/fig2: LUQ is above FP4 + SR: holds (+' in text
     assert "<b>" not in text
     assert "<td>&lt;b&gt;</td>" in text
 
@@ -147,7 +147,7 @@ document.getElementById("seen").textContent = JSON.stringify({
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_shows_the_page(out, tmp_path):
-    text = (out / "glyphs.html").read_text()
+    text = (out / "embedded.html").read_text()
     (tmp_path / "page.html").write_text(text.replace("</body>", LOOK + "</body>"))
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
@@ -156,13 +156,13 @@ def test_a_browser_shows_the_page(out, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1])
-    assert (seen["links"], seen["dead"], seen["loaded"], seen["heading"]) == (20, 0, 0, "glyphs")
+    assert (seen["links"], seen["dead"], seen["loaded"], seen["heading"]) == (20, 0, 0, "embedded")
     (figure,) = seen["figures"]
     assert figure["visible"]
     assert figure["within"]
     assert figure["shapes"]
     assert figure["curves"] > 20
-    assert seen["tables"] == [8, 17]
+    assert seen["tables"] == [8, 25]
     assert len(seen["missing"]) == 6 + 16
     assert set(seen["missing"]) == {"rgb(187, 0, 0)"}
     assert "80.1 ± 0.5 (3); 2 missing" in done.stdout

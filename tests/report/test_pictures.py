@@ -1,5 +1,6 @@
 """Pictures of a run, and the report on it: a real one, of one epoch on few images."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -7,17 +8,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from omegaconf import OmegaConf
 from report_runs import hide, metrics_lines, run_json, summary_json
 from running import build_trainer, composed, quiet_machine, tiny, train
 from shell import ROOT
 
+from luqrun import tasks
+from luqrun.config import DatasetConfig, ModelConfig
 from luqrun.quant.convert import quantized_layers, set_step
 from luqrun.report.summaries import read_inputs
 from luqrun.runs.folder import RunFolder, provenance
 from luqrun.tasks.loader import train_loader
+from luqrun.train.trainer import Trainer
 
-CELL = ("+experiment=fig2/glyphs", "quant=luq", "tracking.health_every=2", "seed=3")
+CELL = ("+experiment=fig2/embedded", "quant=luq", "tracking.health_every=2", "seed=3")
 
 
 def finish(folder: RunFolder, overrides) -> None:
@@ -30,13 +35,13 @@ def finish(folder: RunFolder, overrides) -> None:
 def outputs(tmp_path_factory):
     """The folder of studies with one run."""
     folder = tmp_path_factory.mktemp("outputs")
-    finish(train(folder / "glyphs" / "fig2" / "run", *CELL)[1], CELL)
+    finish(train(folder / "embedded" / "fig2" / "run", *CELL)[1], CELL)
     return folder
 
 
 @pytest.fixture
 def run(outputs):
-    return outputs / "glyphs" / "fig2" / "run"
+    return outputs / "embedded" / "fig2" / "run"
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def draw(outputs):
     from luqrun.report.pictures import main
 
     def draw(*arguments) -> int:
-        with quiet_machine(outputs / "glyphs" / "fig2" / "cache"):
+        with quiet_machine(outputs / "embedded" / "fig2" / "cache"):
             return main([str(each) for each in arguments])
 
     return draw
@@ -87,7 +92,7 @@ def copy(run, path, without=()):
 def test_a_real_run_is_read_as_the_tests_of_the_report_write_it(outputs, run):
     (record,), left_out = read_inputs([outputs])
     assert left_out == []
-    assert (record.study, record.table, record.scale) == ("glyphs/fig2", "fig2", "glyphs")
+    assert (record.study, record.table, record.scale) == ("embedded/fig2", "fig2", "embedded")
     assert (record.row, record.column, record.seed) == ("luq", "top1", 3)
     assert record.curve == (record.value,)
     summary = json.loads((run / "summary.json").read_text())
@@ -299,3 +304,19 @@ def test_a_run_without_quantizers_has_no_pictures(pictures, run, tmp_path):
     OmegaConf.save(config, path / "config.yaml")
     with pytest.raises(ValueError, match="quant=fp32 quantizes no layer"):
         layer_gradients(path, None)
+
+
+def test_the_gradient_of_another_task(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.MODULES, "words", "labelling")
+    dataset, model = DatasetConfig(name="words", batch_size=8), ModelConfig(name="tagger")
+    config = dataclasses.replace(tiny("quant=luq"), dataset=dataset, model=model)
+    (tmp_path / "run").mkdir()
+    with quiet_machine(tmp_path / "cache"):
+        trainer = Trainer(config, RunFolder(tmp_path / "run"), torch.device("cpu"))
+        trainer.save_checkpoint()
+        trainer.tracker.close()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    found = layer_gradients(tmp_path / "run", None)
+    assert found.layer in ("1", "3")
+    assert found.values.shape[:2] == (8, 9)  # words and their letters
+    assert found.values.abs().max() > 0

@@ -29,15 +29,15 @@ def test_a_finished_run_is_read(tmp_path):
     path = write_run(tmp_path, "table2", "resnet8", "luq", 3, 79.25, more=["schedule.epochs=3"])
     (record,), left_out = read_inputs([tmp_path])
     assert left_out == []
-    assert (record.path, record.study) == (path, "glyphs/table2")
-    assert (record.table, record.scale, record.row, record.column) == ("table2", "glyphs", "resnet8", "luq")
+    assert (record.path, record.study) == (path, "embedded/table2")
+    assert (record.table, record.scale, record.row, record.column) == ("table2", "embedded", "resnet8", "luq")
     assert (record.seed, record.value, record.curve) == (3, 79.25, (4.0, 30.5, 79.25))
     assert record.more == {"top5": 97.4, "loss": 0.876, "train_seconds": 44.4}
     assert not record.diverged
     assert record.rounding == ()
     assert record.config == yaml.safe_load((path / "config.yaml").read_text())
     assert record.run == run_json("finished", record.overrides)
-    assert record.command == "luqrun seed=3 quant=resnet8 +experiment=table2/glyphs schedule.epochs=3"
+    assert record.command == "luqrun seed=3 quant=resnet8 +experiment=table2/embedded schedule.epochs=3"
 
 
 def test_a_command_can_be_pasted_into_a_shell(tmp_path):
@@ -241,9 +241,9 @@ def test_duplicates_are_all_left_out_and_name_each_other(tmp_path):
     for name in ("one", "two", "three"):
         write_run(tmp_path, name=name)
     other = write_run(tmp_path, seed=1)
-    config = yaml.safe_load((tmp_path / "glyphs/fig2/two/config.yaml").read_text())
+    config = yaml.safe_load((tmp_path / "embedded/fig2/two/config.yaml").read_text())
     config["quant"]["skip"], config["schedule"]["epochs"] = [], 3
-    (tmp_path / "glyphs/fig2/two/config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "embedded/fig2/two/config.yaml").write_text(yaml.safe_dump(config))
     records, left_out = read_inputs([tmp_path])
     assert [record.path for record in records] == [other]
     reasons = {each.path.name: each.reason for each in left_out}
@@ -266,7 +266,9 @@ def test_a_copied_run_is_no_other_study(tmp_path):
     assert left_out[0].reason == "duplicated: the same cell and seed as two (nor do their settings differ)"
 
 
-@pytest.mark.parametrize("other", [{"study": "again/fig2"}, {"table": "options", "study": "glyphs/fig2"}, {"seed": 7}])
+@pytest.mark.parametrize(
+    "other", [{"study": "again/fig2"}, {"table": "options", "study": "embedded/fig2"}, {"seed": 7}]
+)
 def test_the_same_cell_of_another_study_table_or_seed_is_no_duplicate(tmp_path, other):
     write_run(tmp_path, name="one")
     write_run(tmp_path, name="two", **other)
@@ -283,8 +285,8 @@ def test_a_failed_run_does_not_make_its_repetition_a_duplicate(tmp_path):
 
 
 def test_empty_outputs(tmp_path):
-    (tmp_path / "glyphs" / "fig2").mkdir(parents=True)
-    (tmp_path / "glyphs" / "fig2" / "multirun.yaml").write_text("hydra: {}\n")
+    (tmp_path / "embedded" / "fig2").mkdir(parents=True)
+    (tmp_path / "embedded" / "fig2" / "multirun.yaml").write_text("hydra: {}\n")
     assert read_inputs([tmp_path]) == ([], [])
 
 
@@ -295,3 +297,27 @@ def test_a_study_is_named_by_its_place_from_wherever_one_looks(tmp_path):
         assert record.study == study
     with pytest.raises(UserError, match="is a run; give the folder that holds its study"):
         read_inputs([path])
+
+
+def test_the_scale_of_glyphs_is_that_of_embedded_data_today(tmp_path):
+    path = write_run(tmp_path, "table2", "resnet8", "luq", scale="glyphs")
+    (record,), left_out = read_inputs([tmp_path])
+    assert left_out == []
+    assert (record.scale, record.study) == ("embedded", "glyphs/table2")
+    assert record.config["cell"]["scale"] == "embedded"
+    # Today's experiment would bring the study embedded/table2.
+    assert record.command == "luqrun seed=0 quant=resnet8 +experiment=table2/embedded study=glyphs/table2"
+    given = [
+        "seed=0",
+        "experiment=table2/glyphs",
+        "study=mine",
+        "+scale=glyphs",
+        "schedule=glyphs/vit_tiny",
+        "a.scale=glyphs",
+    ]
+    change(path, "run.json", overrides=given)
+    (record,), _ = read_inputs([tmp_path])
+    assert record.overrides == [
+        "seed=0", "experiment=table2/embedded", "study=mine", "+scale=embedded", "schedule=embedded/vit_tiny",
+        "a.scale=glyphs",
+    ]  # fmt: skip

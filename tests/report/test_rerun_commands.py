@@ -52,30 +52,30 @@ def test_a_command_that_is_none_is_damage(tmp_path, command):
 
 def test_an_experiment_of_ones_own_stands_alone():
     runs = product("+experiment=ours", "fp32,mine", options="--config-dir own")
-    (command,) = whole_commands("fig2", "glyphs", runs)
+    (command,) = whole_commands("fig2", "embedded", runs)
     assert command == "luqrun --config-dir own -m +experiment=ours quant=fp32,mine seed=0,1"
 
 
 def test_a_single_run_is_no_sweep():
     runs = [Run("+experiment=ours 'quant.skip=[first, last]'", "--config-dir 'my own'")]
-    assert whole_commands("fig2", "glyphs", runs) == [
+    assert whole_commands("fig2", "embedded", runs) == [
         "luqrun --config-dir 'my own' +experiment=ours 'quant.skip=[first, last]'"
     ]
 
 
 def test_two_experiments_are_two_commands():
-    runs = [*product("+experiment=ours", "mine"), *product("+experiment=fig2/glyphs", "luq")]
+    runs = [*product("+experiment=ours", "mine"), *product("+experiment=fig2/embedded", "luq")]
     runs += product("+experiment=theirs", "fp32")
-    assert whole_commands("fig2", "glyphs", runs) == [
+    assert whole_commands("fig2", "embedded", runs) == [
         "luqrun -m +experiment=ours quant=mine seed=0,1",
         "luqrun -m +experiment=theirs quant=fp32 seed=0,1",
-        "luqrun -m +experiment=fig2/glyphs",
+        "luqrun -m +experiment=fig2/embedded",
     ]
 
 
 def test_folders_of_recipes_are_commands_of_their_own():
     runs = [*product("+experiment=ours", "a", options="--config-dir one"), *product("+experiment=ours", "b")]
-    assert whole_commands("fig2", "glyphs", runs) == [
+    assert whole_commands("fig2", "embedded", runs) == [
         "luqrun --config-dir one -m +experiment=ours quant=a seed=0,1",
         "luqrun -m +experiment=ours quant=b seed=0,1",
     ]
@@ -83,7 +83,7 @@ def test_folders_of_recipes_are_commands_of_their_own():
 
 def test_what_is_not_each_with_each_is_several_sweeps():
     runs = [*product("+experiment=ours", "a,b,c", "0"), *product("+experiment=ours", "a", "1")]
-    commands = whole_commands("fig2", "glyphs", runs)
+    commands = whole_commands("fig2", "embedded", runs)
     assert commands == [
         "luqrun -m +experiment=ours quant=a,b,c seed=0",
         "luqrun +experiment=ours quant=a seed=1",
@@ -92,21 +92,21 @@ def test_what_is_not_each_with_each_is_several_sweeps():
 
 def test_runs_with_other_keys_are_other_sweeps():
     runs = [*product("+experiment=ours", "a"), *product("+experiment=ours schedule.lr=1", "b")]
-    assert len(whole_commands("fig2", "glyphs", runs)) == 2
+    assert len(whole_commands("fig2", "embedded", runs)) == 2
 
 
 def test_a_recipe_of_ones_own_joins_those_of_the_shipped_experiment():
-    runs = product("+experiment=fig2/glyphs", "luq,mine", options="--config-dir own")
-    (command,) = whole_commands("fig2", "glyphs", runs)
+    runs = product("+experiment=fig2/embedded", "luq,mine", options="--config-dir own")
+    (command,) = whole_commands("fig2", "embedded", runs)
     start, _, recipes = command.partition(" quant=")
-    assert start == "luqrun --config-dir own -m +experiment=fig2/glyphs"
+    assert start == "luqrun --config-dir own -m +experiment=fig2/embedded"
     assert recipes.split(",")[-1] == "mine"
     assert {"fp32", "luq", "biased_log"} < set(recipes.split(","))
 
 
 def test_runs_without_an_experiment_get_the_shipped_one():
     runs = [Run("quant=luq cell.table=fig2 schedule.epochs=1")]
-    assert whole_commands("fig2", "glyphs", runs) == [
-        "luqrun -m +experiment=fig2/glyphs cell.table=fig2 schedule.epochs=1"
+    assert whole_commands("fig2", "embedded", runs) == [
+        "luqrun -m +experiment=fig2/embedded cell.table=fig2 schedule.epochs=1"
     ]
     assert whole_commands("fig2", "nowhere", runs) == []

@@ -17,7 +17,7 @@ from luqrun.report.summaries import read_inputs, read_summaries
 from luqrun.runs.identity import deciding_settings
 
 
-def publish(outputs, folder, name="glyphs-fig2") -> Path:
+def publish(outputs, folder, name="embedded-fig2") -> Path:
     """The runs of a folder of studies as one file of summaries."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
@@ -63,12 +63,12 @@ def test_tables_of_summaries_are_those_of_the_folders(outputs, tmp_path):
     assert main([str(one), "--html", "--out", str(two)]) == 0
     assert main([str(one), str(outputs), "--html", "--out", str(three)]) == 0
     names = {path.name for path in one.iterdir()}
-    assert {"glyphs-fig2.json", "glyphs-fig2.svg", "glyphs-table2-cells.csv", "table1.json", "tables.md"} <= names
+    assert {"embedded-fig2.json", "embedded-fig2.svg", "embedded-table2-cells.csv", "table1.json", "tables.md"} <= names
     for other in (two, three):
         assert {path.name for path in other.iterdir()} == names
-        for name in names - {"glyphs.html", "measured.html"}:  # a page shows the config as its run wrote it
+        for name in names - {"embedded.html", "measured.html"}:  # a page shows the config as its run wrote it
             assert (other / name).read_bytes() == (one / name).read_bytes(), name
-    assert (three / "glyphs.html").read_bytes() == (one / "glyphs.html").read_bytes()  # the folder counts
+    assert (three / "embedded.html").read_bytes() == (one / "embedded.html").read_bytes()  # the folder counts
 
 
 def test_a_record_comes_back_as_it_was(outputs, tmp_path):
@@ -95,7 +95,7 @@ def test_a_table_is_completed_from_summaries_and_folders(tmp_path):
     records, left_out = read_inputs([tmp_path / "outputs", tmp_path / "published"])
     assert ([record.path.name for record in records], left_out) == (["two", "one"], [])
     assert main([str(tmp_path / "outputs"), str(tmp_path / "published"), "--out", str(tmp_path / "published")]) == 0
-    found = json.loads((tmp_path / "published" / "glyphs-fig2.json").read_text())
+    found = json.loads((tmp_path / "published" / "embedded-fig2.json").read_text())
     assert [(entry["run"], entry["seed"]) for entry in found] == [("one", 0), ("two", 1)]
 
 
@@ -106,7 +106,7 @@ def test_the_same_run_in_its_folder_and_as_a_summary_is_counted_once(tmp_path, t
     for inputs in (["outputs", "published"], ["published", "outputs"]):
         (record,), left_out = read_inputs([tmp_path / name for name in inputs])
         assert left_out == []
-        assert record.path == tmp_path / "outputs" / "glyphs" / "fig2" / "one"
+        assert record.path == tmp_path / "outputs" / "embedded" / "fig2" / "one"
 
 
 @pytest.mark.parametrize(("top1", "shown"), [(79.0, "80.0, 79.0"), (DIVERGED, "80.0, diverged")])
@@ -117,7 +117,7 @@ def test_a_summary_that_says_something_else_than_the_folder_counts_neither(tmp_p
     other = write_run(tmp_path / "outputs", seed=1)
     records, left_out = read_inputs([tmp_path / "outputs", tmp_path / "published"])
     assert [record.path for record in records] == [other]
-    assert [each.path for each in left_out] == [path, tmp_path / "published" / "glyphs" / "fig2" / "one"]
+    assert [each.path for each in left_out] == [path, tmp_path / "published" / "embedded" / "fig2" / "one"]
     assert {each.reason for each in left_out} == {f"this run is there 2 times, with different results: {shown}"}
 
 
@@ -171,7 +171,7 @@ def test_what_is_left_out_stays_in_its_file(tmp_path):
         assert json.loads(path.read_text()) == [good, bad, "x", {"run": []}]
         assert "incomplete: running" in (path.parent / "findings.md").read_text()
     main([str(path.parent), "--out", str(tmp_path / "elsewhere")])
-    assert json.loads((tmp_path / "elsewhere" / "glyphs-fig2.json").read_text()) == [good]
+    assert json.loads((tmp_path / "elsewhere" / "embedded-fig2.json").read_text()) == [good]
 
 
 def test_other_files_are_not_summaries(tmp_path):
@@ -179,7 +179,7 @@ def test_other_files_are_not_summaries(tmp_path):
     (path.parent / "benchmark.json").write_text('{"ratios": [1]}')
     (path.parent / "more").mkdir()
     shutil.copy(path, path.parent / "more")
-    shutil.copy(path, path.parent / "glyphs-fig2.txt")
+    shutil.copy(path, path.parent / "embedded-fig2.txt")
     records, left_out = read_summaries(path.parent)
     assert (len(records), left_out) == (1, [])
 
@@ -199,7 +199,7 @@ def test_an_entry_without_a_name_is_counted_off(tmp_path, entry):
     (record,), (left_out,) = read_summaries(path.parent)
     assert record.path.name == "one"
     assert left_out.path == path / "entry 2"
-    assert left_out.reason == "glyphs-fig2.json: it does not say which run of which study it is"
+    assert left_out.reason == "embedded-fig2.json: it does not say which run of which study it is"
 
 
 @pytest.mark.parametrize(
@@ -217,23 +217,23 @@ def test_an_entry_has_no_place_elsewhere(tmp_path, study, run):
         ({"top1": float("nan")}, "it holds NaN or an infinite number"),
         ({"loss": float("inf")}, "it holds NaN or an infinite number"),
         ({"top1": 101}, "val/top1 is 101"),
-        ({"top1": None}, "glyphs-fig2.json has no val/top1"),
-        ({"top1": 79.0}, "incomplete: the curve of glyphs-fig2.json does not end in the val/top1"),
-        ({"top5": "97"}, "glyphs-fig2.json is damaged (val/top5 is '97')"),
-        ({"metric": "top1"}, "glyphs-fig2.json is damaged (metric is 'top1')"),
+        ({"top1": None}, "embedded-fig2.json has no val/top1"),
+        ({"top1": 79.0}, "incomplete: the curve of embedded-fig2.json does not end in the val/top1"),
+        ({"top5": "97"}, "embedded-fig2.json is damaged (val/top5 is '97')"),
+        ({"metric": "top1"}, "embedded-fig2.json is damaged (metric is 'top1')"),
         ({"curve": ...}, "its curve is damaged"),
         ({"curve": [4.0, "x", 80.0]}, "its curve is damaged"),
-        ({"curve": []}, "incomplete: the curve of glyphs-fig2.json does not end in the val/top1"),
+        ({"curve": []}, "incomplete: the curve of embedded-fig2.json does not end in the val/top1"),
         ({"status": "running"}, "incomplete: running"),
         ({"status": "diverged"}, "it diverged, and has a val/top1 all the same"),
-        ({"command": ...}, "glyphs-fig2.json is damaged"),
-        ({"command": "luqrun 'seed=0"}, "glyphs-fig2.json is damaged"),
-        ({"git_commit": 3}, "glyphs-fig2.json is damaged"),
+        ({"command": ...}, "embedded-fig2.json is damaged"),
+        ({"command": "luqrun 'seed=0"}, "embedded-fig2.json is damaged"),
+        ({"git_commit": 3}, "embedded-fig2.json is damaged"),
         ({"config": ...}, "its config is not a configuration"),
         ({"config": {}}, "its config does not say which cell of which table this is"),
         ({"config": {"cell": None}}, "its config does not say which cell of which table this is"),
         ({"config": {"cell": {"table": "fig9"}}}, "its table fig9 is not known; known: table1, "),
-        ({"rounding": [1]}, "glyphs-fig2.json is damaged"),
+        ({"rounding": [1]}, "embedded-fig2.json is damaged"),
         ({"seed": 1}, "its cell or seed is not that of its config"),
         ({"row": "fp32"}, "its cell or seed is not that of its config"),
         ({"table": ...}, "its cell or seed is not that of its config"),
@@ -243,8 +243,8 @@ def test_an_entry_that_is_not_as_it_was_written_is_left_out(tmp_path, values, re
     path = publish_one(tmp_path)
     change(path, **values)
     left_out = only_left_out(path)
-    assert left_out.path == path.parent / "glyphs" / "fig2" / "one"
-    assert left_out.reason.startswith(f"glyphs-fig2.json: {reason}")
+    assert left_out.path == path.parent / "embedded" / "fig2" / "one"
+    assert left_out.reason.startswith(f"embedded-fig2.json: {reason}")
 
 
 def test_a_config_without_end_is_left_out(tmp_path):
@@ -266,3 +266,19 @@ def test_published_settings_are_those_of_which_an_earlier_luqrun_made_the_run_id
         if entry["config"]["dataset"]["name"] != "folder":  # there it was also of where the images were
             text = json.dumps(deciding_settings(entry["config"]), sort_keys=True)
             assert entry["run"].endswith("-" + hashlib.sha256(text.encode()).hexdigest()[:8])
+
+
+def test_summaries_of_the_scale_of_glyphs_are_read(tmp_path):
+    path = publish_one(tmp_path, scale="glyphs", table="table2", row="resnet8", column="luq")
+    now = json.loads(path.read_text())[0]
+    assert (now["scale"], now["study"]) == ("embedded", "glyphs/table2")
+    command = "luqrun seed=0 quant=resnet8 +experiment=table2/glyphs"
+    change(
+        path,
+        scale="glyphs",
+        command=command,
+        config={**now["config"], "cell": {**now["config"]["cell"], "scale": "glyphs"}},
+    )
+    (record,), left_out = read_summaries(path.parent)
+    assert left_out == []
+    assert (record.scale, record.command) == ("embedded", now["command"])

@@ -170,17 +170,17 @@ def test_words_of_the_paper_have_no_difference():
 def test_missing_runs_have_the_command_that_fills_them():
     table = a_table("fig2", {"fp32": {0: 80.0, 1: 81.0, 2: 82.0, 3: 83.0}})
     fp32, luq = cell(table, "fp32"), cell(table, "luq")
-    assert [wish.command for wish in fp32.missing] == ["luqrun +experiment=fig2/glyphs seed=4 quant=fp32"]
+    assert [wish.command for wish in fp32.missing] == ["luqrun +experiment=fig2/embedded seed=4 quant=fp32"]
     assert [wish.seed for wish in luq.missing] == [0, 1, 2, 3, 4]
     assert fp32.ours().endswith("; 1 missing")
     assert luq.ours() == "missing"
-    wanted = {wish.command for wish in expected("fig2", "glyphs")}
+    wanted = {wish.command for wish in expected("fig2", "embedded")}
     missing = {wish.command for each in table.cells.values() for wish in each.missing}
-    assert wanted - missing == {f"luqrun +experiment=fig2/glyphs seed={seed} quant=fp32" for seed in range(4)}
+    assert wanted - missing == {f"luqrun +experiment=fig2/embedded seed={seed} quant=fp32" for seed in range(4)}
     shown = markdown(table)
     assert "Missing runs (26):\n```\n" in shown
-    assert cell(table, "fp32").commands() == ["luqrun +experiment=fig2/glyphs seed=4 quant=fp32"]
-    assert cell(table, "luq").commands() == ["luqrun -m +experiment=fig2/glyphs seed=0,1,2,3,4 quant=luq"]
+    assert cell(table, "fp32").commands() == ["luqrun +experiment=fig2/embedded seed=4 quant=fp32"]
+    assert cell(table, "luq").commands() == ["luqrun -m +experiment=fig2/embedded seed=0,1,2,3,4 quant=luq"]
     listed = shown.partition("```\n")[2].partition("\n```")[0].splitlines()
     assert listed == [command for each in table.cells.values() for command in each.commands()]
     assert len(listed) == 6
@@ -191,7 +191,7 @@ def test_seeds_of_one_command_are_listed_as_one_sweep():
     table = a_table("fig2", {"fp32": {1: 80.0, 3: 81.0}}, more=given)
     shown = cell(table, "fp32").commands()
     assert [shlex.split(command) for command in shown] == [
-        ["luqrun", "-m", "+experiment=fig2/glyphs", "seed=0,2,4", "quant=fp32", *given]
+        ["luqrun", "-m", "+experiment=fig2/embedded", "seed=0,2,4", "quant=fp32", *given]
     ]
 
 
@@ -229,7 +229,7 @@ def test_missing_runs_are_given_what_the_others_were_given():
     assert cell(table, "luq").missing[0].command == "luqrun --config-dir own +experiment=ours seed=0 quant=luq"
     records = [a_record("fig2", "fp32", "top1", seed, 80.0, more=more) for seed, more in ((0, ["device=cpu"]), (1, []))]
     (table,) = build_tables(records)  # only one of them was given it
-    assert cell(table, "luq").missing[0].command == "luqrun +experiment=fig2/glyphs seed=0 quant=luq"
+    assert cell(table, "luq").missing[0].command == "luqrun +experiment=fig2/embedded seed=0 quant=luq"
     records = [
         a_record("fig2", "fp32", "top1", seed, 80.0, scale="cifar", more=[f"dataset.root=/data{seed}"])
         for seed in (0, 1)
@@ -255,13 +255,13 @@ def test_tables_are_kept_apart_by_study_and_scale():
     ]
     tables = build_tables(records)
     assert [(table.study, table.name, table.scale) for table in tables] == [
-        ("again/fig2", "fig2", "glyphs"),
+        ("again/fig2", "fig2", "embedded"),
         ("cifar/fig2", "fig2", "cifar"),
-        ("glyphs/fig2", "fig2", "glyphs"),
-        ("glyphs/options", "options", "glyphs"),
+        ("embedded/fig2", "fig2", "embedded"),
+        ("embedded/options", "options", "embedded"),
     ]
     assert [cell(table, "luq").values[0] for table in tables] == [71.0, 72.0, 70.0, 73.0]
-    assert [table.study for table in build_tables(records, ["options"])] == ["glyphs/options"]
+    assert [table.study for table in build_tables(records, ["options"])] == ["embedded/options"]
     assert build_tables([], ["fig2"]) == []
 
 
@@ -274,11 +274,11 @@ def test_a_run_of_an_unknown_scale_is_shown_with_nothing_missing():
 def test_markdown_is_a_table():
     table = a_table("table2", {("resnet8", "fp32"): [80.0] * 3, ("a|b", "luq"): [79.0]})
     lines = markdown(table).splitlines()
-    assert lines[0] == "## Table 2: LUQ and LUQ + SMP (glyphs/table2)"
+    assert lines[0] == "## Table 2: LUQ and LUQ + SMP (embedded/table2)"
     assert lines[2] == "| " + " | ".join(header(table)) + " |"
-    assert lines[3] == "| --- | --- | --- | --- | --- |"
-    assert lines[4] == "| resnet8, fp32 | 80.0 ± 0.0 (3) | baseline | 69.7 (ResNet-18) |  |"
-    assert "| a\\|b, luq | 79.0 (1) |  |  |  |" in lines
+    assert lines[3] == "| --- | --- | --- | --- | --- | --- |"
+    assert lines[4] == "| resnet8, fp32 | 80.0 ± 0.0 (3) | baseline | 69.7 (ResNet-18) |  |  |"
+    assert "| a\\|b, luq | 79.0 (1) |  |  |  |  |" in lines
     rows = [each for each in lines[2:] if each.startswith("|")]
     assert len(rows) == 2 + len(table.cells)
     assert {each.replace("\\|", "").count("|") for each in rows} == {len(header(table)) + 1}
@@ -287,9 +287,9 @@ def test_markdown_is_a_table():
 def test_csv_parses_back():
     table = a_table("table2", {("resnet8", "fp32"): [80.12345, 81.0], ("resnet8", "luq"): [79.0, DIVERGED]})
     rows = list(csv.DictReader(io.StringIO(csv_text(table))))
-    assert len(rows) == len(expected("table2", "glyphs"))
+    assert len(rows) == len(expected("table2", "embedded"))
     own = [row for row in rows if row["row"] == "resnet8" and row["column"] in ("fp32", "luq")]
-    found = [(row["column"], row["seed"], row["status"], row["top1"]) for row in own]
+    found = [(row["column"], row["seed"], row["status"], row["value"]) for row in own]
     assert found == [
         ("fp32", "0", "finished", "80.1235"),
         ("fp32", "1", "finished", "81.0"),
@@ -298,15 +298,15 @@ def test_csv_parses_back():
         ("luq", "1", "diverged", ""),
         ("luq", "2", "missing", ""),
     ]
-    assert {(row["study"], row["table"]) for row in rows} == {("glyphs/table2", "table2")}
+    assert {(row["study"], row["table"]) for row in rows} == {("embedded/table2", "table2")}
     assert {(row["column"], row["paper"], row["paper_model"]) for row in own} == {
         ("fp32", "69.7", "ResNet-18"),
         ("luq", "69.09", "ResNet-18"),
     }
     commands = {(row["row"], row["column"], row["seed"]): row["command"] for row in rows}
-    wanted = "luqrun +experiment=table2/glyphs model=vit_tiny seed=2 quant=luq_smp2"
+    wanted = "luqrun +experiment=table2/embedded model=vit_tiny seed=2 quant=luq_smp2"
     assert commands["vit_tiny", "luq_smp2", "2"] == wanted
-    assert commands["resnet8", "luq", "0"] == "luqrun seed=0 +experiment=table2/glyphs"
+    assert commands["resnet8", "luq", "0"] == "luqrun seed=0 +experiment=table2/embedded"
 
 
 def test_csv_keeps_commas_and_quotes():

@@ -16,7 +16,7 @@ from luqrun.runs.identity import run_id
 from luqrun.runs.twins import adopt, find_twin
 
 SIZES = ("dataset.glyphs.train_images=64", "dataset.glyphs.val_images=32", "dataset.batch_size=16", "schedule.epochs=1")
-SWEEP = ("-m", "+experiment=table3/glyphs", "seed=0", "quant=luq_smp2", *SIZES, "device=cpu", "tracking.log_every=1")
+SWEEP = ("-m", "+experiment=table3/embedded", "seed=0", "quant=luq_smp2", *SIZES, "device=cpu", "tracking.log_every=1")
 COLUMNS = ["luq_smp2_none", "luq_smp2_fnt1", "luq_smp2_fnt2", "luq_smp2_fnt3"]
 
 
@@ -40,7 +40,7 @@ def table3(shell, tmp_path_factory):
 
 
 def test_a_sweep_fine_tunes_from_one_checkpoint_that_is_trained_once(table3):
-    runs = folders(table3 / "outputs", "glyphs/table3")
+    runs = folders(table3 / "outputs", "embedded/table3")
     assert sorted(runs) == sorted(COLUMNS)
     base, *tuned = (runs[column] for column in COLUMNS)
     assert all(folder.run()["status"] == "finished" for folder in runs.values())
@@ -58,15 +58,15 @@ def test_a_sweep_fine_tunes_from_one_checkpoint_that_is_trained_once(table3):
 
 
 def test_each_run_of_a_sweep_says_which_cell_it_is(table3):
-    for column, folder in folders(table3 / "outputs", "glyphs/table3").items():
-        cell = {"table": "table3", "scale": "glyphs", "row": "resnet8", "column": column}
+    for column, folder in folders(table3 / "outputs", "embedded/table3").items():
+        cell = {"table": "table3", "scale": "embedded", "row": "resnet8", "column": column}
         assert resolved(folder)["cell"] == cell
         name = f"resnet8-glyphs-{column}-seed0-".replace("_none", "").replace("_fnt", "-fnt")
         assert folder.path.name.startswith(name)
 
 
 def test_a_repeated_sweep_runs_nothing_again(shell, table3):
-    runs = folders(table3 / "outputs", "glyphs/table3")
+    runs = folders(table3 / "outputs", "embedded/table3")
     before = {column: contents(folder) for column, folder in runs.items()}
     result = shell.luqrun(table3, *SWEEP)
     assert (result.code, result.err.count("this run is finished")) == (0, 4)
@@ -74,7 +74,7 @@ def test_a_repeated_sweep_runs_nothing_again(shell, table3):
 
 
 def test_the_same_sweep_in_another_study_trains_nothing(shell, table3):
-    originals = folders(table3 / "outputs", "glyphs/table3")
+    originals = folders(table3 / "outputs", "embedded/table3")
     result = shell.luqrun(table3, *SWEEP, "study=other", "reuse=true")
     assert (result.code, result.err.count("taken over from")) == (0, 4)
     assert "train loss" not in result.err
@@ -93,7 +93,7 @@ def test_the_same_sweep_in_another_study_trains_nothing(shell, table3):
 
 
 def test_a_run_that_was_begun_goes_on_and_is_not_replaced(shell, table3):
-    original = folders(table3 / "outputs", "glyphs/table3")["luq_smp2_fnt1"]
+    original = folders(table3 / "outputs", "embedded/table3")["luq_smp2_fnt1"]
     begun = RunFolder(table3 / "outputs" / "begun" / original.path.name)
     shutil.copytree(original.checkpoints, begun.checkpoints)
     begun.write_json("run.json", {**FINISHED, "status": "failed", "reused": "nowhere"})  # of an earlier attempt
@@ -111,14 +111,14 @@ def test_without_its_base_a_fine_tune_is_one_line(shell, tmp_path):
     lines = result.err.strip().splitlines()
     assert [line for line in lines if "resume=base" in line] == [lines[-1]]
     assert all(word in lines[-1] for word in ("resnet8-glyphs-luq_smp2-seed0-", "not there", "finetune=none first"))
-    (path,) = (tmp_path / "outputs" / "glyphs" / "table3").glob("*/run.json")
+    (path,) = (tmp_path / "outputs" / "embedded" / "table3").glob("*/run.json")
     assert json.loads(path.read_text())["status"] == "failed"
 
 
 def test_where_the_base_diverged_its_fine_tunes_did_too(shell, tmp_path):
     result = shell.luqrun(tmp_path, *SWEEP, "finetune=none,fnt1", "schedule.lr=1e30")
     assert (result.code, "Traceback" in result.err) == (0, False)
-    runs = folders(tmp_path / "outputs", "glyphs/table3")
+    runs = folders(tmp_path / "outputs", "embedded/table3")
     base, tuned = (runs[f"luq_smp2_{name}"].run() for name in ("none", "fnt1"))
     assert (base["status"], tuned["status"]) == ("diverged", "diverged")
     assert base["diverged_at_step"] == tuned["diverged_at_step"]
@@ -139,9 +139,9 @@ def test_a_measurement_is_a_run_like_others(shell, tmp_path):
 
 def test_a_run_has_the_same_name_in_every_table():
     plain = tiny("quant=luq")
-    cell = CellConfig("table2", "glyphs", "resnet8", "luq")
+    cell = CellConfig("table2", "embedded", "resnet8", "luq")
     others = [{"reuse": True}, {"resume": "base"}, {"study": "a/b"}, {"cell": cell}]
-    others = [dataclasses.replace(plain, **other) for other in others] + [tiny("+experiment=fig2/glyphs")]
+    others = [dataclasses.replace(plain, **other) for other in others] + [tiny("+experiment=fig2/embedded")]
     assert plain not in others
     assert {run_id(other, {}) for other in others} == {run_id(plain, {})}
 
