@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from luqrun.config import Config
 from luqrun.errors import check_choice
 from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
+from luqrun.tasks.question_answering.data import NAMES as QUESTION_SETS
 
 if TYPE_CHECKING:
     from luqrun.tasks.task import Task
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`,
 # `validate(config)` and `fingerprint(config)`.
 MODULES = dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task")
+MODULES |= dict.fromkeys(QUESTION_SETS, "luqrun.tasks.question_answering.task")
 
 
 def build_task(config: Config) -> Task:

@@ -95,6 +95,8 @@ class Trainer:
         self.task = build_task(config)
         self.data, self.metric = self.task.data, self.task.metrics[0]
         refuse_changed_data(folder, self.data.fingerprint)
+        for name, text in self.task.artifacts().items():
+            folder.write_text(name, text)
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.forms)
         self.model = setup.build(config, self.recipe, self.task, device)
