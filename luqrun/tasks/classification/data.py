@@ -15,6 +15,7 @@ from luqrun.tasks.classification.image_data import ImageData
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
 MAX_IMAGE_SIZE = 4096
 MAX_WORKERS = 256  # each is a process
+OF_TEXT = ("source", "target", "vocabulary", "max_length", "stride", "batch_tokens", "examples")
 
 
 def fingerprint_dataset(config: DatasetConfig) -> dict:
@@ -55,6 +56,9 @@ def _refuse_unread(config: DatasetConfig) -> None:
         )
     if config.name != "glyphs" and config.glyphs is not None:
         raise UserError(f"dataset.glyphs is read by dataset=glyphs alone, not by dataset={config.name}")
+    for key in OF_TEXT:
+        if getattr(config, key) is not None:
+            raise UserError(f"dataset.{key}={getattr(config, key)} is read by data sets of text, not by {config.name}")
 
 
 def build_dataset(config: DatasetConfig) -> ImageData:

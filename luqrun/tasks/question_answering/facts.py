@@ -18,8 +18,8 @@ from luqrun.tasks.question_answering.questions import Answer, Question, Question
 
 DATA_SEED = 2112
 VAL_QUESTIONS = 1000
-FACTS = 5  # of a paragraph
-QUESTIONS = 4  # about a paragraph
+FACTS = 4  # of a paragraph
+QUESTIONS = 3  # about a paragraph
 
 NAMES = ("Anna", "Otto", "Maria", "Peter", "Clara", "Hugo", "Emma", "Paul", "Julia", "Karl", "Rosa", "Felix", "Nora")
 SURNAMES = ("Berg", "Lind", "Wolf", "Stone", "Winter", "Fischer", "Brook", "Hale")
@@ -30,7 +30,7 @@ LOWEST, HIGHEST = 10, 99  # of numbers
 
 
 class Relation(NamedTuple):
-    """How a fact is told, and asked for; kind: of its answer, name, number or town."""
+    """How a fact is told, and asked for; kind: of its answer, name, town or the unit of a number."""
 
     fact: str
     question: str
@@ -40,10 +40,9 @@ class Relation(NamedTuple):
 RELATIONS = (
     Relation("The {thing} belongs to {answer}.", "Who owns the {thing}?", "name"),
     Relation("{answer} made the {thing}.", "Who made the {thing}?", "name"),
-    Relation("{answer} sold the {thing}.", "Who sold the {thing}?", "name"),
-    Relation("The {thing} costs {answer} crowns.", "What does the {thing} cost?", "number"),
-    Relation("The {thing} is {answer} years old.", "How old is the {thing}?", "number"),
-    Relation("The {thing} weighs {answer} pounds.", "How heavy is the {thing}?", "number"),
+    Relation("The {thing} costs {answer}.", "What does the {thing} cost?", "crowns"),
+    Relation("The {thing} is {answer} old.", "How old is the {thing}?", "years"),
+    Relation("The {thing} weighs {answer}.", "How heavy is the {thing}?", "pounds"),
     Relation("The {thing} stands in {answer}.", "Where is the {thing}?", "town"),
     Relation("The {thing} came from {answer}.", "Where did the {thing} come from?", "town"),
 )
@@ -79,7 +78,7 @@ def _paragraph(rng: np.random.Generator) -> tuple[str, list[tuple[str, Answer]]]
 def _answer(rng: np.random.Generator, kind: str) -> str:
     if kind == "name":
         return f"{_one_of(rng, NAMES)} {_one_of(rng, SURNAMES)}"
-    return str(rng.integers(LOWEST, HIGHEST + 1)) if kind == "number" else _one_of(rng, TOWNS)
+    return _one_of(rng, TOWNS) if kind == "town" else f"{rng.integers(LOWEST, HIGHEST + 1)} {kind}"
 
 
 def _one_of(rng: np.random.Generator, words: tuple[str, ...]) -> str:
