@@ -1,5 +1,7 @@
 """Windows: what they hold, where their answers are, and how text is cut from the context again."""
 
+import itertools
+
 import numpy as np
 import pytest
 from questions import NORMANS, RIVERS
@@ -51,7 +53,7 @@ def test_windows_overlap_by_the_stride_and_cover_the_context(tokenizer):
     assert spans[0] == (0, room)
     assert spans[-1][1] == 100
     assert all(end - begin == room for begin, end in spans[:-1])
-    assert all(after[0] == before[1] - 10 for before, after in zip(spans, spans[1:], strict=False))
+    assert all(after[0] == before[1] - 10 for before, after in itertools.pairwise(spans))
     assert len({begin for begin, _ in spans}) == len(spans) > 2
 
 
@@ -60,7 +62,7 @@ def test_the_answer_is_where_a_window_has_it_whole_and_else_at_the_start(tokeniz
     held = 0
     for index in range(len(found)):
         window = found[index]
-        if window.begin <= 60 and 62 < window.end:
+        if window.begin <= 60 and window.end > 62:
             held += 1
             assert found.text(index, window.start, window.stop) == "w60 w61 w62"
         else:

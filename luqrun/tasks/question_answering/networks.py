@@ -86,7 +86,7 @@ def _config(folder: Path, found: dict, dropout: float | None):
 
     kept = {name: found[name] for name in SIZES}
     kept["hidden_act"] = found.get("hidden_act", "gelu")
-    if kept["hidden_act"] not in ACT2FN:
+    if not isinstance(kept["hidden_act"], str) or kept["hidden_act"] not in ACT2FN:
         raise UserError(f"{folder / 'config.json'}: hidden_act={kept['hidden_act']} is not known to transformers")
     for name, default in (("layer_norm_eps", 1e-12), ("initializer_range", 0.02), *((key, 0.1) for key in DROPOUTS)):
         value = found.get(name, default)
