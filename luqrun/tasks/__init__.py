@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from luqrun.config import Config
 from luqrun.errors import check_choice
 from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
+from luqrun.tasks.question_answering.data import NAMES as QUESTION_SETS
 from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MODULES = {
     **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
     **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),
+    **dict.fromkeys(QUESTION_SETS, "luqrun.tasks.question_answering.task"),
 }
 
 

@@ -27,7 +27,8 @@ def check_read(config: DatasetConfig, read: Sequence[str]) -> None:
     for key in OWN:
         given = getattr(config, key) is not None
         if given and key not in read:
-            raise UserError(f"dataset.{key} is not read by dataset={config.name}; it reads {', '.join(read)}")
+            shown = key if key == "glyphs" else f"{key}={getattr(config, key)}"
+            raise UserError(f"dataset.{shown} is not read by dataset={config.name}; it reads {', '.join(read)}")
         if not given and key in read and key not in NOT_NEEDED:
             raise UserError(f"dataset.{key} is not given, and dataset={config.name} needs it")
 

@@ -72,6 +72,10 @@ class Task(Protocol):
     def network(self) -> nn.Module:
         """A new network, its weights drawn from torch's generator. Raises UserError for a model that does not fit."""
 
+    def artifacts(self) -> dict[str, str]:
+        """Files of the run folder by name, which are written at a run's start, such as a trained tokenizer."""
+        return {}
+
     def example(self) -> object | None:
         """An input that shows which layers are first and last (luqrun.quantize_model); None: torch.fx finds them."""
         return None
@@ -96,8 +100,4 @@ class Task(Protocol):
 
     def files(self, predictions: list, split: str = "val") -> dict[str, str]:
         """The predictions as text files by name, in the form that other scorers read; the run folder keeps them."""
-        return {}
-
-    def artifacts(self) -> dict[str, str]:
-        """Text files by name that the run folder keeps from the start, such as a tokenizer."""
         return {}

@@ -53,7 +53,7 @@ REFUSED = [
     ("study=/tmp/up", "study=/tmp/up", ("folder name",)),
     ("study=", "study=", ("folder name",)),
     ("tracking.log_every=-1", "tracking.log_every=-1", ("at least 0",)),
-    ("schedule.name=linear", "schedule.name=linear", ("step", "cosine", "onecycle")),
+    ("schedule.name=exponential", "schedule.name=exponential", ("step", "cosine", "onecycle")),
     ("schedule.lr=0", "schedule.lr=0", ("above 0",)),
     ("schedule.lr=nan", "schedule.lr=nan", ("finite",)),
     ("schedule.accumulate=0", "schedule.accumulate=0", ("at least 1",)),

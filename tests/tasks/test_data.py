@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from luqrun import tasks
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import NAMES, build_dataset
@@ -39,6 +40,8 @@ def glyphs(**changes) -> DatasetConfig:
         ({"train_images": 0}, "dataset.glyphs.train_images=0"),
         ({"val_images": 0}, "dataset.glyphs.val_images=0"),
         ({"noise": -0.1}, "dataset.glyphs.noise=-0.1"),
+        ({"max_length": 64}, "dataset.max_length=64 is not read by dataset=glyphs"),
+        ({"examples": 64}, "dataset.examples=64"),
     ],
 )
 def test_a_wrong_value_names_its_key(changes, key):
@@ -78,4 +81,4 @@ def test_each_yaml_fits_the_schema(name):
 
 
 def test_there_is_a_yaml_for_each_name():
-    assert {file.stem for file in CONF.glob("*.yaml")} == set(NAMES)
+    assert {file.stem for file in CONF.glob("*.yaml")} == set(tasks.MODULES)

@@ -153,7 +153,7 @@ WRONG = {
     "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least 24",
     "dataset.batch_tokens=null": r"dataset\.batch_tokens is not given, and dataset=sentences needs it",
     "dataset.examples=0": r"dataset\.examples=0",
-    "dataset.root=/here": r"dataset\.root is not read by dataset=sentences",
+    "dataset.root=/here": r"dataset\.root=/here is not read by dataset=sentences",
     "dataset.workers=-1": r"dataset\.workers=-1",
     "model=resnet8": r"model\.name=resnet8 is not known; allowed: transformer_base, transformer_tiny",
     "model.dropout=1.0": r"model\.dropout=1\.0",
@@ -171,7 +171,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(override, said):
 
 def test_settings_of_text_are_refused_for_images():
     for override in ("+dataset.source=en", "+dataset.batch_tokens=5"):
-        with pytest.raises(UserError, match=r"dataset\.\w+ is not read by dataset=glyphs; it reads image_size"):
+        with pytest.raises(UserError, match=r"dataset\.\w+=\w+ is not read by dataset=glyphs; it reads image_size"):
             validate_task(to_config(composed(override)))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config
-from luqrun.errors import check_choice
+from luqrun.errors import UserError, check_choice
 from luqrun.runs.metric import Metric
 from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
@@ -23,8 +23,14 @@ def build(config: Config) -> Classification:
 
 def validate(config: Config) -> None:
     """Raise UserError naming the first key under `model` or `dataset` that is not allowed; no file is looked at."""
-    check_choice("model.name", config.model.name, MODELS)
-    check_choice("model.stem", config.model.stem, STEMS)
+    model = config.model
+    if model.name not in MODELS:
+        what = f"model.name={model.name} does not classify images, as dataset={config.dataset.name} asks"
+        raise UserError(f"{what}; allowed: {', '.join(MODELS)}")
+    check_choice("model.stem", model.stem, STEMS)
+    for key in ("dropout", "weights"):
+        if getattr(model, key) is not None:
+            raise UserError(f"model.{key}={getattr(model, key)} is read by networks for text alone")
     validate_dataset(config.dataset)
 
 

@@ -1,0 +1,199 @@
+"""Data sets of questions by name, and what is allowed for them. Nothing heavy is imported before one is built."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luqrun.config import Config, DatasetConfig, ModelConfig
+from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from luqrun.tasks.question_answering.questions import QuestionSet
+    from luqrun.tasks.question_answering.windows import Windows
+
+log = logging.getLogger(__name__)
+
+NAMES = ("squad", "facts")
+MAX_WORKERS = 256  # each is a process
+MAX_EXAMPLES = 1_000_000
+MAX_VOCABULARY = 1_000_000
+VOCABULARY = 30522  # BERT's
+SUBSET_SEED = 2112
+POSITIONS = 512
+# Of random weights. The small network draws them as wide for its width as BERT does, and is for generated data.
+NETWORKS = {
+    "bert": {
+        **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+        **{"max_position_embeddings": POSITIONS, "initializer_range": 0.02, "dropout": 0.1},
+    },
+    "bert_tiny": {
+        **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
+        **{"max_position_embeddings": POSITIONS, "initializer_range": 0.05, "dropout": 0.0},
+    },
+}
+
+
+@dataclass(frozen=True)
+class QuestionData:
+    """Windows of questions. of: training questions there are, before dataset.limit."""
+
+    train: Windows
+    val: Windows
+    of: int
+    vocabulary_size: int
+    fingerprint: dict[str, object] = field(default_factory=dict)
+    test: None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the network, for checkpoints."""
+        return {"vocab_size": self.vocabulary_size}
+
+    def describe(self) -> str:
+        """Such as "800 of 4,370 training questions in 810 windows, and 2,910 validation questions in 2,950 windows"."""
+        counts = [(len(part.of.questions), len(part)) for part in (self.train, self.val)]
+        of = f" of {self.of:,}" if self.of != counts[0][0] else ""
+        cut = f"; {self.train.cut + self.val.cut} questions are cut" if self.train.cut + self.val.cut else ""
+        shown = f"{counts[0][0]:,}{of} training questions in {counts[0][1]:,} windows, and "
+        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows{cut}"
+
+
+def validate_model(model: ModelConfig, dataset: str) -> None:
+    """Raise UserError naming the first key under `model` that is not allowed; no file is looked at."""
+    if model.name not in NETWORKS:
+        allowed = ", ".join(NETWORKS)
+        raise UserError(
+            f"model.name={model.name} does not answer questions, as dataset={dataset} asks; allowed: {allowed}"
+        )
+    if model.stem != "auto":
+        raise UserError(f"model.stem={model.stem} is read by networks for images alone")
+    if model.dropout is not None and not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout={model.dropout} must be at least 0 and less than 1")
+
+
+def validate_dataset(config: DatasetConfig, weights: str | None) -> None:
+    """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
+    check_choice("dataset.name", config.name, NAMES)
+    check_at_least("dataset.batch_size", config.batch_size, 1)
+    check_at_least("dataset.workers", config.workers, 0)
+    check_at_most("dataset.workers", config.workers, MAX_WORKERS)
+    if config.limit is not None:
+        check_at_least("dataset.limit", config.limit, 1)
+    for key, least in (("max_length", 8), ("stride", 0)):
+        value = getattr(config, key)
+        if value is None:
+            raise UserError(f"dataset.{key} is not given; dataset={config.name} needs a number of tokens")
+        check_at_least(f"dataset.{key}", value, least)
+    if config.stride >= config.max_length:
+        raise UserError(f"dataset.stride={config.stride} must be less than dataset.max_length={config.max_length}")
+    if weights is None and config.max_length > POSITIONS:
+        raise _too_long(config.max_length, POSITIONS)
+    if config.vocabulary is not None:
+        check_at_least("dataset.vocabulary", config.vocabulary, 100)
+        check_at_most("dataset.vocabulary", config.vocabulary, MAX_VOCABULARY)
+        if weights is not None:
+            raise UserError(
+                f"dataset.vocabulary={config.vocabulary} is not read with model.weights, which have their own"
+            )
+    if config.name == "facts":
+        examples = config.examples
+        if examples is None:
+            raise UserError("dataset.examples is not given; dataset=facts needs a number of training questions")
+        check_at_least("dataset.examples", examples, 1)
+        check_at_most("dataset.examples", examples, MAX_EXAMPLES)
+    _refuse_unread(config)
+
+
+def _refuse_unread(config: DatasetConfig) -> None:
+    """Raise UserError for a setting that this data set does not read."""
+    if config.name == "facts" and config.root is not None:
+        raise UserError(
+            f"dataset.root={config.root} is not read by dataset=facts, which is generated; allowed with squad"
+        )
+    if config.name != "facts" and config.examples is not None:
+        raise UserError(f"dataset.examples={config.examples} is read by dataset=facts alone, not by {config.name}")
+    unread = DatasetConfig(name=config.name)
+    for key in ("image_size", "augment", "glyphs", "source", "target", "batch_tokens"):
+        if getattr(config, key) != getattr(unread, key):
+            raise UserError(f"dataset.{key}={getattr(config, key)} is not read by dataset={config.name}")
+
+
+def _too_long(max_length: int, positions: int) -> UserError:
+    return UserError(f"dataset.max_length={max_length} is more than the {positions} positions of the network")
+
+
+def fingerprint(config: Config) -> dict[str, object]:
+    """As luqrun.tasks.fingerprint_data. Raises UserError as `build_dataset` does."""
+    check_choice("dataset.name", config.dataset.name, NAMES)
+    found = {}
+    if config.dataset.name == "squad":
+        from luqrun.tasks.question_answering.squad import fingerprint_files
+
+        found |= fingerprint_files(config.dataset)
+    if config.model.weights is not None:
+        from luqrun.tasks.question_answering.weights import fingerprint_weights
+
+        found["weights"] = fingerprint_weights(config.model.weights)
+    return found
+
+
+def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
+    """The data set that `config` names, in the tokens of model.weights or else of a tokenizer that is trained on its
+    training text: the same, and the same subset of `dataset.limit`, in every run.
+
+    Raises UserError naming the key, the file or the question that is wrong.
+    """
+    from luqrun.internals.of_transformers import transformers
+
+    transformers()  # tells of a missing extra, before anything is read
+    from luqrun.tasks.loader import batches_per_epoch
+    from luqrun.tasks.question_answering import wordpiece
+    from luqrun.tasks.question_answering.weights import read_settings, weights_folder
+    from luqrun.tasks.question_answering.windows import Windows, chosen
+
+    dataset, known = config.dataset, fingerprint(config)
+    if config.model.weights is None:
+        train, val = _questions(dataset)
+        tokenizer = wordpiece.trained(_texts(train), dataset.vocabulary or VOCABULARY)
+        size = tokenizer.get_vocab_size()
+    else:
+        folder = weights_folder(config.model.weights)
+        settings = read_settings(folder)
+        if dataset.max_length > settings["max_position_embeddings"]:
+            raise _too_long(dataset.max_length, settings["max_position_embeddings"])
+        size = settings["vocab_size"]
+        tokenizer = wordpiece.read(folder, size)
+        train, val = _questions(dataset)
+    kept = train if dataset.limit is None else chosen(train, subset(len(train.questions), dataset.limit))
+    parts = [Windows(part, tokenizer, dataset.max_length, dataset.stride) for part in (kept, val)]
+    data = QuestionData(*parts, len(train.questions), size, known)
+    batches_per_epoch(data, dataset)  # a batch that is too large fails here, before a model is built
+    return data, tokenizer
+
+
+def _questions(config: DatasetConfig) -> tuple[QuestionSet, QuestionSet]:
+    if config.name == "squad":
+        from luqrun.tasks.question_answering import squad
+
+        return squad.read(config)
+    from luqrun.tasks.question_answering import facts
+
+    return facts.draw(config.examples, 0), facts.draw(facts.VAL_QUESTIONS, 1)
+
+
+def _texts(of: QuestionSet) -> list[str]:
+    return [*of.contexts, *(question.text for question in of.questions)]
+
+
+def subset(count: int, limit: int) -> list[int]:
+    """Indices, ascending, of the training questions that `dataset.limit` keeps; smaller limits are nested."""
+    if limit > count:
+        raise UserError(f"dataset.limit={limit} is more than the {count} training questions there are")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
+    return np.sort(rng.permutation(count)[:limit]).tolist()

@@ -1,0 +1,133 @@
+"""Question answering: the ends of a span are learnt with cross-entropy, and answers judged by SQuAD's F1."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luqrun.config import Config
+from luqrun.errors import UserError
+from luqrun.runs.metric import Metric
+from luqrun.tasks.question_answering.answers import Span, best_spans, grade
+from luqrun.tasks.question_answering.data import NETWORKS, build_dataset, validate_dataset, validate_model
+from luqrun.tasks.question_answering.data import fingerprint as fingerprint
+from luqrun.tasks.task import Task
+
+Batch = dict[str, Tensor]
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+def build(config: Config) -> QuestionAnswering:
+    """The task of this run. Raises UserError naming the key, or the file, that is wrong."""
+    validate(config)
+    return QuestionAnswering(config)
+
+
+def validate(config: Config) -> None:
+    """Raise UserError naming the first key whose value is not allowed; no file is looked at."""
+    validate_model(config.model, config.dataset.name)
+    validate_dataset(config.dataset, config.model.weights)
+    if config.schedule.label_smoothing:
+        what = f"schedule.label_smoothing={config.schedule.label_smoothing}"
+        raise UserError(f"{what} is not read by dataset={config.dataset.name}")
+
+
+class Found(NamedTuple):
+    """Of a window: its loss, and the best answer in it."""
+
+    loss: float
+    span: Span | None
+
+
+class QuestionAnswering(Task):
+    """A batch is windows of questions (luqrun.tasks.question_answering.windows)."""
+
+    metrics = (
+        Metric("val/f1", "F1 %", higher_is_better=True),
+        Metric("val/em", "EM %", higher_is_better=True),
+        Metric("val/loss", "loss", higher_is_better=False),
+    )
+    unit = "windows"
+    equal_weights = True  # an epoch's last, smaller batch is left out
+
+    def __init__(self, config: Config):
+        self.model = config.model
+        self.data, self.tokenizer = build_dataset(config)
+
+    def artifacts(self) -> dict[str, str]:
+        """The tokenizer, where it was trained here."""
+        return {"tokenizer.json": self.tokenizer.to_str(pretty=True)} if self.model.weights is None else {}
+
+    def network(self) -> nn.Module:
+        from luqrun.tasks.question_answering.networks import build_network, read_network
+        from luqrun.tasks.question_answering.weights import weights_folder
+
+        if self.model.weights is not None:
+            return read_network(self.model, weights_folder(self.model.weights))
+        return build_network(self.model, NETWORKS[self.model.name], self.data.vocabulary_size)
+
+    def example(self) -> dict[str, object]:
+        """The first validation window."""
+        batch = self.data.val.batch(torch.arange(1).numpy(), None)
+        return {**{name: batch[name] for name in INPUTS}, "return_dict": False}
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch["start"])
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._losses(*self._logits(network, batch), batch).mean(), {}
+
+    def predict(self, network: nn.Module, batch: Batch) -> list[Found]:
+        """For each window its loss and best answer."""
+        starts, ends = self._logits(network, batch)
+        losses = self._losses(starts, ends, batch).tolist()
+        return [Found(*each) for each in zip(losses, best_spans(starts, ends, batch["context"]), strict=True)]
+
+    def score(self, predictions: list[list[Found]], split: str = "val") -> dict[str, float]:
+        windows = getattr(self.data, split)
+        losses = [found.loss for batch in predictions for found in batch]
+        assert len(losses) == len(windows)
+        answers = {question.id: [answer.text for answer in question.answers] for question in windows.of.questions}
+        grades = grade(self.answers(predictions, split), answers)
+        metrics = {**grades, "loss": math.fsum(losses) / len(losses)}
+        return {f"{split}/{name}": value for name, value in metrics.items()}
+
+    def files(self, predictions: list[list[Found]], split: str = "val") -> dict[str, str]:
+        """dev.json: text by question id, which SQuAD's own script reads."""
+        name = "dev" if split == "val" else split
+        return {f"{name}.json": json.dumps(self.answers(predictions, split), ensure_ascii=False, indent=1) + "\n"}
+
+    def answers(self, predictions: list[list[Found]], split: str) -> dict[str, str]:
+        """The best answer to each question in any of its windows, by question id; "" where no window has one."""
+        windows = getattr(self.data, split)
+        best: dict[int, tuple[float, int]] = {}
+        spans = [found.span for batch in predictions for found in batch]
+        for index, (span, question) in enumerate(zip(spans, windows.table[:, 0].tolist(), strict=True)):
+            if span is not None and (question not in best or span.score > best[question][0]):
+                best[question] = span.score, index
+        return {
+            question.id: windows.text(best[number][1], *spans[best[number][1]][1:]) if number in best else ""
+            for number, question in enumerate(windows.of.questions)
+        }
+
+    @staticmethod
+    def _logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of the start and of the end, float32 (n, length), -inf at padding."""
+        logits = network(**{name: batch[name] for name in INPUTS}, return_dict=False)
+        padding = batch["attention_mask"] == 0
+        starts, ends = (each.float().masked_fill(padding, -torch.inf) for each in logits)
+        return starts, ends
+
+    @staticmethod
+    def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
+        """Of each window the mean of the cross-entropies of start and end, float32 (n,)."""
+        each = (
+            F.cross_entropy(logits, batch[name], reduction="none")
+            for logits, name in ((starts, "start"), (ends, "stop"))
+        )
+        return sum(each) / 2
