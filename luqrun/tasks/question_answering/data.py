@@ -128,7 +128,7 @@ def _too_long(max_length: int, positions: int) -> UserError:
     return UserError(f"dataset.max_length={max_length} is more than the {positions} positions of the network")
 
 
-def fingerprint(config: Config) -> dict[str, object]:
+def fingerprint_dataset(config: Config) -> dict[str, object]:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build_dataset` does."""
     check_choice("dataset.name", config.dataset.name, NAMES)
     found = {}
@@ -157,7 +157,7 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
     from luqrun.tasks.question_answering.weights import read_settings, weights_folder
     from luqrun.tasks.question_answering.windows import Windows, chosen
 
-    dataset, known = config.dataset, fingerprint(config)
+    dataset, known = config.dataset, fingerprint_dataset(config)
     if config.model.weights is None:
         train, val = _questions(dataset)
         tokenizer = wordpiece.trained(_texts(train), dataset.vocabulary or VOCABULARY)

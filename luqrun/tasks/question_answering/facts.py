@@ -1,6 +1,6 @@
 """The data set that needs no file: paragraphs of generated facts, and questions about them.
 
-    The red boat belongs to Anna Berg. Otto Lind made the old clock. The white bell costs 42 crowns. ...
+    The red boat belongs to Anna Berg. Otto Lind made the brown clock. The white bell costs 42 crowns. ...
     Who owns the red boat?  Anna Berg
 
 All is drawn anew for each paragraph, in any order, so that an answer follows from the paragraph alone. Others stand in

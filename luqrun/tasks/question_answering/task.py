@@ -6,6 +6,7 @@ import json
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +15,13 @@ from luqrun.config import Config
 from luqrun.errors import UserError
 from luqrun.runs.metric import Metric
 from luqrun.tasks.question_answering.answers import Span, best_spans, grade
-from luqrun.tasks.question_answering.data import NETWORKS, build_dataset, validate_dataset, validate_model
-from luqrun.tasks.question_answering.data import fingerprint as fingerprint
+from luqrun.tasks.question_answering.data import (
+    NETWORKS,
+    build_dataset,
+    fingerprint_dataset,
+    validate_dataset,
+    validate_model,
+)
 from luqrun.tasks.task import Task
 
 Batch = dict[str, Tensor]
@@ -35,6 +41,11 @@ def validate(config: Config) -> None:
     if config.schedule.label_smoothing:
         what = f"schedule.label_smoothing={config.schedule.label_smoothing}"
         raise UserError(f"{what} is not read by dataset={config.dataset.name}")
+
+
+def fingerprint(config: Config) -> dict:
+    """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
+    return fingerprint_dataset(config)
 
 
 class Found(NamedTuple):
@@ -73,7 +84,7 @@ class QuestionAnswering(Task):
 
     def example(self) -> dict[str, object]:
         """The first validation window."""
-        batch = self.data.val.batch(torch.arange(1).numpy(), None)
+        batch = self.data.val.batch(np.array([0]), None)
         return {**{name: batch[name] for name in INPUTS}, "return_dict": False}
 
     def weight(self, batch: Batch) -> int:

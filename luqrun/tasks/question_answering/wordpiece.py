@@ -27,7 +27,8 @@ TRAINING = 1  # part of the cache key: raise it when the training changes
 
 
 def trained(texts: Sequence[str], size: int) -> Tokenizer:
-    """A tokenizer of at most `size` subwords, from the cache if these texts have been seen: always the same one."""
+    """A tokenizer of at most `size` subwords (but all characters), from the cache if these texts have been seen: always
+    the same one."""
     key = hashlib.sha256(json.dumps([TRAINING, tokenizers.__version__, size]).encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
