@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from luqrun.config import Config
 from luqrun.errors import check_choice
 from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
-from luqrun.tasks.question_answering.data import NAMES as QUESTION_SETS
+from luqrun.tasks.question_answering import NAMES as QUESTION_SETS
 from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from luqrun.errors import UserError, check_at_least, check_at_most
 MAX_WORKERS = 256  # each is a process
 # Keys of some data sets alone. Where they are read they must be given, but for `root`, whose absence says more.
 OWN = ("root", "glyphs", "source", "target", "vocabulary", "max_length", "stride", "batch_tokens", "examples")
-NOT_NEEDED = ("root", "glyphs")
+NOT_NEEDED = ("root", "glyphs", "vocabulary")
+OF_IMAGES = {"image_size": DatasetConfig.image_size, "augment": DatasetConfig.augment}  # and what they are by default
 
 
 def check_common(config: DatasetConfig) -> None:
@@ -24,12 +25,12 @@ def check_common(config: DatasetConfig) -> None:
 
 def check_read(config: DatasetConfig, read: Sequence[str]) -> None:
     """Raise UserError for a key of OWN that is given and not among `read`, or is among them and not given."""
-    for key in OWN:
-        given = getattr(config, key) is not None
+    for key in (*OWN, *OF_IMAGES):
+        given = getattr(config, key) != OF_IMAGES.get(key)
         if given and key not in read:
             shown = key if key == "glyphs" else f"{key}={getattr(config, key)}"
             raise UserError(f"dataset.{shown} is not read by dataset={config.name}; it reads {', '.join(read)}")
-        if not given and key in read and key not in NOT_NEEDED:
+        if not given and key in read and key not in (*NOT_NEEDED, *OF_IMAGES):
             raise UserError(f"dataset.{key} is not given, and dataset={config.name} needs it")
 
 

@@ -62,7 +62,7 @@ def test_a_wrong_value_names_its_key(overrides, words):
 
 
 def test_squad_reads_no_number_of_examples(root):
-    with pytest.raises(UserError, match=r"dataset\.examples=9 is read by dataset=facts alone, not by squad"):
+    with pytest.raises(UserError, match=r"dataset\.examples=9 is not read by dataset=squad; it reads max_length"):
         tasks.validate_task(config(root, "dataset.examples=9"))
 
 

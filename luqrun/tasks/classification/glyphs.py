@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
+from luqrun.tasks.cache import cache_folder
 from luqrun.tasks.classification.image_data import ImageData, subset
 from luqrun.tasks.classification.pixels import MemoryImages
 
@@ -159,7 +159,7 @@ def _cached(config: GlyphsConfig, size: int) -> tuple[np.ndarray, np.ndarray, np
     """Training images and labels, validation images and labels: from the cache file if there is a good one."""
     key = [DRAWING, PIL.__version__, size, config.train_images, config.val_images, float(config.noise)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luqrun"
+    folder = cache_folder()
     file = folder / f"glyphs-{digest}.npz"
     names = ("train", "train_labels", "val", "val_labels")
     try:

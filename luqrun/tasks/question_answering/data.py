@@ -10,6 +10,8 @@ import numpy as np
 
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.question_answering import GENERATED, NAMES
+from luqrun.tasks.settings import check_common, check_read, check_text_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAMES = ("squad", "facts")
-MAX_WORKERS = 256  # each is a process
+READ = ("max_length", "stride", "vocabulary")  # of dataset.*, beside what all data sets read
 MAX_EXAMPLES = 1_000_000
 MAX_VOCABULARY = 1_000_000
 VOCABULARY = 30522  # BERT's
@@ -71,25 +72,16 @@ def validate_model(model: ModelConfig, dataset: str) -> None:
         raise UserError(
             f"model.name={model.name} does not answer questions, as dataset={dataset} asks; allowed: {allowed}"
         )
-    if model.stem != "auto":
-        raise UserError(f"model.stem={model.stem} is read by networks for images alone")
-    if model.dropout is not None and not 0 <= model.dropout < 1:
-        raise UserError(f"model.dropout={model.dropout} must be at least 0 and less than 1")
+    check_text_model(model)
 
 
 def validate_dataset(config: DatasetConfig, weights: str | None) -> None:
     """Raise UserError naming the first key under `dataset` whose value is not allowed; no file is looked at."""
     check_choice("dataset.name", config.name, NAMES)
-    check_at_least("dataset.batch_size", config.batch_size, 1)
-    check_at_least("dataset.workers", config.workers, 0)
-    check_at_most("dataset.workers", config.workers, MAX_WORKERS)
-    if config.limit is not None:
-        check_at_least("dataset.limit", config.limit, 1)
+    check_common(config)
+    check_read(config, (*READ, "examples") if config.name == GENERATED else (*READ, "root"))
     for key, least in (("max_length", 8), ("stride", 0)):
-        value = getattr(config, key)
-        if value is None:
-            raise UserError(f"dataset.{key} is not given; dataset={config.name} needs a number of tokens")
-        check_at_least(f"dataset.{key}", value, least)
+        check_at_least(f"dataset.{key}", getattr(config, key), least)
     if config.stride >= config.max_length:
         raise UserError(f"dataset.stride={config.stride} must be less than dataset.max_length={config.max_length}")
     if weights is None and config.max_length > POSITIONS:
@@ -101,27 +93,9 @@ def validate_dataset(config: DatasetConfig, weights: str | None) -> None:
             raise UserError(
                 f"dataset.vocabulary={config.vocabulary} is not read with model.weights, which have their own"
             )
-    if config.name == "facts":
-        examples = config.examples
-        if examples is None:
-            raise UserError("dataset.examples is not given; dataset=facts needs a number of training questions")
-        check_at_least("dataset.examples", examples, 1)
-        check_at_most("dataset.examples", examples, MAX_EXAMPLES)
-    _refuse_unread(config)
-
-
-def _refuse_unread(config: DatasetConfig) -> None:
-    """Raise UserError for a setting that this data set does not read."""
-    if config.name == "facts" and config.root is not None:
-        raise UserError(
-            f"dataset.root={config.root} is not read by dataset=facts, which is generated; allowed with squad"
-        )
-    if config.name != "facts" and config.examples is not None:
-        raise UserError(f"dataset.examples={config.examples} is read by dataset=facts alone, not by {config.name}")
-    unread = DatasetConfig(name=config.name)
-    for key in ("image_size", "augment", "glyphs", "source", "target", "batch_tokens"):
-        if getattr(config, key) != getattr(unread, key):
-            raise UserError(f"dataset.{key}={getattr(config, key)} is not read by dataset={config.name}")
+    if config.name == GENERATED:
+        check_at_least("dataset.examples", config.examples, 1)
+        check_at_most("dataset.examples", config.examples, MAX_EXAMPLES)
 
 
 def _too_long(max_length: int, positions: int) -> UserError:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +12,8 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from luqrun.errors import UserError
+from luqrun.tasks.cache import cached_text
 from luqrun.tasks.question_answering.windows import SPECIAL
-
-log = logging.getLogger(__name__)
 
 UNKNOWN = "[UNK]"
 TOKENS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
@@ -32,29 +28,8 @@ def trained(texts: Sequence[str], size: int) -> Tokenizer:
     key = hashlib.sha256(json.dumps([TRAINING, tokenizers.__version__, size]).encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luqrun"
-    file = folder / f"wordpiece-{key.hexdigest()[:16]}.json"
-    try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except Exception as error:  # tokenizers raises nothing narrower
-        log.warning("%s is damaged and is made again (%s)", file, error)
-    made = train(texts, size)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Under another name first: a second process never sees half a file.
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False) as temporary:
-            try:
-                temporary.write(made.to_str())
-                temporary.close()
-                os.replace(temporary.name, file)
-            except BaseException:
-                os.unlink(temporary.name)
-                raise
-    except OSError as error:
-        log.warning("cannot cache the tokenizer in %s (%s): it is trained each time", folder, error.strerror)
-    return made
+    name = f"wordpiece-{key.hexdigest()[:16]}.json"
+    return cached_text(name, Tokenizer.from_str, lambda: train(texts, size).to_str())
 
 
 def train(texts: Sequence[str], size: int) -> Tokenizer:

@@ -36,6 +36,8 @@ def validate_dataset(config: DatasetConfig) -> None:
         if (config.source, config.target) not in sentences.DIRECTIONS:
             allowed = " or ".join(" to ".join(each) for each in sentences.DIRECTIONS)
             raise UserError(f"dataset={GENERATED} has {allowed}, not {config.source} to {config.target}")
+    if config.vocabulary is None:
+        raise UserError(f"dataset.vocabulary is not given, and dataset={config.name} needs it")
     check_at_least("dataset.vocabulary", config.vocabulary, FEWEST)
     check_at_least("dataset.max_length", config.max_length, 8)
     check_at_most("dataset.max_length", config.max_length, MAX_LENGTH)

@@ -8,16 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from luqrun.internals.of_transformers import tokenizers
-from luqrun.runs.folder import write_atomically
+from luqrun.tasks.cache import cached_text
 from luqrun.tasks.translation.parallel_text import Pairs
-
-log = logging.getLogger(__name__)
 
 PADDING, END, UNKNOWN = 0, 1, 2  # padding also begins what a decoder reads, as in Marian
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -50,21 +45,7 @@ def subwords_of(train: Pairs, vocabulary: int) -> Subwords:
     vocabulary: how many at most; a small text has fewer.
     """
     key = hashlib.sha256(json.dumps([tokenizers().__version__, vocabulary, train]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luqrun"
-    path = folder / f"subwords-{key}.json"
-    try:
-        return Subwords(path.read_text())
-    except OSError:
-        pass
-    except Exception as error:  # the library raises plain exceptions
-        log.warning("%s is damaged; the subwords are learnt again (%s)", path, error)
-    found = _learn(train, vocabulary)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, found.encode())
-    except OSError as error:
-        log.warning("cannot cache the subwords in %s (%s): they are learnt again each time", folder, error.strerror)
-    return Subwords(found)
+    return cached_text(f"subwords-{key}.json", Subwords, lambda: _learn(train, vocabulary))
 
 
 def _learn(train: Pairs, vocabulary: int) -> str:
