@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
-from luqrun.config import ModelConfig, ScheduleConfig, recipe
+from luqrun.bench.workloads import TextWorkload, Workload
+from luqrun.config import ScheduleConfig, recipe
 from luqrun.quant import function, gemms, kernels, quantizer
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.encoding import Encoding
@@ -24,7 +23,6 @@ from luqrun.quant.function import code_dtype
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
-from luqrun.tasks.classification.networks import build_model
 from luqrun.train.schedules import build_optimizer
 
 E3M0 = Quantizer("e3m0", "absmax", "stochastic")
@@ -158,17 +156,6 @@ def layer_passes(layer: nn.Module, x: Tensor) -> list[Contender]:
     return [Contender(name, make(*each), slow.get(name, 1)) for name, each in variants.items()]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A network and a batch of its images."""
-
-    model: str
-    channels: int
-    size: int
-    batch: int
-    classes: int
-
-
 class Training:
     """A network with its optimizer and one batch; calling it does a training step.
 
@@ -177,7 +164,7 @@ class Training:
 
     def __init__(
         self,
-        workload: Workload,
+        workload: Workload | TextWorkload,
         device: torch.device,
         scheme: str,
         half: bool,
@@ -186,23 +173,20 @@ class Training:
     ):
         torch.manual_seed(0)
         self.device, self.half, self.within = device, half, within
-        w = workload
-        model = build_model(ModelConfig(w.model), w.classes, w.channels, w.size)
+        self.workload, model = workload, workload.network()
         if scheme == "luq":
-            model = quantize_model(model, recipe("luq"))
+            model = quantize_model(model, recipe("luq"), example=workload.example())
         elif scheme == "formulas":
             model = formula_model(model, recipe("luq"))
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if compiled else self.model
         self.optimizer = build_optimizer(self.model, SGD)
-        images = torch.randn(w.batch, w.channels, w.size, w.size, device=device)
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        self.labels = torch.randint(w.classes, (w.batch,), device=device)
+        self.inputs = workload.inputs(device)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.network(self.images)
-        return F.cross_entropy(logits.float(), self.labels)
+            outputs = self.workload.outputs(self.network, *self.inputs)
+        return self.workload.loss(outputs, *self.inputs)
 
     def __call__(self) -> None:
         with self.within(self.device.type):
@@ -212,7 +196,7 @@ class Training:
 
     def state_bytes(self) -> int:
         """Bytes that live from step to step: parameters, buffers, the optimizer's state and the batch."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.images, self.labels]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
         tensors += [each for state in self.optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 

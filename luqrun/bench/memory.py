@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from luqrun.bench.contenders import Training, Workload
+from luqrun.bench.contenders import Training
+from luqrun.bench.workloads import Workload
 from luqrun.quant.convert import quantized_layers
 from luqrun.quant.layers import QuantConv2d, QuantLinear
 from luqrun.runtime.devices import peak_memory, reset_peak_memory

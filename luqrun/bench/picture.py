@@ -43,9 +43,7 @@ def draw(record: dict, folder: Path) -> list[Path]:
         ax.axvline(1, color="black", linewidth=0.6, linestyle=":")
         ax.margins(x=0.08)
         ax.spines[["top", "right"]].set_visible(False)
-        workload = case["workload"]
-        size = f"{workload['batch']} x {workload['channels']} x {workload['size']} x {workload['size']}"
-        ax.set_title(f"{model}, {size}", fontsize=10, loc="left")
+        ax.set_title(f"{model}, {case['workload']['shape']}", fontsize=10, loc="left")
     axes[-1].set_xlabel(f"training step's time, {base} = 1")
     used = [kind for kind in colours if any(k[kind] for c in cases.values() for k in c["seconds_by_kind"].values())]
     handles = [matplotlib.patches.Patch(color=colours[kind], label=kind) for kind in used]

@@ -83,6 +83,19 @@ REQUIREMENTS = (
     ),
     *(
         _cpu(
+            f"{model} step, LUQ {precision} against {precision}",
+            "step",
+            model,
+            f"luq {precision}",
+            precision,
+            1.25,
+            1.0,
+        )
+        for model in ("transformer_tiny", "minilm")
+        for precision in ("fp32", "bf16")
+    ),
+    *(
+        _cpu(
             *(f"bytes kept for the backward pass by quantized layers, {precision}: per element", "memory", "resnet18"),
             *(f"luq {precision}, bytes kept by layers", "element", 0.55, 0.5),
         )

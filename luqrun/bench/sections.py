@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from luqrun.bench.contenders import Training, Workload, encoders, layer_passes, steps
+from luqrun.bench.contenders import Training, encoders, layer_passes, steps
 from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
+from luqrun.bench.workloads import TEXT, TextWorkload, Workload
 from luqrun.train.profiling import by_kind
 
 # (what, against): the ratios that are told of a case, as far as both took part.
@@ -47,11 +48,15 @@ IMAGES = {
     "resnet18": (3, 32, 10),
     **dict.fromkeys(("resnet50", "vit_b_16"), (3, 224, 1000)),
 }
+TOKENS = {"transformer_tiny": (22, 10_000), "minilm": (256, 30_522)}  # of a sentence or window; in the vocabulary
 SMALL = [model for model, (_, pixels, _) in IMAGES.items() if pixels == 20]
-MODELS = {"cpu": ("resnet8", "resnet18", "resnext8", "mobilenet_tiny", "vit_tiny"), "cuda": ("resnet50", "vit_b_16")}
+MODELS = {
+    "cpu": ("resnet8", "resnet18", "resnext8", "mobilenet_tiny", "vit_tiny", *TEXT),
+    "cuda": ("resnet50", "vit_b_16"),
+}
 MEMORY_MODELS = {"cpu": ("resnet18",), "cuda": ("resnet50", "vit_b_16")}
 EAGER = ("fp32", "bf16", "luq fp32", "luq bf16")
-EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny")  # measured briefly
+EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny", *TEXT)  # measured briefly
 ALONE = "resnet8"  # measured with one thread, too
 # glibc keeps freed blocks of up to 32 MiB in its heap, where holes add up; a fixed threshold gives them back.
 ALLOCATORS = {"resident": {}, "resident, blocks given back": {"MALLOC_MMAP_THRESHOLD_": str(2**18)}}
@@ -82,7 +87,10 @@ FULL = Sizes(
         "cpu": {"linear": (2080, 768, 3072), "1x1 conv": (8192, 256, 64)},
         "cuda": {"linear": (256 * 197, 768, 3072), "1x1 conv": (256 * 14 * 14, 1024, 256)},  # vit_b_16's, resnet50's
     },
-    batches={"resnet18": 32, "resnet50": 256, "vit_b_16": 256, **dict.fromkeys(SMALL, 128)},
+    batches={
+        **{"resnet18": 32, "resnet50": 256, "vit_b_16": 256, **dict.fromkeys(SMALL, 128)},
+        **{"transformer_tiny": 93, "minilm": 16},
+    },
     compiled=("resnet8", "resnet18", "resnet50", "vit_b_16"),
     rounds={"encode": 40, "layer": 20, "gemm": 10, "step": 20},
     profiled=(3, 2),
@@ -93,7 +101,7 @@ QUICK = Sizes(
     conv_images=4,
     linear_rows=64,
     gemms={key: {"linear": (64, 128, 256), "1x1 conv": (128, 64, 32)} for key in ("cpu", "cuda")},
-    batches={"resnet18": 2, "resnet50": 8, "vit_b_16": 8, **dict.fromkeys(SMALL, 16)},
+    batches={"resnet18": 2, "resnet50": 8, "vit_b_16": 8, **dict.fromkeys(SMALL, 16), **dict.fromkeys(TEXT, 2)},
     compiled=("resnet8", "resnet50", "vit_b_16"),  # resnet18 takes minutes on a CPU
     rounds={"encode": 4, "layer": 2, "gemm": 2, "step": 2},
     profiled=(2, 1),
@@ -173,7 +181,7 @@ def _steps(model: str, device: torch.device, sizes: Sizes, names: Iterable[str])
     # After a step of its own, as in a training: another network's would leave it cold caches.
     timings = interleave(contenders, sizes.rounds["step"], device, settle=1)
     kinds = _kinds([each for each in contenders if each.name in timings.rounds], device, *sizes.profiled)
-    record = {"workload": vars(workload), **timings.as_record(), "seconds_by_kind": kinds}
+    record = {"workload": _described(workload), **timings.as_record(), "seconds_by_kind": kinds}
     torch.compiler.reset()  # what was compiled goes with its network
     return record, _ratios(timings, STEP_PAIRS) + _fastest(timings)
 
@@ -214,7 +222,13 @@ def memory(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Itera
             torch.compiler.reset()
         ratios = _memory_ratios(peaks, kept, resident)
         how = "torch.cuda.max_memory_allocated" if on_gpu else "allocations that torch.profiler recorded"
-        record = {"workload": vars(workload), "how": how, "peak": peaks, "kept": kept, "resident": resident}
+        record = {
+            "workload": {**vars(workload), "shape": workload.shape},
+            "how": how,
+            "peak": peaks,
+            "kept": kept,
+            "resident": resident,
+        }
         yield model, {**record, "left_out": without}, ratios
 
 
@@ -244,9 +258,15 @@ def _chosen(known: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
     return [model for model in known if not wanted or model in wanted]
 
 
-def _workload(model: str, sizes: Sizes) -> Workload:
+def _workload(model: str, sizes: Sizes) -> Workload | TextWorkload:
+    if model in TEXT:
+        return TEXT[model](model, sizes.batches[model], *TOKENS[model])
     channels, size, classes = IMAGES[model]
     return Workload(model, channels, size, sizes.batches[model], classes)
+
+
+def _described(workload: Workload | TextWorkload) -> dict:
+    return {**vars(workload), "shape": workload.shape}
 
 
 def _ratios(timings: Timings, pairs: list[tuple[str, str]]) -> list[dict]:

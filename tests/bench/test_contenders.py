@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from luqrun.bench import gemm
-from luqrun.bench.contenders import Training, Workload, encoders, floating_point, oracle, steps, transparent
+from luqrun.bench.contenders import Training, encoders, floating_point, oracle, steps, transparent
 from luqrun.bench.formulas import FormulaAttention, FormulaConv2d, FormulaLinear, formula_model, luq, sawb_int4
 from luqrun.bench.gemm import checked, operands, units
 from luqrun.bench.memory import kept_for_backward, peak, peak_of_allocations, resident_peaks
+from luqrun.bench.workloads import Workload
 from luqrun.config import ModelConfig, recipe
 from luqrun.quant import gemms, kernels
 from luqrun.quant.convert import quantize_model, quantized_layers

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from luqrun.bench import contenders, picture, report, sections
+from luqrun.bench import picture, report, sections, workloads
 from luqrun.bench.contenders import encoders, steps
 from luqrun.bench.run import RECORD, REPORT, add, driver_version, run
 from luqrun.bench.sections import MEMORY_MODELS, MODELS, QUICK, SECTIONS, STEP_PAIRS, _fastest, _kinds
 from luqrun.bench.timing import Contender, Timings, interleave
 from luqrun.errors import UserError
 from luqrun.runs.folder import provenance
+from luqrun.tasks.translation.networks import SIZES
 from luqrun.train.profiling import KINDS, OTHER
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ TINY = dataclasses.replace(
     conv_images=1,
     linear_rows=3,
     gemms={"cpu": {"linear": (32, 16, 48)}},
-    batches={"resnet8": 2, "resnet18": 2, "resnext8": 2, "mobilenet_tiny": 2, "vit_tiny": 2},
+    batches=dict.fromkeys(MODELS["cpu"], 2),
     rounds={"encode": 2, "layer": 1, "gemm": 2, "step": 2},
     profiled=(2, 1),
 )
@@ -144,7 +145,10 @@ def folder(tmp_path_factory):
     """What a whole run writes, of sizes that are small and of one small network in place of each."""
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "build_model", small_network)
+        patch.setattr(workloads, "build_model", small_network)
+        patch.setattr(sections, "TOKENS", dict.fromkeys(sections.TOKENS, (4, 50)))
+        patch.setattr(workloads, "MINILM", {**workloads.MINILM, "num_hidden_layers": 1})
+        patch.setitem(SIZES, "transformer_tiny", (1, 16, 16, 1, 0.1))
         # As the compiler sees it, without the minutes that its code takes to compile; and without processes.
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         patch.setattr(sections, "resident_peaks", lambda workload, options, count, allocator: [3 * 2**20] * count)
