@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,8 @@ from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric
 
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
+PACKAGES = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")  # whose versions are recorded
+OF_TEXT = ("transformers", "tokenizers", "sacrebleu")  # and of these, where they are there
 
 log = logging.getLogger(__name__)
 
@@ -245,14 +247,17 @@ def now() -> str:
 def provenance() -> dict:
     """Versions (torch's with its local part, as +cu130) and, in a checkout, the git commit and whether the tree was
     changed."""
-    from importlib.metadata import version  # with it --help would take longer
+    from importlib.metadata import PackageNotFoundError, version  # with it --help would take longer
 
     import torch  # here, as reading run folders needs none
 
-    packages = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")
+    versions = {"python": platform.python_version(), "luqrun": __version__, "torch": str(torch.__version__)}
+    versions |= {package: version(package) for package in PACKAGES}
+    for package in OF_TEXT:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
-        "versions": {"python": platform.python_version(), "luqrun": __version__, "torch": str(torch.__version__)}
-        | {package: version(package) for package in packages},
+        "versions": versions,
         "platform": platform.platform(),
         "command": sys.argv,
         **_git(),
