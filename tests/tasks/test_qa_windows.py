@@ -9,7 +9,7 @@ from questions import NORMANS, RIVERS
 from luqrun.errors import UserError
 from luqrun.tasks.question_answering import wordpiece
 from luqrun.tasks.question_answering.questions import Answer, Question, QuestionSet
-from luqrun.tasks.question_answering.windows import MAX_QUESTION, Windows, chosen, tokens_of
+from luqrun.tasks.question_answering.windows import MAX_QUESTION, BatchedWindows, Windows, chosen, tokens_of
 
 NUMBERS = " ".join(f"w{number:02d}" for number in range(100))  # a token a word
 
@@ -49,7 +49,7 @@ def test_a_window_is_question_and_context_between_special_tokens(tokenizer):
 def test_windows_overlap_by_the_stride_and_cover_the_context(tokenizer):
     found = windows(NUMBERS, "w60 w61", tokenizer, max_length=40, stride=10)
     room = 40 - 3 - len(found.questions[0])
-    spans = [(window.begin, window.end) for window in map(found.__getitem__, range(len(found)))]
+    spans = sorted((window.begin, window.end) for window in map(found.__getitem__, range(len(found))))
     assert spans[0] == (0, room)
     assert spans[-1][1] == 100
     assert all(end - begin == room for begin, end in spans[:-1])
@@ -89,6 +89,44 @@ def test_a_batch_is_padded_to_its_longest_window(tokenizer):
     assert not batch["context"][padding].any()
     alone = found.batch(np.array([0]), None)
     assert alone["input_ids"][0].tolist() == batch["input_ids"][1, : lengths[1]].tolist()
+
+
+@pytest.fixture
+def many(tokenizer):
+    """A training set of windows of many lengths, three to a batch."""
+    contexts = [" ".join(["Rollo", *NUMBERS.split()[:length]]) for length in range(200) if length % 100 < 60]
+    questions = [Question(str(n), "Who", n, (Answer("Rollo", 0),)) for n in range(len(contexts))]
+    return BatchedWindows(QuestionSet(contexts, questions), tokenizer, 100, 8, batch_size=3)
+
+
+def rng(seed):
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def test_an_epoch_has_each_window_once_but_for_a_last_incomplete_batch(many):
+    for seed in range(3):
+        batches = many.batches(rng(seed))
+        assert len(batches) == many.num_batches == len(many) // 3
+        assert {len(batch) for batch in batches} == {3}
+        assert len(np.unique(np.concatenate(batches))) == 3 * len(batches)
+    once, again, other = (many.batches(rng(seed)) for seed in (5, 5, 6))
+    assert np.array_equal(once, again)
+    assert not np.array_equal(np.sort(np.concatenate(once)), np.sort(np.concatenate(other))) or len(many) % 3 == 0
+    together = [{tuple(sorted(batch)) for batch in batches} for batches in (once, other)]
+    assert len(together[0] & together[1]) < len(once) / 4
+
+
+def test_a_batch_has_windows_of_about_one_length(many):
+    drawn = rng(0).permutation(len(many))[: 3 * many.num_batches].reshape(-1, 3)
+    random = 1 - many.lengths[drawn].sum() / (3 * many.lengths[drawn].max(1).sum())
+    assert many.padding() < random / 3
+    assert (np.diff(many.lengths) >= 0).all()
+
+
+def test_a_batch_that_the_windows_do_not_fill_is_refused(tokenizer):
+    of = asked(NORMANS, "Rollo")
+    with pytest.raises(UserError, match=r"dataset\.batch_size=9 is more than the 1 training windows"):
+        BatchedWindows(of, tokenizer, 200, 8, batch_size=9)
 
 
 def test_text_is_cut_from_the_context_as_it_is_written(tokenizer):

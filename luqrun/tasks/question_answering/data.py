@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from luqrun.tasks.question_answering.questions import QuestionSet
-    from luqrun.tasks.question_answering.windows import Windows
+    from luqrun.tasks.question_answering.windows import BatchedWindows, Windows
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ NETWORKS = {
 class QuestionData:
     """Windows of questions. of: training questions there are, before dataset.limit."""
 
-    train: Windows
+    train: BatchedWindows
     val: Windows
     of: int
     vocabulary_size: int
@@ -62,7 +62,8 @@ class QuestionData:
         of = f" of {self.of:,}" if self.of != counts[0][0] else ""
         cut = f"; {self.train.cut + self.val.cut} questions are cut" if self.train.cut + self.val.cut else ""
         shown = f"{counts[0][0]:,}{of} training questions in {counts[0][1]:,} windows, and "
-        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows{cut}"
+        padding = f"; {100 * self.train.padding():.0f} % of a training batch is padding"
+        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows{padding}{cut}"
 
 
 def validate_model(model: ModelConfig, dataset: str) -> None:
@@ -126,10 +127,9 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
     from luqrun.internals.of_transformers import transformers
 
     transformers()  # tells of a missing extra, before anything is read
-    from luqrun.tasks.loader import batches_per_epoch
     from luqrun.tasks.question_answering import wordpiece
     from luqrun.tasks.question_answering.weights import read_settings, weights_folder
-    from luqrun.tasks.question_answering.windows import Windows, chosen
+    from luqrun.tasks.question_answering.windows import BatchedWindows, Windows, chosen
 
     dataset, known = config.dataset, fingerprint_dataset(config)
     if config.model.weights is None:
@@ -145,10 +145,9 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
         tokenizer = wordpiece.read(folder, size)
         train, val = _questions(dataset)
     kept = train if dataset.limit is None else chosen(train, subset(len(train.questions), dataset.limit))
-    parts = [Windows(part, tokenizer, dataset.max_length, dataset.stride) for part in (kept, val)]
-    data = QuestionData(*parts, len(train.questions), size, known)
-    batches_per_epoch(data, dataset)  # a batch that is too large fails here, before a model is built
-    return data, tokenizer
+    cut = dataset.max_length, dataset.stride
+    windows = BatchedWindows(kept, tokenizer, *cut, dataset.batch_size), Windows(val, tokenizer, *cut)
+    return QuestionData(*windows, len(train.questions), size, known), tokenizer
 
 
 def _questions(config: DatasetConfig) -> tuple[QuestionSet, QuestionSet]:

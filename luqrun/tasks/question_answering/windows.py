@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_QUESTION = 64  # tokens; what is longer is cut
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]")
 AROUND = 3  # [CLS] and two [SEP]
+POOL = 32  # batches whose windows are sorted by length together
 
 
 class Window(NamedTuple):
@@ -35,7 +36,7 @@ class Window(NamedTuple):
 
 
 class Windows:
-    """Examples (luqrun.tasks.task): every window of a set of questions, question by question.
+    """Examples (luqrun.tasks.task): every window of a set of questions, from the shortest to the longest.
 
     tokenizer: with the tokens SPECIAL, whose truncation and padding are off. Raises UserError where dataset.stride
     leaves no room to go on.
@@ -59,7 +60,10 @@ class Windows:
                 f"dataset.max_length={max_length} has room beside the longest question ({longest} and {AROUND} more)"
             )
         found = [window for number in range(len(of.questions)) for window in self._windows(number, max_length, stride)]
-        self.table = np.array(found, np.int32).reshape(-1, len(Window._fields))
+        table = np.array(found, np.int32).reshape(-1, len(Window._fields))
+        lengths = np.array([len(self.questions[each.question]) + AROUND + each.end - each.begin for each in found])
+        order = lengths.argsort(kind="stable")
+        self.table, self.lengths = table[order], lengths[order]
 
     def _windows(self, number: int, max_length: int, stride: int) -> Iterator[Window]:
         question, before = self.of.questions[number], len(self.questions[number]) + AROUND - 1
@@ -116,6 +120,36 @@ class Windows:
         shift = window.begin - (len(self.questions[window.question]) + AROUND - 1)
         offsets = self.offsets[context]
         return self.of.contexts[context][offsets[first + shift, 0] : offsets[last + shift, 1]]
+
+
+class BatchedWindows(Windows):
+    """A training set that makes batches of windows of about one length (luqrun.tasks.task.Batched): less is padding,
+    which costs time and would take part in the ranges of activations.
+
+    Windows are drawn POOL batches at a time and sorted within; the order of the batches is drawn. Those of an epoch's
+    last, incomplete batch are left out. Raises UserError for a batch_size that the windows do not fill once.
+    """
+
+    def __init__(self, of: QuestionSet, tokenizer: Tokenizer, max_length: int, stride: int, batch_size: int):
+        super().__init__(of, tokenizer, max_length, stride)
+        self.batch_size, self.num_batches = batch_size, len(self) // batch_size
+        if not self.num_batches:
+            raise UserError(
+                f"dataset.batch_size={batch_size} is more than the {len(self)} training windows "
+                "(all, or what dataset.limit leaves)"
+            )
+
+    def batches(self, rng: np.random.Generator) -> list[np.ndarray]:
+        drawn, found = rng.permutation(len(self))[: self.num_batches * self.batch_size], []
+        for first in range(0, len(drawn), POOL * self.batch_size):
+            pool = np.sort(drawn[first : first + POOL * self.batch_size])  # the set is in the order of lengths
+            found += np.split(pool, len(pool) // self.batch_size)
+        return [found[number] for number in rng.permutation(len(found))]
+
+    def padding(self) -> float:
+        """The share of padding among the tokens of an epoch's batches, as drawn for one of them."""
+        lengths = [self.lengths[batch] for batch in self.batches(np.random.Generator(np.random.Philox(0)))]
+        return 1 - sum(each.sum() for each in lengths) / sum(each.max() * len(each) for each in lengths)
 
 
 def tokens_of(offsets: np.ndarray, answer: Answer) -> tuple[int, int]:
