@@ -123,7 +123,9 @@ class Trainer:
         self.profiler = StepProfiler(folder.path, profiled, left, device)
         after = self.progress.get("latest", 0.0) if own else 0.0
         self.shown, done = [metric.name for metric in self.task.metrics], self.progress["step"]
-        self.tracker = Tracker(config, folder, self.shown, done, after) if folder.writes else NoTracker()
+        of_test = [metric.of_test.name for metric in self.task.metrics if self.data.test is not None]
+        compared = [*self.shown, *of_test]
+        self.tracker = Tracker(config, folder, compared, done, after) if folder.writes else NoTracker()
         log.info("%s", self.data.describe())
         setup.log_model(self.model, config, self.recipe)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)

@@ -5,6 +5,7 @@ import json
 import pytest
 import sacrebleu
 import torch
+from kills import curves
 from running import composed, metrics, quiet_machine
 
 from luqrun.cli.results import closing_table
@@ -48,6 +49,7 @@ def test_validation_comes_each_epoch_and_the_test_once(finished):
     (last,) = tests
     assert (last["test/bleu"], last["test/loss"]) == (summary["test/bleu"], summary["test/loss"])
     assert folder.run()["metric"]["name"] == "val/bleu"
+    assert [len(curves(folder)[name]) for name in ("val/bleu", "test/bleu")] == [3, 1]
     assert summary["tokens_per_second"] > 0
 
 
