@@ -21,6 +21,16 @@ PRECISIONS = ("fp32", "bf16")
 JOBS = ("train", "rounding")
 BATCH_NORMS = ("local", "sync")
 RANGE_SCOPES = ("rank", "global")
+# What a data set of text brings in place of the default network and schedule, which are for images, on a command line
+# that names none.
+COMPANIONS = {
+    "sentences": {"model": "transformer_tiny", "schedule": "sentences"},
+    "parallel": {"model": "transformer_tiny", "schedule": "inverse_sqrt"},
+    "multi30k": {"model": "transformer_tiny", "schedule": "inverse_sqrt"},
+    "wmt14": {"model": "transformer_base", "schedule": "wmt14"},
+    "facts": {"model": "bert_tiny", "schedule": "facts"},
+    "squad": {"model": "bert", "schedule": "squad"},
+}
 
 
 @dataclass

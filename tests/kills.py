@@ -54,7 +54,7 @@ VARIANTS = {
     ),
     "translation, averaged weights": (*SENTENCES, *OFTEN, "schedule.epochs=2", "schedule.average=2"),
 }
-CLOCK = {"latest", "train_seconds", "seconds", "timed_seconds"}
+CLOCK = {"latest", "train_seconds", "evaluation_seconds", "seconds", "timed_seconds"}
 RATE = "_per_second"
 # Of a process, not of the run: where it started, how long its files are, what memory it took.
 OF_A_PROCESS = {"timed", "metrics_bytes", "event_bytes", "peak_memory_bytes"}

@@ -28,7 +28,7 @@ from luqrun import RESULTS, __version__
 from luqrun.cli import overrides, own_configs, sweeps
 from luqrun.cli.callback import close_logs
 from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
-from luqrun.cli.overrides import options_first
+from luqrun.cli.overrides import options_first, with_companions
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.startup import quick_start, quieten_libraries
 from luqrun.cli.validation import to_config, validate
@@ -59,7 +59,7 @@ def main() -> None:
         if "--version" in sys.argv[1:]:
             print(f"luqrun {__version__}")
             sys.exit()
-        sys.argv[1:] = options_first(sys.argv[1:])
+        sys.argv[1:] = with_companions(options_first(sys.argv[1:]))
         own_configs.refuse_shadowed(sys.argv[1:])
         try:
             with quick_start():

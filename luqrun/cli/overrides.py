@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from luqrun.config import Config, conf_dir
+from luqrun.config import COMPANIONS, Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.internals.of_hydra import args_parser
 
@@ -38,6 +38,18 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         else:
             options.append(argument)
     return [*options, *overrides]
+
+
+def with_companions(arguments: Sequence[str]) -> list[str]:
+    """The command line, and on it the network and the schedule that its data set brings, where it names none.
+
+    An experiment or a scale chooses them itself.
+    """
+    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments if "=" in argument)
+    companions = COMPANIONS.get(given.get("dataset"), {})
+    if {"experiment", "scale"} & given.keys():
+        return list(arguments)
+    return [*arguments, *(f"{group}={option}" for group, option in companions.items() if group not in given)]
 
 
 def shell_words(overrides: Sequence[str]) -> str:

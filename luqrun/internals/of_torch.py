@@ -9,7 +9,6 @@ from types import FrameType
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -204,6 +203,6 @@ def _frames() -> Iterator[FrameType]:
 
 def innermost(network: nn.Module) -> nn.Module:
     """The model inside of what DDP and torch.compile make of it, whose other methods they do not hand on."""
-    while isinstance(network, DistributedDataParallel | OptimizedModule):
+    while isinstance(network, DistributedDataParallel) or "_orig_mod" in network._modules:
         network = network.module if isinstance(network, DistributedDataParallel) else network._orig_mod
     return network

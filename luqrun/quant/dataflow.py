@@ -46,14 +46,18 @@ class Label(NamedTuple):
 
 
 class Flow:
-    """Who feeds whom among `names`, one bit each; the bit above them is the model's input.
+    """Who feeds whom among `names`, one bit each; the bits above them are the model's input, and the same where it came
+    through none of them.
 
     Of a layer in a loop, the first call says what feeds it (`sees`), and the last call what it feeds (`feeds`).
+    embeddings: those of the names that are no layer which a first one must not come after.
     """
 
-    def __init__(self, names: Sequence[str]):
-        self.names, self.input = list(names), 1 << len(names)
+    def __init__(self, names: Sequence[str], embeddings: Sequence[str] = ()):
+        self.names, self.reached, self.direct = list(names), 1 << len(names), 2 << len(names)
+        self.input = self.reached | self.direct
         self.bits = {name: 1 << number for number, name in enumerate(names)}
+        self.tables = sum(self.bits[name] for name in embeddings)
         self.sees: dict[int, int] = {}
         self.feeds: dict[int, int] = {}
         self.result = 0
@@ -65,7 +69,7 @@ class Flow:
             self.feeds[bit] = 0
         for bit in self._split(flow & ~self.input & ~layers):
             self.feeds[bit] |= layers
-        return flow | layers
+        return (flow & ~self.direct if layers else flow) | layers
 
     @staticmethod
     def _split(bits: int) -> Iterator[int]:
@@ -88,8 +92,10 @@ class Flow:
         return Label(self.through(weights, flow)) if flow and weights else Label(flow, weights)
 
     def ends(self, how: str) -> Ends:
-        """First: the input reaches it, and no other layer does. Last: it reaches the result, and no other that does."""
-        first = [name for name, bit in self.bits.items() if self.sees.get(bit, 0) == self.input]
+        """First: the input itself reaches it, and no other layer but embeddings does. Last: it reaches the result, and
+        no other that does."""
+        seen = {name: self.sees.get(bit, 0) & ~self.tables for name, bit in self.bits.items()}
+        first = [name for name, flow in seen.items() if flow == self.input]
         used = {name: bit for name, bit in self.bits.items() if bit & self.result}
         last = [name for name, bit in used.items() if not self.feeds[bit] & self.result]
         if not first or not last:
@@ -115,6 +121,10 @@ def find_ends(model: nn.Module, layers: dict[str, nn.Module], names: Sequence[st
     except Exception as error:  # whatever a forward does to proxies
         why = f"by registration, since torch.fx cannot trace the model ({_brief(error)}); example= would show it"
         return Ends(tuple(names[:1]), tuple(names[-1:]), why)
+
+
+def _flow(layers: dict[str, nn.Module]) -> Flow:
+    return Flow(list(layers), [name for name, layer in layers.items() if isinstance(layer, EMBEDDINGS)])
 
 
 def _brief(error: Exception) -> str:
@@ -145,7 +155,7 @@ def _trace(model: nn.Module, layers: dict[str, nn.Module]) -> Ends:
         for module in model.modules():
             module.training = True  # heads that only train are layers too
         graph = _Tracer(layers).trace(model, concrete_args=defaults)
-    flow, labels = Flow(list(layers)), {}
+    flow, labels = _flow(layers), {}
     name_of = {id(layer): name for name, layer in layers.items()}
     for node in graph.nodes:
         label = flow.operation([labels[each] for each in node.all_input_nodes])
@@ -207,7 +217,7 @@ class _Observer(TorchFunctionMode):
 def _observe(model: nn.Module, layers: dict[str, nn.Module], example) -> Ends:
     args = () if isinstance(example, dict) else tuple(example) if isinstance(example, tuple | list) else (example,)
     kwargs = example if isinstance(example, dict) else {}
-    flow = Flow(list(layers))
+    flow = _flow(layers)
     observer = _Observer(flow, layers)
     for each in tree_leaves((args, kwargs)):
         if isinstance(each, Tensor):

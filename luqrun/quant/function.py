@@ -26,7 +26,7 @@ from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
-from luqrun.quant.sharing import made_once
+from luqrun.quant.sharing import forget, made_once
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
@@ -105,8 +105,8 @@ class Plan:
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
-    a backward pass may follow. share: what makes a tensor's statistics those of all processes (Quantizer.measure), for
-    operands that are not the same in all of them.
+    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). share: what makes a tensor's statistics
+    those of all processes (Quantizer.measure), for operands that are not the same in all of them.
     """
 
     fprop: Fprop
@@ -117,6 +117,7 @@ class Plan:
     observe: Callable[[str, Tensor], None] | None = None
     health: dict | None = None
     keep: bool = True
+    reader: int = 0
     share: Callable[[Tensor], Tensor] | None = None
 
     def quantize(
@@ -164,7 +165,7 @@ class Plan:
         needed = (first, second) if keep else (first,)
         if operand == "activation" and not alone and all(each is not None and each.repeats for each in needed):
             key = (first, second, dtype, keep)
-            return made_once(x, key, lambda: self._quantize_forward(operand, x, gemms, dtype, keep))
+            return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, gemms, dtype, keep))
         return self._quantize_forward(operand, x, gemms, dtype, keep)
 
     def _quantize_forward(
@@ -319,6 +320,8 @@ class QuantizedGemm(torch.autograd.Function):
             )
         if not compiling and is_batched(grad_output):
             raise TensorError("quantized layers take one gradient at a time, not is_grads_batched or vectorize=True")
+        if not compiling:
+            forget()
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype

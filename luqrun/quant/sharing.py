@@ -1,7 +1,7 @@
 """Layers that read one tensor, as the projections of queries, keys and values do, quantize it once.
 
-The last tensor is remembered while it lives, with what was made of it: whoever reads the same object next, unchanged
-and in the same way, takes that. Which layers these are is seen by what they are given, not by their names.
+The last tensor is remembered while it lives, with what was made of it: another layer that reads the same object next,
+unchanged and in the same way, takes that. Which layers these are is seen by what they are given, not by their names.
 """
 
 from __future__ import annotations
@@ -14,31 +14,55 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from luqrun.internals.of_torch import has_modes
+
 T = TypeVar("T")
 
 
-class _Last(threading.local):  # replicas run in threads
-    of: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    key: Hashable = None
-    made: object = None
+class _Made:
+    """What was made of a tensor, and the layers that took it."""
+
+    def __init__(self, x: Tensor, key: Hashable, value: object, reader: int):
+        self.key, self.value, self.readers = key, value, {reader}
+        self.of = weakref.ref(x, self.forget)  # whichever thread the tensor dies in
 
     def forget(self, reference: weakref.ref | None = None) -> None:
-        if reference is None or reference is self.of:
-            self.of, self.key, self.made = (lambda: None), None, None
+        self.value, self.of = None, lambda: None
+
+    def take(self, x: Tensor, key: Hashable, reader: int) -> bool:
+        """Whether it is what this reader asks for. One that has taken it already is called anew, and x may have changed
+        where torch does not see it (through NumPy, or x.data)."""
+        fits = self.of() is x and self.key == key and reader not in self.readers
+        if fits:
+            self.readers.add(reader)
+        return fits
+
+
+class _Last(threading.local):  # replicas run in threads
+    made: _Made | None = None
 
 
 _last = _Last()
 
 
-def made_once(x: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+def made_once(x: Tensor, key: Hashable, reader: int, make: Callable[[], T]) -> T:
     """make(), which depends on the values of x and on `key` alone; or what it returned the last time, where that was
-    for the same x and key and x has not changed since."""
-    if torch.compiler.is_compiling() or x.is_inference():  # such a tensor does not count its changes
+    for the same x and key and another reader, and x has not changed since. reader: names a layer."""
+    # An inference tensor does not count its changes; what watches operators (selective activation checkpointing) must
+    # see the same ones when a forward is repeated.
+    if torch.compiler.is_compiling() or x.is_inference() or has_modes():
         return make()
-    key = (x._version, key)
-    if _last.of() is x and _last.key == key:
-        return _last.made
-    _last.forget()  # first: it may be large
-    made = make()
-    _last.of, _last.key, _last.made = weakref.ref(x, _last.forget), key, made
-    return made
+    key, made = (x._version, key), _last.made
+    if made is not None and made.take(x, key, reader):
+        return made.value
+    forget()  # first: it may be large
+    value = make()
+    _last.made = _Made(x, key, value, reader)
+    return value
+
+
+def forget() -> None:
+    """Hold nothing any more: a backward pass begins, or another tensor is quantized."""
+    if _last.made is not None:
+        _last.made.forget()  # its weak reference refers to it
+        _last.made = None

@@ -25,6 +25,8 @@ from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric
 
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
+PREDICTIONS = "predictions"  # of text; beside it the subwords that were learnt
+TOKENIZER = "tokenizer.json"
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")  # whose versions are recorded
 OF_TEXT = ("transformers", "tokenizers", "sacrebleu")  # and of these, where they are there
 
@@ -116,6 +118,15 @@ class RunFolder:
             (self.path / name).parent.mkdir(exist_ok=True)
             write_atomically(self.path / name, text.encode())
 
+    def keep(self, name: str, text: str) -> None:
+        """Write a file that a run needs as it was. Raises UserError where the folder has another one of a run that
+        goes on."""
+        path = self.path / name
+        if self.writes and self.begun() and path.is_file() and path.read_text() != text:
+            how = "what its data give now, as with another version of a library: a checkpoint does not fit that"
+            raise UserError(f"{path} is not {how}; study=NAME begins the run anew")
+        self.write_text(name, text)
+
     def update_run(self, **fields) -> None:
         """Change fields of run.json."""
         if self.writes:
@@ -140,7 +151,8 @@ class RunFolder:
             _held.add(key)
             try:
                 # What a process left that was killed while it wrote.
-                for left in [*self.path.glob(".*.[0-9]*"), *self.checkpoints.glob(".*.[0-9]*")]:
+                folders = self.path, self.checkpoints, self.path / PREDICTIONS
+                for left in [path for folder in folders for path in folder.glob(".*.[0-9]*")]:
                     left.unlink(missing_ok=True)
                 file.truncate(0)
                 file.write(f"pid {os.getpid()} on {platform.node()}\n")

@@ -209,7 +209,7 @@ def refuse_other_run(config: Config, data: dict, folder: RunFolder) -> None:
 def refuse_changed_data(folder: RunFolder, data: dict) -> None:
     """Raise UserError where a run reads other data (data: their fingerprint) than its folder was named for."""
     if why := differing_data(folder.run().get("data", data), data):
-        raise UserError(f"dataset.root has changed since this run began, {why}; the same command begins one of these")
+        raise UserError(f"what is read has changed since this run began, {why}; the same command begins one of these")
 
 
 def _advice(named: bool) -> str:

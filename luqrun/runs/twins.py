@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from luqrun.config import Config
-from luqrun.runs.folder import RunFolder, write_atomically
+from luqrun.runs.folder import PREDICTIONS, TOKENIZER, RunFolder, write_atomically
 from luqrun.runs.identity import Identity, difference, run_id
 from luqrun.runs.reading import METRICS, SUMMARY, Unusable, read_json, usable_run
 
@@ -46,12 +46,16 @@ def _has_ended(path: Path, run: dict) -> bool:
 
 
 def adopt(twin: Path, folder: RunFolder) -> dict:
-    """Take over the result of `twin`, without its checkpoints and curves; returns what a run of our own would."""
+    """Take over the result of `twin`, its predictions too, without its checkpoints and curves; returns what a run of
+    our own would."""
     run = usable_run(twin)
     own = {name: folder.run()[name] for name in ("command", "overrides")}
     relative = os.path.relpath(twin, folder.path)  # so that outputs/ can be moved as a whole
     if (twin / METRICS).is_file():
         write_atomically(folder.path / METRICS, (twin / METRICS).read_bytes())
+    for path in [twin / TOKENIZER, *(twin / PREDICTIONS).glob("*")]:
+        if path.is_file():
+            folder.write_text(str(path.relative_to(twin)), path.read_text())
     folder.update_run(**{**run, **own, "reused": relative})
     if (twin / SUMMARY).is_file():  # last, as it says that all the rest is there
         write_atomically(folder.path / SUMMARY, (twin / SUMMARY).read_bytes())

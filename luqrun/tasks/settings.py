@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luqrun.config import DatasetConfig, ModelConfig
+from luqrun.config import COMPANIONS, Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most
 
 MAX_WORKERS = 256  # each is a process
@@ -40,3 +40,11 @@ def check_text_model(config: ModelConfig) -> None:
         raise UserError(f"model.stem={config.stem} is of networks for images; {config.name} has none")
     if config.dropout is not None and not 0 <= config.dropout < 1:
         raise UserError(f"model.dropout={config.dropout} must be at least 0 and less than 1")
+
+
+def check_text_optimizer(config: Config) -> None:
+    """Raise UserError for the optimizer of images, with which Transformers learn nothing here."""
+    if config.schedule.optimizer == "sgd":
+        name = config.dataset.name
+        usual = f"dataset={name} goes with schedule={COMPANIONS[name]['schedule']}"
+        raise UserError(f"schedule.optimizer=sgd is for images; {usual}")

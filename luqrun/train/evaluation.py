@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import AbstractContextManager, closing
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from luqrun.config import Config
-from luqrun.runs.folder import RunFolder
+from luqrun.runs.folder import PREDICTIONS, RunFolder
 from luqrun.runtime import process_group
 from luqrun.runtime.devices import to_device
 from luqrun.runtime.signals import Requests
@@ -33,6 +34,7 @@ class Run(Protocol):
     network: nn.Module
     requests: Requests
     no_bar: bool | None
+    progress: dict
 
     def autocast(self) -> AbstractContextManager: ...
 
@@ -44,6 +46,7 @@ class Run(Protocol):
 @torch.no_grad()
 def evaluate(run: Run, split: str = VAL) -> dict[str, float]:
     """The metrics of a run's network as it is, whatever the phase; the run folder keeps the predictions as files."""
+    started = time.perf_counter()
     run.model.eval()
     setup.share_buffers(run.model)
     config, examples = run.config.dataset, getattr(run.task.data, split)
@@ -60,5 +63,7 @@ def evaluate(run: Run, split: str = VAL) -> dict[str, float]:
                 predictions.append(run.task.predict(run.network, to_device(batch, run.device)))
     predictions = in_order(process_group.gather(predictions))
     for name, text in run.task.files(predictions, split).items():
-        run.folder.write_text(f"predictions/{name}", text)
-    return run.task.score(predictions, split)
+        run.folder.write_text(f"{PREDICTIONS}/{name}", text)
+    metrics = run.task.score(predictions, split)
+    run.progress["evaluation_seconds"] += time.perf_counter() - started
+    return metrics

@@ -32,13 +32,18 @@ def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> n
     return model.to(device, memory_format=torch.channels_last)
 
 
-def log_model(model: nn.Module, config: Config, recipe: Recipe) -> None:
-    """Say what trains, and which layers are quantized."""
+def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> None:
+    """Say what trains, and which layers are quantized; and warn of a warm-up that is not over when the schedule of
+    `steps` steps is."""
     quantized = [name for name, _ in quantized_layers(model)]
     log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, recipe)
     if quantized:
         skipped = ", ".join(config.quant.skip) or "none"
         log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
+    warmup = config.schedule.warmup_steps
+    if warmup is not None and warmup >= steps:
+        what = f"schedule.warmup_steps={warmup} is not less than the {steps} steps of the schedule"
+        log.warning("%s: the learning rate never comes to schedule.lr=%g", what, config.schedule.lr)
 
 
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

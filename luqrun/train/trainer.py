@@ -96,7 +96,7 @@ class Trainer:
         self.data, self.metric = self.task.data, self.task.metrics[0]
         refuse_changed_data(folder, self.data.fingerprint)
         for name, text in self.task.artifacts().items():
-            folder.write_text(name, text)
+            folder.keep(name, text)
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.forms)
         self.model = setup.build(config, self.recipe, self.task, device)
@@ -108,7 +108,8 @@ class Trainer:
             raise UserError(f"{wanted} is too large; it must be at most the {self.batches} batches of an epoch")
         # batch: micro-batches done in this epoch; sums, weight: of what is shown of this epoch's training so far.
         self.progress = {
-            "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None, "average": None,
+            "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None, "average": None, "averaged": None,
+            "evaluation_seconds": 0.0,
             **throughput.START, "evaluations": [], "metric": asdict(self.metric), "world_sizes": [],
         }  # fmt: skip
         self.on_test: dict[str, float] = {}
@@ -127,7 +128,7 @@ class Trainer:
         compared = [*self.shown, *of_test]
         self.tracker = Tracker(config, folder, compared, done, after) if folder.writes else NoTracker()
         log.info("%s", self.data.describe())
-        setup.log_model(self.model, config, self.recipe)
+        setup.log_model(self.model, config, self.recipe, config.schedule.epochs * self.steps_per_epoch)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
 
     def _resume(self) -> bool:
@@ -160,9 +161,9 @@ class Trainer:
         for epoch in range(self.progress["epoch"], self.total_epochs):
             set_finetune(self.model, self.phase(epoch) == FINETUNE)
             self.train_epoch(epoch)
-            if self.phase(epoch) == TRAIN:
+            if self.phase(epoch) == TRAIN and self.progress["averaged"] != epoch:  # else it stopped in the evaluation
                 sums = average_weights(self.model, self.progress["average"], self.config.schedule, epoch)
-                self.progress["average"] = sums
+                self.progress.update(average=sums, averaged=epoch)
             metrics = {**self._train_metrics(), **evaluate(self)}
             if not math.isfinite(metrics["val/loss"]):
                 self._report_divergence("validation loss", metrics["val/loss"])
@@ -315,6 +316,7 @@ class Trainer:
             "finetune": [{name: row[name] for name in ("epoch", *self.shown)} for row in evaluations[epochs:]],
             "best_metric": self.progress["best"],
             "train_seconds": self.progress["seconds"],
+            "evaluation_seconds": self.progress["evaluation_seconds"],
             f"{self.task.unit}_per_second": self.throughput.mean(),
             "peak_memory_bytes": peak_memory(self.device),
         }

@@ -9,7 +9,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from overriding import command
 from running import TINY
 
-from luqrun.cli.overrides import in_quotes, shell_words, unreadable
+from luqrun import tasks
+from luqrun.cli.overrides import in_quotes, shell_words, unreadable, with_companions
+from luqrun.config import COMPANIONS, conf_dir
+from luqrun.tasks.classification.data import NAMES as IMAGE_SETS
 
 BASIC = "_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher\n"
 
@@ -242,7 +245,7 @@ def test_a_link_to_nowhere_and_a_file_in_the_place_of_a_folder(luqrun, tmp_path,
 
 
 def test_settings_that_the_data_set_does_not_read_are_refused(luqrun):
-    assert_refused(luqrun("dataset.root=/data"), "dataset.root=/data", "dataset=glyphs", "folder")
+    assert_refused(luqrun("dataset.root=/data"), "dataset.root=/data", "dataset=glyphs", "it reads image_size")
     folder = ("dataset=folder", "dataset.root=/data")
     assert_refused(luqrun(*folder, "++dataset.glyphs={noise: 0.1, train_images: 5, val_images: 5}"), "dataset.glyphs")
 
@@ -268,3 +271,26 @@ def test_a_storage_of_optuna_is_made_ready_or_refused(luqrun, tmp_path):
     refused = luqrun(*search, "hydra.sweeper.storage='nosuch://me:secret@host/x'")
     assert_refused(refused, "hydra.sweeper.storage=nosuch://***@host/x", "sqlite:///")
     assert "secret" not in refused.err
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["dataset=sentences"], ["model=transformer_tiny", "schedule=sentences"]),
+        (["dataset=squad", "model=bert", "quant=luq"], ["schedule=squad"]),
+        (["-m", "dataset=multi30k", "schedule=wmt14", "seed=0,1"], ["model=transformer_tiny"]),
+        (["dataset=glyphs"], []),
+        (["quant=luq"], []),
+        (["+experiment=table2/small_translation", "dataset=multi30k"], []),
+        (["dataset=glyphs,sentences"], []),
+    ],
+)
+def test_a_data_set_of_text_brings_its_network_and_schedule(given, added):
+    assert with_companions(given) == [*given, *added]
+
+
+def test_every_companion_is_a_file():
+    assert COMPANIONS.keys() == tasks.MODULES.keys() - set(IMAGE_SETS)
+    for dataset, companions in COMPANIONS.items():
+        for group, option in {"dataset": dataset, **companions}.items():
+            assert (conf_dir() / group / f"{option}.yaml").is_file()

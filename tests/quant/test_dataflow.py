@@ -115,6 +115,17 @@ class StartsWithConv1d(nn.Module):
         return self.head(self.body(self.stem(x)))
 
 
+class BesideAnEmbedding(nn.Module):
+    """Numbers and a category, as in tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.joint, self.kinds = nn.Linear(4, 2), nn.Linear(6, 4), nn.Embedding(3, 2)
+
+    def forward(self, numbers, kind):
+        return self.head(self.joint(torch.cat([numbers, self.kinds(kind)], 1)))
+
+
 X = torch.rand(2, 4)
 CASES = {
     "backwards": (Backwards, (X,), ["stem"], ["auxiliary", "head"]),
@@ -122,6 +133,7 @@ CASES = {
     "reads weights": (ReadsWeights, (X,), ["stem"], ["head"]),
     "loop": (Loop, (X,), ["into"], ["out"]),
     "tied embedding": (WithEmbedding, (torch.tensor([[1, 2]]),), ["embedding"], ["head"]),
+    "beside an embedding": (BesideAnEmbedding, (X, torch.tensor([0, 2])), ["joint", "kinds"], ["head"]),
     "another kind first": (StartsWithConv1d, (torch.rand(3, 2, 4),), ["stem"], ["head"]),
 }
 

@@ -1,12 +1,16 @@
 """Layers that read one tensor quantize it once, and their numbers stay what they are."""
 
+import functools
 import gc
+import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, quantize
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from luqrun.quant import quantizer, sharing
 from luqrun.quant.convert import quantized_layers, set_step
@@ -102,8 +106,59 @@ def test_nothing_is_held_longer_than_the_tensor():
     x = torch.randn(5, 8)
     with torch.no_grad():
         model.query(x)
-    held = weakref.ref(sharing._last.made[0].codes)
+    held = weakref.ref(sharing._last.made.value[0].codes)
     assert held() is not None
+    tensors = [x]
     del x
+    thread = threading.Thread(target=tensors.clear)  # as of a GPU's backward pass
+    thread.start()
+    thread.join()
     gc.collect()
     assert held() is None
+
+
+def test_a_backward_pass_holds_no_codes_of_the_forward():
+    model, x = quantize(Projections(), LUQ), torch.randn(5, 8)
+    y = model(x)
+    assert sharing._last.made is not None
+    y.sum().backward()
+    assert sharing._last.made is None
+
+
+CHANGES = {
+    "numpy": lambda x: np.multiply(x.numpy(), -5, out=x.numpy()),
+    "data": lambda x: x.data.mul_(-5),
+    "other data": lambda x: setattr(x, "data", -5 * x.data),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_layer_that_is_called_again_sees_changes_that_torch_does_not_count(change):
+    model, x = quantize(nn.Linear(8, 8), LUQ), torch.randn(5, 8)
+    with torch.no_grad():
+        first = model(x)
+        change(x)
+        assert not torch.equal(model(x), first)
+        assert torch.equal(model(x), model(x.clone()))
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
+def test_selective_checkpointing_may_begin_between_two_readers(policy):
+    torch.manual_seed(1)
+    model, x = quantize(Projections(), LUQ), torch.randn(5, 8)
+
+    def forward(h):
+        contexts = functools.partial(create_selective_checkpoint_contexts, lambda *what, **how: policy)
+        inside = checkpoint(lambda h: model.out(model.key(h)), h, use_reentrant=False, context_fn=contexts)
+        return model.query(h) + inside
+
+    def gradients(forward):
+        set_step(model, 2)
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        forward(leaf * 1.0).square().sum().backward()
+        return [leaf.grad, *(each.grad for each in model.parameters() if each.grad is not None)]
+
+    found = gradients(forward)
+    expected = gradients(lambda h: model.query(h) + model.out(model.key(h)))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -42,7 +42,8 @@ def root(tmp_path_factory):
         (["dataset.examples=0"], "dataset.examples=0"),
         (["dataset.examples=null"], "dataset.examples is not given"),
         (["dataset.vocabulary=5"], "dataset.vocabulary=5"),
-        (["dataset.vocabulary=500", "model.weights=DIR"], "dataset.vocabulary=500 is not read with model.weights"),
+        (["model=bert", "model.weights=DIR", "dataset.vocabulary=500"], "dataset.vocabulary=500 is not read with"),
+        (["model.weights=DIR"], "model.weights is read by model=bert, which has their sizes then, not by bert_tiny"),
         (["dataset.root=DIR"], "dataset.root=DIR is not read by dataset=facts"),
         (["dataset.image_size=32"], "dataset.image_size=32 is not read by dataset=facts"),
         (["dataset.augment=false"], "dataset.augment=False is not read by dataset=facts"),
@@ -52,7 +53,7 @@ def root(tmp_path_factory):
     ],
 )
 def test_a_wrong_value_names_its_key(overrides, words):
-    overrides = overrides if "model=resnet8" in overrides else ["model=bert_tiny", *overrides]
+    overrides = overrides if any(each.startswith("model=") for each in overrides) else ["model=bert_tiny", *overrides]
     wrong = plain("dataset=facts", "schedule=facts", *overrides)
     for call in (tasks.validate_task, tasks.build_task):
         with pytest.raises(UserError) as error:

@@ -33,11 +33,12 @@ def root(tmp_path_factory):
 
 
 def run_config(root, folder, *overrides):
-    return config(root, f"model.weights={folder}", "dataset.max_length=48", "dataset.stride=8", *overrides)
+    lengths = "dataset.max_length=48", "dataset.stride=8"
+    return config(root, "model=bert", f"model.weights={folder}", *lengths, *overrides)
 
 
 def network(folder, **changes):
-    model = config(None, f"model.weights={folder}").model
+    model = config(None, "model=bert", f"model.weights={folder}").model
     for key, value in changes.items():
         setattr(model, key, value)
     return read_network(model, Path(folder))

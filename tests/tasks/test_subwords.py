@@ -1,5 +1,6 @@
 """Joint subwords: text that comes back as it was, the same subwords each time, a cache that may be damaged."""
 
+import numpy as np
 import pytest
 
 from luqrun.tasks.translation.parallel_text import Pairs
@@ -18,12 +19,13 @@ def own_cache(tmp_path, monkeypatch):
 def test_text_of_both_languages_comes_back_as_it_was():
     subwords = subwords_of(TEXTS["train"], 400)
     for side in TEXTS["val"]:
-        assert subwords.decode(subwords.encode(side)) == side
+        ids = subwords.encode(side)
+        assert subwords.decode([ids[index] for index in range(len(side))]) == side
 
 
 def test_each_sentence_ends_and_what_follows_is_not_read():
     subwords = subwords_of(TEXTS["train"], 400)
-    (ids,) = subwords.encode(["The dog sees a house."])
+    ids = subwords.encode(["The dog sees a house."])[0].tolist()
     assert ids[-1] == END
     assert PADDING not in ids
     assert subwords.decode([[*ids, 5, 6, 7], [*ids, PADDING, PADDING]]) == ["The dog sees a house."] * 2
@@ -32,9 +34,17 @@ def test_each_sentence_ends_and_what_follows_is_not_read():
 
 def test_what_was_never_seen_is_unknown_and_not_lost():
     subwords = subwords_of(TEXTS["train"], 400)
-    (ids,) = subwords.encode(["The 猫 sees a house."])
+    ids = subwords.encode(["The 猫 sees a house."])[0].tolist()
     assert ids.count(UNKNOWN) == 1
     assert subwords.decode([ids]) == ["The sees a house."]
+
+
+def test_a_special_subword_that_stands_in_a_text_is_text():
+    subwords = subwords_of(TEXTS["train"], 400)
+    for special in SPECIAL:
+        ids = subwords.encode([f"The {special} sees a house."])[0].tolist()
+        assert PADDING not in ids
+        assert ids.index(END) == len(ids) - 1
 
 
 def test_there_are_at_most_as_many_as_asked_for():
@@ -60,3 +70,13 @@ def test_a_cache_that_cannot_be_written_is_said(own_cache, caplog):
     own_cache.write_text("no folder")
     assert len(subwords_of(TEXTS["train"], 200)) == 200
     assert "cannot keep " in caplog.text
+
+
+def test_a_long_text_is_encoded_piece_by_piece(monkeypatch):
+    subwords = subwords_of(TEXTS["train"], 400)
+    whole = subwords.encode(TEXTS["train"].source)
+    monkeypatch.setattr("luqrun.tasks.translation.subwords.CHUNK", 7)
+    pieces = subwords.encode(TEXTS["train"].source)
+    assert np.array_equal(whole.flat, pieces.flat)
+    assert np.array_equal(whole.lengths, pieces.lengths)
+    assert len(subwords.encode([])) == 0

@@ -72,10 +72,9 @@ def test_padding_changes_neither_loss_nor_translations(task, network):
 def test_scores_and_files_are_those_of_the_sentences_in_their_order(task, network):
     references = task.data.references["val"]
     order = task.data.order["val"]
-    assert [len(task.data.val.source.padded(np.array([i]))[0]) for i in range(len(order))] == sorted(
-        min(len(each), 24) for each in task.data.subwords.encode(generate(60)["val"].source)
-    )
-    exact = [task.data.subwords.encode([references[place]])[0] for place in order]
+    lengths = task.data.subwords.encode(generate(60)["val"].source).lengths
+    assert task.data.val.source.lengths.tolist() == sorted(np.minimum(lengths, 24))
+    exact = [task.data.subwords.encode([references[place]])[0].tolist() for place in order]
     predictions = [(exact[:7], 3.0, 10), (exact[7:], 5.0, 6)]
     assert task.score(predictions) == {"val/bleu": pytest.approx(100), "val/loss": 0.5}
     assert task.files(predictions) == {"val.hyp.txt": "".join(f"{line}\n" for line in references)}
@@ -153,9 +152,11 @@ WRONG = {
     "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least 24",
     "dataset.batch_tokens=null": r"dataset\.batch_tokens is not given, and dataset=sentences needs it",
     "dataset.examples=0": r"dataset\.examples=0",
+    "dataset.examples=1000000000": r"dataset\.examples=1000000000 is too large",
+    "schedule=onecycle": r"schedule\.optimizer=sgd is for images; dataset=sentences goes with schedule=sentences",
     "dataset.root=/here": r"dataset\.root=/here is not read by dataset=sentences",
     "dataset.workers=-1": r"dataset\.workers=-1",
-    "model=resnet8": r"model\.name=resnet8 is not known; allowed: transformer_base, transformer_tiny",
+    "model=resnet8": r"model\.name=resnet8 does not translate, as dataset=sentences asks; allowed: transformer_base",
     "model.dropout=1.0": r"model\.dropout=1\.0",
     "model.stem=small": r"model\.stem=small is of networks for images",
     "model.weights=/here": r"model\.weights is read by",
@@ -202,6 +203,12 @@ def test_sentences_that_are_too_long_are_counted_and_said(files):
         (files / f"train.{language}.gz").write_bytes(gzip.compress(b"and so on and on and on and on\n" * 3))
     with pytest.raises(UserError, match=r"no training sentence has at most dataset\.max_length=8 subwords"):
         build_task(multi30k(files, "dataset.max_length=8", "dataset.limit=1"))
+
+
+def test_a_language_may_have_a_region(files):
+    for path in list(files.glob("*.de.gz")):
+        path.rename(path.with_name(path.name.replace(".de.", ".pt-BR.")))
+    assert build_task(multi30k(files, "dataset.target=pt-BR")).data.languages == ("en", "pt-BR")
 
 
 def test_a_limit_keeps_a_fixed_part(files):

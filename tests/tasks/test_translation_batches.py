@@ -6,6 +6,7 @@ import torch
 
 from luqrun.errors import UserError
 from luqrun.tasks.translation.batches import BucketedPairs, SentencePairs
+from luqrun.tasks.translation.ragged import Ragged
 from luqrun.tasks.translation.subwords import END, PADDING
 
 TOKENS = 400
@@ -19,7 +20,7 @@ def lists(count, seed, longest=60):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return BucketedPairs(lists(3000, 1), lists(3000, 2), TOKENS)
+    return BucketedPairs(Ragged.of(lists(3000, 1)), Ragged.of(lists(3000, 2)), TOKENS)
 
 
 def rng(seed):
@@ -42,8 +43,8 @@ def test_no_batch_has_more_subwords_on_a_side_than_asked_for(pairs):
 
 def test_little_of_it_is_padding(pairs):
     longer = [max(len(a), len(b)) for a, b in zip(lists(3000, 1), lists(3000, 2), strict=True)]
-    alike = BucketedPairs([[3] * (length - 1) + [END] for length in longer],
-                          [[3] * (length - 1) + [END] for length in longer], TOKENS)  # fmt: skip
+    side = Ragged.of([3] * (length - 1) + [END] for length in longer)
+    alike = BucketedPairs(side, side, TOKENS)
     assert 0 <= alike.padding() < 0.1
     assert pairs.padding() > alike.padding()  # there the sides differ in length
 
@@ -56,19 +57,30 @@ def test_the_same_draw_makes_the_same_epoch_and_another_one_another(pairs):
 
 
 def test_few_sentences_and_one_length_are_batches_too():
-    one = BucketedPairs([[3, END]], [[4, 5, END]], TOKENS)
+    one = BucketedPairs(Ragged.of([[3, END]]), Ragged.of([[4, 5, END]]), TOKENS)
     assert [each.tolist() for each in one.batches(rng(0))] == [[0]]
-    alike = BucketedPairs([[3, END]] * 1000, [[4, END]] * 1000, 100)
+    alike = BucketedPairs(Ragged.of([[3, END]] * 1000), Ragged.of([[4, END]] * 1000), 100)
     assert {len(each) for each in alike.batches(rng(0))} == {50}
 
 
 def test_a_batch_without_room_for_the_longest_sentence_is_refused():
     with pytest.raises(UserError, match=r"dataset\.batch_tokens=8 leaves no room for a sentence of 9 subwords"):
-        BucketedPairs([[3] * 8 + [END]], [[3, END]], 8)
+        BucketedPairs(Ragged.of([[3] * 8 + [END]]), Ragged.of([[3, END]]), 8)
 
 
 def test_a_batch_is_padded_after_its_sentences():
-    pairs = SentencePairs([[3, 4, END], [5, END]], [[6, END], [7, 8, 9, END]])
+    pairs = SentencePairs(Ragged.of([[3, 4, END], [5, END]]), Ragged.of([[6, END], [7, 8, 9, END]]))
     batch = pairs.batch(np.array([1, 0]), None)
     assert torch.equal(batch["source"], torch.tensor([[5, END, PADDING], [3, 4, END]]))
     assert torch.equal(batch["target"], torch.tensor([[7, 8, 9, END], [6, END, PADDING, PADDING]]))
+
+
+def test_lists_are_selected_cut_and_joined():
+    lists = [[5, 6, 7, 8], [9], [4, 3, 2]]
+    ragged = Ragged.joined([Ragged.of(lists[:1]), Ragged.of(lists[1:])])
+    assert [each.tolist() for each in (ragged[0], ragged[1], ragged[2])] == lists
+    chosen = ragged.select(np.array([2, 0, 2]))
+    assert [chosen[i].tolist() for i in range(3)] == [lists[2], lists[0], lists[2]]
+    cut = ragged.cut(2)
+    assert [cut[i].tolist() for i in range(3)] == [[5, 8], [9], [4, 2]]  # the last one is kept
+    assert len(Ragged.of([]).cut(3)) == len(Ragged.of([]).select(np.array([], np.int64))) == 0

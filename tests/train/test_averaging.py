@@ -1,12 +1,16 @@
 """The average of the weights at the ends of a schedule's last epochs."""
 
 import copy
+import signal
 
 import pytest
 import torch
+from running import assert_same_tensors, last, metrics, train
 from torch import nn
 
 from luqrun.config import ScheduleConfig
+from luqrun.runtime.signals import Stopped
+from luqrun.train import trainer
 from luqrun.train.averaging import average_weights
 
 
@@ -55,3 +59,26 @@ def test_half_precision_is_added_up_in_float32():
             network.weight.fill_(1.0)
         sums = average_weights(network, sums, config, epoch)
     assert network.weight.item() == 1.0  # 300 is no sum of ones in bf16
+
+
+RUN = ("schedule.epochs=3", "schedule.average=2", "finetune=fnt1")
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_a_run_that_is_stopped_in_an_evaluation_averages_once(epoch, trained, tmp_path, monkeypatch):
+    done, evaluate = [], trainer.evaluate
+
+    def stopping(run, *split):
+        done.append(run)
+        if len(done) == epoch:
+            run.save_checkpoint()
+            raise Stopped(signal.SIGTERM)
+        return evaluate(run, *split)
+
+    whole = trained(*RUN)
+    monkeypatch.setattr(trainer, "evaluate", stopping)
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", *RUN)
+    _, folder = train(tmp_path / "run", *RUN)
+    assert_same_tensors(last(folder)["model"], last(whole)["model"])
+    assert metrics(folder, "epoch") == metrics(whole, "epoch")

@@ -1,6 +1,7 @@
 """A run of translation from end to end: what its folder holds, and that its numbers are those of its predictions."""
 
 import json
+import shutil
 
 import pytest
 import sacrebleu
@@ -10,7 +11,9 @@ from running import composed, metrics, quiet_machine
 
 from luqrun.cli.results import closing_table
 from luqrun.cli.validation import to_config
+from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
+from luqrun.runs.twins import adopt
 from luqrun.tasks.translation.sentences import generate
 from luqrun.tasks.translation.subwords import Subwords
 from luqrun.train import trainer
@@ -75,3 +78,22 @@ def test_versions_of_what_reads_the_text_are_recorded():
     versions = provenance()["versions"]
     assert {"transformers", "tokenizers", "sacrebleu"} <= versions.keys()
     assert json.dumps(versions)
+
+
+def test_a_run_goes_on_with_its_own_subwords_alone(finished, tmp_path):
+    _, folder, config = finished
+    copy = RunFolder(shutil.copytree(folder.path, tmp_path / "run"))
+    tokenizer = copy.path / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("[", "[ ", 1))
+    with quiet_machine(), pytest.raises(UserError, match=r"tokenizer\.json is not what its data give now"):
+        trainer.Trainer(config, copy, torch.device("cpu"))
+
+
+def test_a_twin_takes_over_the_translations_too(finished, tmp_path):
+    _, folder, _ = finished
+    (tmp_path / "twin").mkdir()
+    twin = RunFolder(tmp_path / "twin")
+    twin.update_run(command=[], overrides=[])
+    adopt(folder.path, twin)
+    for name in ("predictions/test.hyp.txt", "predictions/val.hyp.txt", "tokenizer.json"):
+        assert (twin.path / name).read_text() == (folder.path / name).read_text()

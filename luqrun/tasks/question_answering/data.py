@@ -27,6 +27,7 @@ MAX_VOCABULARY = 1_000_000
 VOCABULARY = 30522  # BERT's
 SUBSET_SEED = 2112
 POSITIONS = 512
+WITH_WEIGHTS = "bert"  # the network that may start from a folder of weights
 # Of random weights. The small network draws them as wide for its width as BERT does, and is for generated data.
 NETWORKS = {
     "bert": {
@@ -74,6 +75,10 @@ def validate_model(model: ModelConfig, dataset: str) -> None:
             f"model.name={model.name} does not answer questions, as dataset={dataset} asks; allowed: {allowed}"
         )
     check_text_model(model)
+    if model.weights is not None and model.name != WITH_WEIGHTS:
+        raise UserError(
+            f"model.weights is read by model={WITH_WEIGHTS}, which has their sizes then, not by {model.name}"
+        )
 
 
 def validate_dataset(config: DatasetConfig, weights: str | None) -> None:

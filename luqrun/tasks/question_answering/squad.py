@@ -79,7 +79,7 @@ def _question(found: object, context: int, path: Path, where: str) -> Question:
 
 def _check_answers(contexts: list[str], questions: list[Question], path: Path) -> None:
     """Each question has an answer, and each answer stands in its paragraph where it says."""
-    without = [question.id for question in questions if not any(answer.text.strip() for answer in question.answers)]
+    without = [q.id for q in questions if not q.answers or not all(answer.text.strip() for answer in q.answers)]
     if without:
         count = _count(without, "question has no answer", "questions have no answer")
         raise UserError(f"{path}: {count} (the first is {without[0]}); in SQuAD v1.1 each has one")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from luqrun.config import Config
 from luqrun.errors import UserError
+from luqrun.internals.of_transformers import require_text
+from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
 from luqrun.tasks.question_answering.answers import Span, best_spans, grade
 from luqrun.tasks.question_answering.data import (
@@ -22,6 +24,7 @@ from luqrun.tasks.question_answering.data import (
     validate_dataset,
     validate_model,
 )
+from luqrun.tasks.settings import check_text_optimizer
 from luqrun.tasks.task import Task
 
 Batch = dict[str, Tensor]
@@ -36,8 +39,10 @@ def build(config: Config) -> QuestionAnswering:
 
 def validate(config: Config) -> None:
     """Raise UserError naming the first key whose value is not allowed; no file is looked at."""
+    require_text()
     validate_model(config.model, config.dataset.name)
     validate_dataset(config.dataset, config.model.weights)
+    check_text_optimizer(config)
     if config.schedule.label_smoothing:
         what = f"schedule.label_smoothing={config.schedule.label_smoothing}"
         raise UserError(f"{what} is not read by dataset={config.dataset.name}")
@@ -72,7 +77,7 @@ class QuestionAnswering(Task):
 
     def artifacts(self) -> dict[str, str]:
         """The tokenizer, where it was trained here."""
-        return {"tokenizer.json": self.tokenizer.to_str(pretty=True)} if self.model.weights is None else {}
+        return {TOKENIZER: self.tokenizer.to_str(pretty=True)} if self.model.weights is None else {}
 
     def network(self) -> nn.Module:
         from luqrun.tasks.question_answering.networks import build_network, read_network

@@ -45,6 +45,7 @@ class Windows:
     def __init__(self, of: QuestionSet, tokenizer: Tokenizer, max_length: int, stride: int):
         self.of = of
         self.cls, self.sep, self.pad = map(tokenizer.token_to_id, SPECIAL)
+        tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
         contexts = tokenizer.encode_batch(list(of.contexts), add_special_tokens=False)
         self.contexts = [np.array(each.ids, np.int32) for each in contexts]
         self.offsets = [np.array(each.offsets, np.int32).reshape(-1, 2) for each in contexts]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from luqrun.errors import UserError
+from luqrun.tasks.translation.ragged import Ragged
 from luqrun.tasks.translation.subwords import PADDING
 
 WIDER = 1.15  # the longest pair of a bucket against the shortest, about: the rest is padding
@@ -16,14 +16,14 @@ LEAST = 32  # pairs that a bucket has, so that not always the same ones meet
 class SentencePairs:
     """Pairs of subwords, each ending in END, served as a dict of int64 tensors: `source` (n, S) and `target` (n, T)."""
 
-    def __init__(self, source: list[list[int]], target: list[list[int]]):
-        self.source, self.target = _Ragged(source), _Ragged(target)
+    def __init__(self, source: Ragged, target: Ragged):
+        self.source, self.target = source, target
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batch(self, indices: np.ndarray, keys: np.ndarray) -> dict[str, Tensor]:
-        return {"source": self.source.padded(indices), "target": self.target.padded(indices)}
+        return {"source": self.source.padded(indices, PADDING), "target": self.target.padded(indices, PADDING)}
 
 
 class BucketedPairs(SentencePairs):
@@ -34,7 +34,7 @@ class BucketedPairs(SentencePairs):
     Raises UserError where a batch has no room for the longest pair.
     """
 
-    def __init__(self, source: list[list[int]], target: list[list[int]], tokens: int):
+    def __init__(self, source: Ragged, target: Ragged, tokens: int):
         super().__init__(source, target)
         lengths = np.maximum(self.source.lengths, self.target.lengths)
         if lengths.max() > tokens:
@@ -76,22 +76,3 @@ def _ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
         found.append((low, high))
         high = low - 1
     return [each for each in found if counts[each[0] : each[1] + 1].sum()]
-
-
-class _Ragged:
-    """Lists of subwords in one array, which workers share."""
-
-    def __init__(self, lists: list[list[int]]):
-        self.lengths = np.array([len(each) for each in lists], np.int64)
-        self.ends = self.lengths.cumsum()
-        self.flat = np.fromiter((one for each in lists for one in each), np.int32, self.lengths.sum())
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def padded(self, indices: np.ndarray) -> Tensor:
-        found = np.full((len(indices), self.lengths[indices].max()), PADDING, np.int64)
-        for row, index in zip(found, indices, strict=True):
-            length, end = self.lengths[index], self.ends[index]
-            row[:length] = self.flat[end - length : end]
-        return torch.from_numpy(found)

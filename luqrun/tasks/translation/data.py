@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from luqrun.tasks.translation.subwords import FEWEST, Subwords, subwords_of
 
 READ = ("source", "target", "vocabulary", "max_length", "batch_tokens")  # of dataset.*, beside what all data sets read
 MAX_LENGTH = 4096
+MAX_EXAMPLES = 1_000_000
 SUBSET_SEED = 1706
 
 
@@ -27,12 +28,13 @@ def validate_dataset(config: DatasetConfig) -> None:
     check_read(config, (*READ, "examples") if config.name == GENERATED else (*READ, "root"))
     for key in ("source", "target"):
         language = getattr(config, key)
-        if not language.isidentifier():
+        if not re.fullmatch(r"\w[\w-]*", language):
             raise UserError(f"dataset.{key}={language} must be how the files end, such as en")
     if config.source == config.target:
         raise UserError(f"dataset.source and dataset.target are both {config.source}; they must be two languages")
     if config.name == GENERATED:
         check_at_least("dataset.examples", config.examples, 1)
+        check_at_most("dataset.examples", config.examples, MAX_EXAMPLES)
         if (config.source, config.target) not in sentences.DIRECTIONS:
             allowed = " or ".join(" to ".join(each) for each in sentences.DIRECTIONS)
             raise UserError(f"dataset={GENERATED} has {allowed}, not {config.source} to {config.target}")
@@ -95,25 +97,24 @@ def build_dataset(config: DatasetConfig) -> TranslationData:
     else:
         files = parallel_text.find_files(config)
         texts = {split: parallel_text.read_pairs(*paths) for split, paths in files.items()}
-    of, texts["train"] = len(texts["train"].source), _limited(texts["train"], config.limit)
     subwords = subwords_of(texts["train"], config.vocabulary)
+    of, texts["train"] = len(texts["train"].source), _limited(texts["train"], config.limit)
     encoded = {split: [subwords.encode(side) for side in pairs] for split, pairs in texts.items()}
     source, target = encoded.pop("train")
-    kept = [index for index, pair in enumerate(zip(source, target, strict=True)) if _fits(pair, config)]
-    if not kept:
+    kept = np.flatnonzero(np.maximum(source.lengths, target.lengths) <= config.max_length)
+    if not len(kept):
         raise UserError(f"no training sentence has at most dataset.max_length={config.max_length} subwords")
     too_long = len(source) - len(kept)
     notes = [f"left out: {too_long:,} training pairs of more than {config.max_length} subwords"] if too_long else []
     evaluated, order = {}, {}
-    for split, (sources, targets) in encoded.items():
-        cut = sum(len(each) > config.max_length for each in sources)
+    for split, sides in encoded.items():
+        cut = int((sides[0].lengths > config.max_length).sum())
         notes += [f"cut to {config.max_length} subwords: {cut:,} {split} sentences"] if cut else []
-        sources = [_cut(each, config.max_length) for each in sources]
-        targets = [_cut(each, config.max_length) for each in targets]  # of the loss alone; scores take the text
-        order[split] = np.argsort([len(each) for each in sources], kind="stable")
-        evaluated[split] = SentencePairs(*([side[i] for i in order[split]] for side in (sources, targets)))
+        sides = [side.cut(config.max_length) for side in sides]  # the target's loss alone; scores take the text
+        order[split] = sides[0].lengths.argsort(kind="stable")
+        evaluated[split] = SentencePairs(*(side.select(order[split]) for side in sides))
     return TranslationData(
-        train=BucketedPairs([source[i] for i in kept], [target[i] for i in kept], config.batch_tokens),
+        train=BucketedPairs(source.select(kept), target.select(kept), config.batch_tokens),
         val=evaluated["val"],
         test=evaluated.get("test"),
         subwords=subwords,
@@ -124,15 +125,6 @@ def build_dataset(config: DatasetConfig) -> TranslationData:
         left_out="; ".join(notes),
         fingerprint=fingerprint_dataset(config),
     )
-
-
-def _fits(pair: Sequence[list[int]], config: DatasetConfig) -> bool:
-    return all(len(side) <= config.max_length for side in pair)
-
-
-def _cut(ids: list[int], length: int) -> list[int]:
-    """At most so many, the end kept."""
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def _limited(pairs: Pairs, limit: int | None) -> Pairs:

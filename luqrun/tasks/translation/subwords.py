@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from luqrun.internals.of_transformers import tokenizers
 from luqrun.tasks.cache import cached_text
 from luqrun.tasks.translation.parallel_text import Pairs
+from luqrun.tasks.translation.ragged import Ragged
 
 PADDING, END, UNKNOWN = 0, 1, 2  # padding also begins what a decoder reads, as in Marian
 SPECIAL = ("<pad>", "</s>", "<unk>")
+CHUNK = 100_000  # lines at a time: what the library makes of them takes much more memory than is kept
 FEWEST = 100  # subwords that dataset.vocabulary must at least ask for
 
 
@@ -25,13 +27,19 @@ class Subwords:
     def __init__(self, content: str):
         self.json = content
         self._tokenizer = tokenizers().Tokenizer.from_str(content)
+        self._tokenizer.encode_special_tokens = True  # "<pad>" in a text is text
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+    def encode(self, lines: Sequence[str]) -> Ragged:
         """The subwords of each line, END after them."""
-        return [[*each.ids, END] for each in self._tokenizer.encode_batch_fast(list(lines), add_special_tokens=False)]
+        parts = [self._encode(lines[first : first + CHUNK]) for first in range(0, len(lines), CHUNK)]
+        return Ragged.joined(parts) if parts else Ragged.of([])
+
+    def _encode(self, lines: Sequence[str]) -> Ragged:
+        found = self._tokenizer.encode_batch_fast(list(lines), add_special_tokens=False)
+        return Ragged.of([*each.ids, END] for each in found)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Plain text of each list of subwords, up to its END, with single spaces between words."""
@@ -44,8 +52,11 @@ def subwords_of(train: Pairs, vocabulary: int) -> Subwords:
 
     vocabulary: how many at most; a small text has fewer.
     """
-    key = hashlib.sha256(json.dumps([tokenizers().__version__, vocabulary, train]).encode()).hexdigest()[:16]
-    return cached_text(f"subwords-{key}.json", Subwords, lambda: _learn(train, vocabulary))
+    key = hashlib.sha256(json.dumps([tokenizers().__version__, vocabulary, len(train.source)]).encode())
+    for side in train:
+        for first in range(0, len(side), CHUNK):
+            key.update("\n".join([*side[first : first + CHUNK], ""]).encode())
+    return cached_text(f"subwords-{key.hexdigest()[:16]}.json", Subwords, lambda: _learn(train, vocabulary))
 
 
 def _learn(train: Pairs, vocabulary: int) -> str:

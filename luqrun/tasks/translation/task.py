@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config
-from luqrun.errors import UserError, check_choice
+from luqrun.errors import UserError
 from luqrun.internals.of_torch import innermost
 from luqrun.internals.of_transformers import require_text, sacrebleu
+from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
-from luqrun.tasks.settings import check_text_model
+from luqrun.tasks.settings import check_text_model, check_text_optimizer
 from luqrun.tasks.task import Task
 from luqrun.tasks.translation.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.translation.networks import SIZES, build_network
@@ -32,11 +33,14 @@ def build(config: Config) -> Translation:
 def validate(config: Config) -> None:
     """Raise UserError naming the first key under `model` or `dataset` that is not allowed; no file is looked at."""
     require_text()
-    check_choice("model.name", config.model.name, tuple(SIZES))
+    if config.model.name not in SIZES:
+        asked = f"dataset={config.dataset.name} asks; allowed: {', '.join(SIZES)}"
+        raise UserError(f"model.name={config.model.name} does not translate, as {asked}")
     check_text_model(config.model)
     if config.model.weights is not None:
         raise UserError("model.weights is read by bert and bert_tiny; networks for translation start from random ones")
     validate_dataset(config.dataset)
+    check_text_optimizer(config)
 
 
 def fingerprint(config: Config) -> dict:
@@ -57,7 +61,8 @@ class Translation(Task):
         self.bleu = sacrebleu().metrics.BLEU()
         self.data = build_dataset(config.dataset)
         self.bleu.corpus_score(["one"], [["one"]])  # it knows its signature after the first score
-        self.notes = MappingProxyType({"bleu_signature": str(self.bleu.get_signature())})
+        decoding = f"{BEAMS} beams, length penalty {LENGTH_PENALTY}"
+        self.notes = MappingProxyType({"bleu_signature": str(self.bleu.get_signature()), "decoding": decoding})
 
     def network(self) -> nn.Module:
         return build_network(self.model, len(self.data.subwords), self.max_length)
@@ -67,7 +72,7 @@ class Translation(Task):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
 
     def artifacts(self) -> dict[str, str]:
-        return {"tokenizer.json": self.data.subwords.json}
+        return {TOKENIZER: self.data.subwords.json}
 
     def weight(self, batch: Batch) -> int:
         return int((batch["target"] != PADDING).sum())
