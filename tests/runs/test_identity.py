@@ -152,7 +152,7 @@ def test_a_run_on_other_data_has_another_folder_and_is_refused_in_the_same(tmp_p
     assert run_id(on(other), found) != run_id(on(mine), known)
     folder = hold(tmp_path, on(mine), {**RUN, "data": known})
     assert words in refusal(on(other), folder, found)
-    with pytest.raises(UserError, match=rf"dataset.root has changed since this run began, .*{words}"):
+    with pytest.raises(UserError, match=rf"what is read has changed since this run began, .*{words}"):
         refuse_changed_data(folder, found)
     refuse_changed_data(folder, known)
 
