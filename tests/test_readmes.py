@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from running import composed
 
+from luqrun.cli.overrides import with_companions
 from luqrun.cli.validation import to_config, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def test_commands_name_what_exists(name, command):
     overrides = [word for word in words[words.index("luqrun") + 1 :] if not word.startswith("-")]
     if any(word.startswith("hydra/") for word in overrides):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extras slurm and sweep are missing")
-    validate(to_config(composed(*(word.split(",")[0] for word in overrides))))
+    validate(to_config(composed(*with_companions([word.split(",")[0] for word in overrides]))))
 
 
 def test_commands_are_found():

@@ -54,7 +54,7 @@ def assert_same_run(one, other):
     [
         (WHOLE, Trainer, "train_step", 7),  # mid-epoch, two steps after a checkpoint
         (WHOLE, Trainer, "train_step", 15),  # mid-epoch in the fine-tune phase
-        (WHOLE, Trainer, "evaluate", 1),  # all steps of the epoch done
+        (WHOLE, trainer, "evaluate", 1),  # all steps of the epoch done
         (WHOLE, checkpoint, "save", 3),  # the epoch's metrics written, no checkpoint
         (WHOLE, checkpoint, "save", 4),  # best.pt written, last.pt not
         (WHOLE, Trainer, "summarize", 1),  # all done but the summary
@@ -168,9 +168,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, trained):
 def test_the_best_checkpoint_survives_an_interruption_beside_it(tmp_path, monkeypatch, call):
     accuracies = (10.0, 30.0, 20.0)
     monkeypatch.setattr(
-        Trainer,
+        trainer,
         "evaluate",
-        lambda self: {"val/loss": 1.0, "val/top1": accuracies[self.progress["epoch"]], "val/top5": 50.0},
+        lambda run: {"val/loss": 1.0, "val/top1": accuracies[run.progress["epoch"]], "val/top5": 50.0},
     )
     interrupt(monkeypatch, checkpoint, "save", call)  # the second epoch writes best.pt and last.pt
     with pytest.raises(KeyboardInterrupt):

@@ -96,7 +96,8 @@ def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, t
     """Eight steps an epoch; the run that goes on afterwards equals the one that never stopped."""
     overrides = ("finetune=fnt1", "tracking.histogram_every=5")
     whole = trained(*overrides)
-    original, calls, requests = getattr(Trainer, name), [], Requests()
+    owner = trainer if name == "evaluate" else Trainer
+    original, calls, requests = getattr(owner, name), [], Requests()
 
     def asked(self, *arguments):
         calls.append(1)
@@ -104,7 +105,7 @@ def test_a_run_that_is_asked_to_stop_writes_where_it_is(tmp_path, monkeypatch, t
             requests.handle(signal.SIGUSR1, None)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Trainer, name, asked)
+    monkeypatch.setattr(owner, name, asked)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     with pytest.raises(Stopped, match="SIGUSR1"), quiet_machine():

@@ -13,6 +13,7 @@ from torch import nn
 from luqrun.errors import UserError
 from luqrun.quant.convert import quantized_layers, set_finetune
 from luqrun.quant.quantizer import Quantizer
+from luqrun.train import trainer
 from luqrun.train.evaluation import evaluate
 from luqrun.train.trainer import Trainer
 
@@ -117,7 +118,7 @@ def used_quantizers(monkeypatch):
     """Counts (training pass or evaluation, fine-tune phase, quantizer) of every quantization."""
     used, run = Counter(), Quantizer.run
     state = {}
-    original_step, original_evaluate = Trainer.accumulate_gradients, Trainer.evaluate
+    original_step, original_evaluate = Trainer.accumulate_gradients, trainer.evaluate
 
     def during(name, method):
         def wrapped(self, *arguments):
@@ -132,7 +133,7 @@ def used_quantizers(monkeypatch):
         return run(self, *arguments, **keywords)
 
     monkeypatch.setattr(Trainer, "accumulate_gradients", during("train", original_step))
-    monkeypatch.setattr(Trainer, "evaluate", during("evaluate", original_evaluate))
+    monkeypatch.setattr(trainer, "evaluate", during("evaluate", original_evaluate))
     monkeypatch.setattr(Quantizer, "run", spy)
     return used
 
@@ -262,7 +263,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
 def accuracies(monkeypatch, *values):
     """Let the epochs' evaluations give these."""
     left = iter(values)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"val/loss": 1.0, "val/top1": next(left), "val/top5": 50.0})
+    monkeypatch.setattr(trainer, "evaluate", lambda run: {"val/loss": 1.0, "val/top1": next(left), "val/top5": 50.0})
 
 
 def test_the_best_checkpoint_is_the_best_epoch(tmp_path, monkeypatch):
