@@ -10,7 +10,7 @@ from luqrun import tasks
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import NAMES, build_dataset
-from luqrun.tasks.classification.image_data import subset
+from luqrun.tasks.subset import subset
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
@@ -55,19 +55,19 @@ def test_an_unknown_name_lists_the_known():
 
 
 def test_subset_is_fixed_random_and_nested():
-    small, large = subset(1000, 50), subset(1000, 200)
-    np.testing.assert_array_equal(small, subset(1000, 50))
+    small, large = subset(1000, 50, "images"), subset(1000, 200, "images")
+    np.testing.assert_array_equal(small, subset(1000, 50, "images"))
     assert len(set(large.tolist())) == 200
     assert set(small.tolist()) < set(large.tolist())
     assert small.max() > 500  # not the first ones, which in class folders are all of one class
-    np.testing.assert_array_equal(subset(7, None), np.arange(7))
+    np.testing.assert_array_equal(subset(7, None, "images"), np.arange(7))
 
 
 def test_limit_keeps_images_with_their_labels():
     whole, part = build_dataset(glyphs()), build_dataset(glyphs(limit=10))
     assert (len(part.train), len(part.val)) == (10, 20)
-    np.testing.assert_array_equal(part.train.labels, whole.train.labels[subset(60, 10)])
-    np.testing.assert_array_equal(part.train.images, whole.train.images[subset(60, 10)])
+    np.testing.assert_array_equal(part.train.labels, whole.train.labels[subset(60, 10, "images")])
+    np.testing.assert_array_equal(part.train.images, whole.train.images[subset(60, 10, "images")])
 
 
 @pytest.mark.parametrize("name", NAMES)

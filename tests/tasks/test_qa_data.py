@@ -13,7 +13,8 @@ from luqrun import tasks
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.tasks.question_answering import facts, squad
-from luqrun.tasks.question_answering.data import NAMES, NETWORKS, subset
+from luqrun.tasks.question_answering.data import NAMES, NETWORKS
+from luqrun.tasks.subset import subset
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -97,28 +98,23 @@ def test_what_is_wrong_with_a_file_is_told_where_the_data_are_built(tmp_path):
         tasks.build_task(config(write_squad(tmp_path / "data", train=content)))
 
 
-def test_a_batch_or_a_limit_beyond_the_questions_is_refused(root):
-    with pytest.raises(UserError, match=r"dataset\.batch_size=5 is more than the 4 training windows"):
-        tasks.build_task(config(root, "dataset.batch_size=5"))
-    with pytest.raises(UserError, match=r"dataset\.limit=5 is more than the 4 training questions"):
-        tasks.build_task(config(root, "dataset.limit=5"))
-
-
-def test_a_limit_is_a_fixed_random_subset_of_the_questions():
-    small, large = subset(1000, 50), subset(1000, 200)
-    assert small == subset(1000, 50) == sorted(small)
-    assert set(small) < set(large)
-    assert len(set(large)) == 200
-    assert max(small) > 500
+def test_a_limit_keeps_a_part_of_the_questions():
     data = tasks.build_task(config(None, "dataset.limit=10")).data
-    whole = facts.draw(64, 0)
-    assert [each.id for each in data.train.of.questions] == [whole.questions[index].id for index in subset(64, 10)]
+    whole, kept = facts.draw(64, 0), subset(64, 10, "questions")
+    assert [each.id for each in data.train.of.questions] == [whole.questions[index].id for index in kept]
     for question in data.train.of.questions:
         for text, start in question.answers:
             assert data.train.of.contexts[question.context].startswith(text, start)
     described = data.describe()
     counts = "10 of 64 training questions in 10 windows, and 1,000 validation questions in 1,000 windows"
     assert re.fullmatch(counts + r"; \d+ % of a training batch is padding", described)
+
+
+def test_a_batch_or_a_limit_beyond_the_questions_is_refused(root):
+    with pytest.raises(UserError, match=r"dataset\.batch_size=5 is more than the 4 training windows"):
+        tasks.build_task(config(root, "dataset.batch_size=5"))
+    with pytest.raises(UserError, match=r"dataset\.limit=5 is more than the 4 training questions"):
+        tasks.build_task(config(root, "dataset.limit=5"))
 
 
 def test_the_tokenizer_and_the_network_follow_from_the_training_text(root):

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
 from luqrun.tasks.cache import cache_folder
-from luqrun.tasks.classification.image_data import ImageData, subset
+from luqrun.tasks.classification.image_data import ImageData
 from luqrun.tasks.classification.pixels import MemoryImages
+from luqrun.tasks.subset import subset
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def build_glyphs(config: DatasetConfig) -> ImageData:
     glyphs = config.glyphs or GlyphsConfig()
     _check_memory(glyphs, config.image_size)
     train, train_labels, val, val_labels = _cached(glyphs, config.image_size)
-    chosen = subset(len(train), config.limit)
+    chosen = subset(len(train), config.limit, "images")
     return ImageData(
         train=MemoryImages(train[chosen], train_labels[chosen], MEAN, STD, augment=config.augment, flip=False),
         val=MemoryImages(val, val_labels, MEAN, STD),

@@ -1,18 +1,12 @@
-"""What a data set of images is, and the part of it that dataset.limit keeps."""
+"""What a data set of images is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from luqrun.errors import UserError
-
 if TYPE_CHECKING:
     from luqrun.tasks.task import Examples
-
-SUBSET_SEED = 2112
 
 
 @dataclass(frozen=True)
@@ -44,13 +38,3 @@ class ImageData:
         left_out = f"; left out: {self.left_out}" if self.left_out else ""
         images = f"{len(self.train):,}{of} training and {len(self.val):,} validation images"
         return f"{images} of {len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}{left_out}"
-
-
-def subset(count: int, limit: int | None) -> np.ndarray:
-    """Indices (int64, ascending) of the training images that `dataset.limit` keeps; smaller limits are nested."""
-    if limit is None:
-        return np.arange(count)
-    if limit > count:
-        raise UserError(f"dataset.limit={limit} is more than the {count} training images there are")
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
-    return np.sort(rng.permutation(count)[:limit])

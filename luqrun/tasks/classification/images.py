@@ -16,9 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.folders import Split, describe_left_out, names_and_sizes, scan
-from luqrun.tasks.classification.image_data import ImageData, subset
+from luqrun.tasks.classification.image_data import ImageData
 from luqrun.tasks.classification.pixels import Images, KeptImages, MemoryImages, TransformedImages
 from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
+from luqrun.tasks.subset import subset
 
 # Mean and standard deviation of the training pixels. Class folders get ImageNet's, whatever is in them.
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -93,7 +94,7 @@ def _cifar(config: DatasetConfig, root: Path) -> ImageData:
         train, val = kind(root, train=True, download=False), kind(root, train=False, download=False)
     except RuntimeError:  # what torchvision raises for a missing file and for a wrong checksum
         raise _not_cifar(config) from None
-    chosen = subset(len(train), config.limit)
+    chosen = subset(len(train), config.limit, "images")
     return ImageData(
         train=_arrays(train.data[chosen], np.array(train.targets)[chosen], config, config.augment),
         val=_arrays(val.data, np.array(val.targets), config, False),
@@ -133,7 +134,7 @@ def _folders_fingerprint(config: DatasetConfig, train: Split, val: Split) -> dic
 
 def _folders(config: DatasetConfig, root: Path) -> ImageData:
     train, val = _splits(config, root)
-    chosen = subset(len(train.paths), config.limit)
+    chosen = subset(len(train.paths), config.limit, "images")
     return ImageData(
         train=_files(train, chosen, config.image_size, config.augment),
         val=_files(val, range(len(val.paths)), config.image_size, False),

@@ -6,12 +6,11 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.tasks.question_answering import GENERATED, NAMES
 from luqrun.tasks.settings import check_common, check_read, check_text_model
+from luqrun.tasks.subset import subset
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,7 +24,6 @@ READ = ("max_length", "stride", "vocabulary")  # of dataset.*, beside what all d
 MAX_EXAMPLES = 1_000_000
 MAX_VOCABULARY = 1_000_000
 VOCABULARY = 30522  # BERT's
-SUBSET_SEED = 2112
 POSITIONS = 512
 WITH_WEIGHTS = "bert"  # the network that may start from a folder of weights
 # Of random weights. The small network draws them as wide for its width as BERT does, and is for generated data.
@@ -149,7 +147,7 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
         size = settings["vocab_size"]
         tokenizer = wordpiece.read(folder, size)
         train, val = _questions(dataset)
-    kept = train if dataset.limit is None else chosen(train, subset(len(train.questions), dataset.limit))
+    kept = train if dataset.limit is None else chosen(train, subset(len(train.questions), dataset.limit, "questions"))
     cut = dataset.max_length, dataset.stride
     windows = BatchedWindows(kept, tokenizer, *cut, dataset.batch_size), Windows(val, tokenizer, *cut)
     return QuestionData(*windows, len(train.questions), size, known), tokenizer
@@ -167,11 +165,3 @@ def _questions(config: DatasetConfig) -> tuple[QuestionSet, QuestionSet]:
 
 def _texts(of: QuestionSet) -> list[str]:
     return [*of.contexts, *(question.text for question in of.questions)]
-
-
-def subset(count: int, limit: int) -> list[int]:
-    """Indices, ascending, of the training questions that `dataset.limit` keeps; smaller limits are nested."""
-    if limit > count:
-        raise UserError(f"dataset.limit={limit} is more than the {count} training questions there are")
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
-    return np.sort(rng.permutation(count)[:limit]).tolist()

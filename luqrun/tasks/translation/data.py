@@ -10,6 +10,7 @@ import numpy as np
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.tasks.settings import check_common, check_read
+from luqrun.tasks.subset import subset
 from luqrun.tasks.translation import GENERATED, NAMES, parallel_text, sentences
 from luqrun.tasks.translation.batches import BucketedPairs, SentencePairs
 from luqrun.tasks.translation.parallel_text import Pairs
@@ -18,7 +19,6 @@ from luqrun.tasks.translation.subwords import FEWEST, Subwords, subwords_of
 READ = ("source", "target", "vocabulary", "max_length", "batch_tokens")  # of dataset.*, beside what all data sets read
 MAX_LENGTH = 4096
 MAX_EXAMPLES = 1_000_000
-SUBSET_SEED = 1706
 
 
 def validate_dataset(config: DatasetConfig) -> None:
@@ -98,7 +98,9 @@ def build_dataset(config: DatasetConfig) -> TranslationData:
         files = parallel_text.find_files(config)
         texts = {split: parallel_text.read_pairs(*paths) for split, paths in files.items()}
     subwords = subwords_of(texts["train"], config.vocabulary)
-    of, texts["train"] = len(texts["train"].source), _limited(texts["train"], config.limit)
+    of = len(texts["train"].source)
+    chosen = subset(of, config.limit, "sentences")
+    texts["train"] = Pairs(*([side[index] for index in chosen] for side in texts["train"]))
     encoded = {split: [subwords.encode(side) for side in pairs] for split, pairs in texts.items()}
     source, target = encoded.pop("train")
     kept = np.flatnonzero(np.maximum(source.lengths, target.lengths) <= config.max_length)
@@ -125,15 +127,3 @@ def build_dataset(config: DatasetConfig) -> TranslationData:
         left_out="; ".join(notes),
         fingerprint=fingerprint_dataset(config),
     )
-
-
-def _limited(pairs: Pairs, limit: int | None) -> Pairs:
-    """A fixed random subset of `limit` pairs, in their order; smaller ones are nested."""
-    count = len(pairs.source)
-    if limit is None:
-        return pairs
-    if limit > count:
-        raise UserError(f"dataset.limit={limit} is more than the {count} training sentences there are")
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(SUBSET_SEED)))
-    chosen = np.sort(rng.permutation(count)[:limit])
-    return Pairs(*([side[i] for i in chosen] for side in pairs))
