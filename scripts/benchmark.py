@@ -28,11 +28,11 @@ def main() -> None:
     import torch
 
     from luqrun.bench.run import REPORT, run
-    from luqrun.bench.sections import IMAGES, SECTIONS
+    from luqrun.bench.sections import IMAGES, SECTIONS, TOKENS
     from luqrun.errors import UserError, check_at_least
 
     chosen = {}
-    for key, known in (("only", SECTIONS), ("models", IMAGES)):
+    for key, known in (("only", SECTIONS), ("models", (*IMAGES, *TOKENS))):
         chosen[key] = [name for name in getattr(options, key).split(",") if name]
         unknown = [name for name in chosen[key] if name not in known]
         if unknown:
