@@ -166,9 +166,11 @@ def _record(entry: dict, stored: StoredRun) -> Record:
 
 def _without_places(config: dict) -> dict:
     """Without where this machine keeps its files; of dataset=folder the root is what was trained on."""
-    config, dataset = dict(config), config.get("dataset")
+    config, dataset, model = dict(config), config.get("dataset"), config.get("model")
     if isinstance(dataset, dict) and dataset.get("name") != "folder" and _is_place(dataset.get("root")):
         config["dataset"] = {name: value for name, value in dataset.items() if name != "root"}
+    if isinstance(model, dict) and _is_place(model.get("weights")):
+        config["model"] = {name: value for name, value in model.items() if name != "weights"}
     return {name: value for name, value in config.items() if name != "resume" or not _is_place(value)}
 
 
