@@ -14,7 +14,7 @@ from luqrun.report import summaries
 from luqrun.report.command import main
 from luqrun.report.records import read_folders
 from luqrun.report.summaries import read_inputs, read_summaries
-from luqrun.runs.identity import deciding_settings
+from luqrun.runs.identity import LAYOUT, deciding_data, deciding_settings
 
 
 def publish(outputs, folder, name="embedded-fig2") -> Path:
@@ -260,12 +260,16 @@ PUBLISHED = sorted((ROOT / "outputs" / "published").glob("*-*.json"))
 
 @pytest.mark.skipif(not PUBLISHED, reason="only a checkout has outputs/published")
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_settings_are_those_of_which_an_earlier_luqrun_made_the_run_id(path):
+def test_published_settings_are_those_of_which_the_run_id_was_made(path):
     entries = json.loads(path.read_text())
     for entry in (entries[0], entries[-1]):
-        if entry["config"]["dataset"]["name"] != "folder":  # there it was also of where the images were
-            text = json.dumps(deciding_settings(entry["config"]), sort_keys=True)
-            assert entry["run"].endswith("-" + hashlib.sha256(text.encode()).hexdigest()[:8])
+        decides = deciding_settings(entry["config"])
+        if entry.get("layout", 1) == LAYOUT:
+            decides = [decides, deciding_data(entry["data"]), entry["world_sizes"][-1], entry["results"]]
+        elif entry["config"]["dataset"]["name"] == "folder":  # there it was also of where the images were
+            continue
+        text = json.dumps(decides, sort_keys=True)
+        assert entry["run"].endswith("-" + hashlib.sha256(text.encode()).hexdigest()[:8])
 
 
 def test_summaries_of_the_scale_of_glyphs_are_read(tmp_path):
