@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 
     from luqrun.tasks.question_answering.questions import QuestionSet
     from luqrun.tasks.question_answering.windows import BatchedWindows, Windows
-
-log = logging.getLogger(__name__)
 
 READ = ("max_length", "stride", "vocabulary")  # of dataset.*, beside what all data sets read
 MAX_EXAMPLES = 1_000_000
