@@ -105,8 +105,8 @@ class Flow:
 
 def find_ends(model: nn.Module, layers: dict[str, nn.Module], names: Sequence[str], example=None) -> Ends:
     """The first and last of `layers`, all that multiply by weights, and embeddings. First is a layer that the model's
-    input reaches through no other, last one whose output reaches the model's through no other: several where a network
-    branches.
+    input itself reaches, and beside it nothing that came through another layer but an embedding; last one whose output
+    reaches the model's through no other: several where a network branches.
 
     example: the input (a tensor, a tuple of arguments, or a dict of keywords) of an evaluation forward that shows it;
     else torch.fx traces the model. Where fx cannot, the first and last of `names` by registration.
