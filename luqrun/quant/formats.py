@@ -1,7 +1,8 @@
 """Formats: what the codes of a quantized tensor mean, and how they pack into b bits.
 
-A quantized tensor is small integers and one float32 scale: value = code * scale. The codes of a logarithmic
-format are signed powers of two (or four). Nothing here rounds: see luqrun.quant.kernels.
+A quantized tensor is small integers and scales: value = code * scale. The codes of a logarithmic format are signed
+powers of two (or four), those of a floating-point format multiples of its smallest number. Nothing here rounds: see
+luqrun.quant.kernels.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.1, 12.2), 5: (17.74, 18.64),
 class Format:
     """A family of at most 2^bits codes.
 
-    Integer formats hold -limit..limit, or 0..unsigned_limit for a tensor with no negative value.
-    Logarithmic formats hold 0 and +-radix^e for 0 <= e <= max_exponent, so limit = radix^max_exponent.
+    Integer formats hold -limit..limit, or 0..unsigned_limit for a tensor with no negative value (-limit..limit always
+    where blocks have scales of their own). Logarithmic formats hold 0 and +-radix^e for 0 <= e <= max_exponent, so
+    limit = radix^max_exponent. Floating-point formats (mantissa_bits m > 0) hold the integers below 2^m, and (2^m + j)
+    2^k for all j < 2^m and each of the other exponents, with both signs; no Inf, no NaN. unit: what code 1 stands for
+    in the field's own numbers, 0.5 for e2m1.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Format:
     limit: int
     unsigned_limit: int
     radix: int = 2  # or 4
+    mantissa_bits: int = 0
+    unit: float = 1.0
 
     @property
     def max_exponent(self) -> int:
@@ -58,14 +64,23 @@ class Format:
 
     def levels(self, signed: bool = True) -> list[int]:
         """All codes in ascending order."""
-        if not self.logarithmic:
+        if self.mantissa_bits:
+            magnitudes = self.from_fields(torch.arange(1, 2 ** (self.bits - 1)), torch.tensor(True)).tolist()
+        elif self.logarithmic:
+            magnitudes = [self.radix**exponent for exponent in range(self.max_exponent + 1)]
+        else:
             return list(range(-self.limit, self.limit + 1)) if signed else list(range(self.unsigned_limit + 1))
-        magnitudes = [self.radix**exponent for exponent in range(self.max_exponent + 1)]
         return [-magnitude for magnitude in reversed(magnitudes)] + [0, *magnitudes]
 
     def to_fields(self, codes: Tensor) -> Tensor:
-        """Codes (any shape) as `bits`-bit fields, int32: two's complement, or sign bit and exponent (0 means zero)."""
+        """Codes (any shape) as `bits`-bit fields, int32: two's complement; or sign bit and exponent (0 means zero); or
+        sign bit, exponent and mantissa."""
         codes = codes.to(torch.int32)
+        if self.mantissa_bits:
+            magnitude = codes.abs()
+            shift = self._shifts(magnitude)
+            index = (shift << self.mantissa_bits) + (magnitude >> shift)
+            return index | ((codes < 0).to(torch.int32) << (self.bits - 1))
         if not self.logarithmic:
             return codes & (2**self.bits - 1)
         # The float32 exponent of a power of two is its position; zero (exponent field 0) clamps to 0.
@@ -76,11 +91,21 @@ class Format:
         """The inverse of to_fields; `signed` is the 0-dim bool that the quantizer decided for the tensor."""
         fields = fields.to(torch.int32)
         sign_bit = fields >> (self.bits - 1)
+        if self.mantissa_bits:
+            index = fields & (2 ** (self.bits - 1) - 1)
+            shift = ((index >> self.mantissa_bits) - 1).clamp(min=0)
+            magnitude = (index - (shift << self.mantissa_bits)) << shift
+            return torch.where(sign_bit > 0, -magnitude, magnitude).to(self.code_dtype)
         if not self.logarithmic:
             return (fields - ((sign_bit & signed.to(torch.int32)) << self.bits)).to(self.code_dtype)
         exponent = fields & (2 ** (self.bits - 1) - 1)
         magnitude = torch.where(exponent > 0, 1 << (self._step * (exponent - 1).clamp(min=0)), 0)
         return torch.where(sign_bit > 0, -magnitude, magnitude).to(self.code_dtype)
+
+    def _shifts(self, magnitude: Tensor) -> Tensor:
+        """Of a floating-point format: the power of two of each code's spacing, int32."""
+        exponent = (magnitude.float().view(torch.int32) >> 23) - 127
+        return (exponent - self.mantissa_bits).clamp(min=0)
 
 
 def _integer(bits: int) -> Format:
@@ -93,6 +118,15 @@ def _logarithmic(exponent_bits: int) -> Format:
     return Format(f"e{exponent_bits}m0", 1 + exponent_bits, True, limit, limit)
 
 
+def _float(exponent_bits: int, mantissa_bits: int) -> Format:
+    # As in IEEE 754, but for Inf and NaN: 2^exponent_bits - 1 spacings, the smallest one twice.
+    limit = (2 ** (mantissa_bits + 1) - 1) << (2**exponent_bits - 2)
+    bias = 2 ** (exponent_bits - 1) - 1
+    unit = 2.0 ** (1 - bias - mantissa_bits)
+    name, bits = f"e{exponent_bits}m{mantissa_bits}", 1 + exponent_bits + mantissa_bits
+    return Format(name, bits, False, limit, limit, mantissa_bits=mantissa_bits, unit=unit)
+
+
 # The reference code's grid of 8 magnitudes and zero (divisor 2^7): 17 signed values, which need five bits.
 _REFERENCE_E3M0 = Format("e3m0_div128", 5, True, 2**7, 2**7)
 # Radix 4, as in Ultra-low (Sun et al., 2020): 1, 4, ..., 4^6.
@@ -103,6 +137,7 @@ FORMATS = {
     for form in [
         *[_integer(bits) for bits in range(2, 9)],
         *[_logarithmic(exponent_bits) for exponent_bits in range(1, 5)],
+        *[_float(*widths) for widths in [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 2), (2, 3)]],
         _REFERENCE_E3M0,
         _RADIX4_E3M0,
     ]

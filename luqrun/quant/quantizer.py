@@ -1,4 +1,4 @@
-"""A quantizer: range -> scale, rounding, samples. Turns a tensor into codes and one scale.
+"""A quantizer: range -> scale, rounding, samples. Turns a tensor into codes and one scale, or one for each block.
 
 Immutable and without state: what a hindsight range remembers is a tensor that the caller owns.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, get_args, get_type_hints
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from luqrun.errors import UserError, check_at_least, check_at_most
 from luqrun.quant.encoding import Encoding
-from luqrun.quant.formats import FORMATS, Format, pack
+from luqrun.quant.formats import FORMATS, Format, pack, unpack
+from luqrun.quant.grids import Grid, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
 from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.scale_formats import from_bytes, to_bytes
 
 MAX_SAMPLES = 64
-WORDS = {str: "a name", int: "an integer", float: "a number", bool: "true or false"}
+WORDS = {str: "a name", int: "an integer", float: "a number", bool: "true or false", tuple: "a list of two"}
 
 SMALLEST = 2.0**-149  # the smallest positive float32
 
@@ -29,24 +31,43 @@ SMALLEST = 2.0**-149  # the smallest positive float32
 class QuantizedTensor:
     """codes * scale. codes: form.code_dtype, the shape of the source; scale: 0-dim float32; signed: 0-dim bool.
 
-    A NaN or Inf in the source makes the scale NaN, and with it every value.
+    In blocks, scale has the source's shape with the number of blocks in place of the axis (of a tile: the two axes)
+    that they lie along, block says how many elements share one, and values are codes * scale * tensor_scale, 0-dim
+    float32; the first product is exact but for fp32 scales. A NaN or Inf in the source makes its scale NaN, and with it
+    every value that shares it.
     """
 
     codes: Tensor
     scale: Tensor
     signed: Tensor
     form: Format
+    tensor_scale: Tensor | None = None
+    grid: Grid | None = None
+    scale_format: str | None = None
 
     def __repr__(self):
-        return f"QuantizedTensor({self.form.name}, shape={tuple(self.codes.shape)}, scale={self.scale.item():.6g})"
+        scale = f"{tuple(self.scale.shape)} scales" if self.grid else f"scale={self.scale.item():.6g}"
+        return f"QuantizedTensor({self.form.name}, shape={tuple(self.codes.shape)}, {scale})"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, in `dtype`."""
-        return (self.codes.float() * self.scale).to(dtype)
+        if self.grid is None:
+            return (self.codes.float() * self.scale).to(dtype)
+        (outer, rows, between, columns), (high, wide) = self.grid
+        scales = self.scale.reshape(outer, -(-rows // high), between, -(-columns // wide))
+        scales = scales.repeat_interleave(high, 1)[:, :rows].repeat_interleave(wide, 3)[..., :columns]
+        values = self.codes.float() * scales.reshape(self.codes.shape)
+        return (values * self.tensor_scale).to(dtype)
 
     def packed(self) -> Tensor:
         """The codes in row-major order at form.bits bits each: uint8, ceil(numel * bits / 8) bytes (formats.pack)."""
         return pack(self.form.to_fields(self.codes), self.form.bits)
+
+    def packed_scales(self) -> Tensor:
+        """The scales of blocks as bytes, flat (scale_formats.to_bytes; fp32 stays float32)."""
+        if self.grid is None:
+            raise UserError("a tensor with one scale has no scales to pack: take .scale")
+        return to_bytes(self.scale.flatten() / self.form.unit, self.scale_format)
 
 
 class Encoded(NamedTuple):
@@ -60,11 +81,23 @@ class Encoded(NamedTuple):
     maximum: Tensor
 
 
+class Blocks(NamedTuple):
+    """What one quantization in blocks gives: values (x's shape), codes times their block's scale; fields and scales,
+    what is kept (see kernels.blocks); tensor_scale, 0-dim float32, which values are to be multiplied by."""
+
+    values: Tensor
+    fields: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """How an operand of a GEMM becomes 4-bit codes; the fields are the keys in conf/quant/*.yaml.
 
-    format, range, rounding, underflow, pow2_scale, largest: see Encoding. samples: independent draws that are averaged
+    format, range, rounding, underflow, pow2_scale, largest, and of blocks block, scale_format, scale_rounding,
+    four_over_six, headroom, eden: see Encoding. requantize: in a GEMM of the backward pass, the operand is quantized
+    from what fprop made of it instead of from the tensor itself. samples: independent draws that are averaged
     (SMP, 5.1). hindsight_momentum: eta of a hindsight range (Eq. 18). redraw_every: steps (and micro-steps of one) that
     share their random numbers (re-use, A.5.2). Raises UserError for what does not go together.
     """
@@ -77,11 +110,19 @@ class Quantizer:
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
     redraw_every: int = 1
-    largest: int | None = None
+    largest: int | float | None = None
+    block: int | tuple | list | None = None
+    scale_format: str | None = None
+    scale_rounding: str | None = None
+    four_over_six: str | None = None
+    headroom: float = 1.0
+    eden: bool = False
+    requantize: bool = False
 
     def __post_init__(self):
-        encoding = Encoding(self.format, self.range, self.rounding, self.underflow, self.pow2_scale, self.largest)
-        object.__setattr__(self, "underflow", encoding.underflow)
+        encoding = Encoding(**{each.name: getattr(self, each.name) for each in fields(Encoding)})
+        for each in fields(Encoding):  # with the defaults that follow from others
+            object.__setattr__(self, each.name, getattr(encoding, each.name))
         object.__setattr__(self, "encoding", encoding)  # no field: it follows from them
         check_at_least("samples", self.samples, 1)
         check_at_most("samples", self.samples, MAX_SAMPLES)
@@ -113,9 +154,14 @@ class Quantizer:
             parts.append(f"samples={self.samples}")
         if self.redraw_every > 1:
             parts.append(f"redraw_every={self.redraw_every}")
+        if self.block is not None:
+            parts.append(f"block={list(self.block) if isinstance(self.block, tuple) else self.block}")
+            parts.append("/".join(each for each in (self.scale_format, self.scale_rounding) if each))
         if self.largest is not None:
-            parts.append(f"largest={self.largest}")
-        parts += ["pow2_scale"] if self.pow2_scale else []
+            parts.append(f"largest={self.largest:.6g}")
+        parts += [f"headroom={self.headroom}"] if self.headroom != 1 else []
+        parts += [f"four_over_six={self.four_over_six}"] if self.four_over_six else []
+        parts += [key for key in ("pow2_scale", "eden", "requantize") if getattr(self, key)]
         return "/".join(parts)
 
     def measure(
@@ -138,9 +184,15 @@ class Quantizer:
         elif self.range == "hindsight" and hindsight is not None:
             clip = torch.where(hindsight > 0, hindsight, maximum)
         # No tensor is made from a Python value here: on a GPU that would be a copy that the host waits for.
-        signed = torch.ones_like(negative, dtype=torch.bool) if self.form.logarithmic else negative > 0
-        scale = self._scale(clip, torch.where(signed, self.largest or self.form.limit, self.form.unsigned_limit))
+        always = self.form.logarithmic or self.form.mantissa_bits > 0
+        signed = torch.ones_like(negative, dtype=torch.bool) if always else negative > 0
+        scale = self._scale(clip, torch.where(signed, self._most, self.form.unsigned_limit))
         return torch.where(maximum.isfinite(), scale, torch.nan), signed, maximum
+
+    @property
+    def _most(self) -> float:
+        """The code, or what lies between two, on which the range ends."""
+        return self.form.limit if self.largest is None else self.largest / self.form.unit
 
     def _scale(self, clip: Tensor, limit: Tensor) -> Tensor:
         scale = clip / limit
@@ -191,7 +243,7 @@ class Quantizer:
             return Encoded(*ops.quantize(x, self.encoding.key, hindsight, stream, dtype, packed))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
-            scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self.largest or self.form.limit)
+            scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self._most)
             signed = torch.ones_like(negative, dtype=torch.bool)
             codes, fields, maximum = self._encode(x, scale, signed, stream, 0, dtype, packed, observe=True)
             scale = torch.where(maximum.isfinite(), scale, torch.nan)
@@ -200,10 +252,40 @@ class Quantizer:
             codes, fields, _ = self._encode(x, scale, signed, stream, 0, dtype, packed)
         return Encoded(codes, scale, signed, fields, maximum)
 
-    def quantize(self, x: Tensor, seed: int = 0, sample: int = 0) -> QuantizedTensor:
-        """Quantize x (any shape, any floating dtype, taken as float32). The draw is that of (seed, sample)."""
+    def run_blocks(
+        self,
+        x: Tensor,
+        stream: Tensor,
+        grid: Grid,
+        dtype: torch.dtype,
+        packed: bool = False,
+        share: Callable[[Tensor], Tensor] | None = None,
+        sample: int = 0,
+    ) -> Blocks:
+        """Encode x in the blocks of a grid over its memory. share: as in `measure`, for the scale of the tensor."""
+        x = x.detach()
+        if self.scale_format == "e4m3":
+            statistics = ops.statistics(x, False)
+            maximum = (statistics if share is None else share(statistics))[0].float()
+        else:
+            maximum = x.new_empty((), dtype=torch.float32)  # not read
+        dtype = torch.float32 if self.scale_format == "fp32" else dtype  # others are exact in bf16 too
+        found = ops.encode_blocks(x, self.encoding.key, grid.sizes, grid.block, maximum, stream, sample, dtype, packed)
+        return Blocks(*found)
+
+    def quantize(self, x: Tensor, seed: int = 0, sample: int = 0, axis: int = -1) -> QuantizedTensor:
+        """Quantize x (any shape, any floating dtype, taken as float32). The draw is that of (seed, sample); blocks lie
+        along `axis`, tiles over the last two."""
         if not x.is_floating_point():
             raise UserError(f"quantize takes floating tensors, not {x.dtype}")
+        if self.block is not None:
+            grid, shape = grid_of_axis(self.encoding, x.shape, axis)
+            found = self.run_blocks(x.contiguous(), make_stream(seed), grid, torch.float32, packed=True, sample=sample)
+            signed = torch.ones((), dtype=torch.bool, device=x.device)
+            codes = unpack(found.fields, self.form.field_bits, x.numel())
+            codes = self.form.from_fields(codes, signed).view(x.shape)
+            scale = from_bytes(found.scales, self.scale_format).view(shape) * self.form.unit
+            return QuantizedTensor(codes, scale, signed, self.form, found.tensor_scale, grid, self.scale_format)
         scale, signed, _ = self.measure(x)
         return QuantizedTensor(self.encode(x, scale, signed, make_stream(seed), sample), scale, signed, self.form)
 

@@ -13,6 +13,7 @@ import os
 from types import ModuleType
 
 from luqrun.errors import UserError
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,30 @@ def fuses(device_type: str) -> bool:
 
 
 def has_kernels(form: Format) -> bool:
-    """Whether cpu and cuda have kernels for this format. Radix 4 is there to compare with: torch's operations do."""
-    return form.radix == 2
+    """Whether cpu and cuda have kernels for this format with one scale a tensor. Radix 4 is there to compare with, and
+    floating-point formats are for blocks: torch's operations do."""
+    return form.radix == 2 and not form.mantissa_bits
+
+
+def has_block_kernels(device_type: str, how: Encoding) -> bool:
+    """Whether this device's kernels quantize in these blocks."""
+    known = getattr(backend_for(device_type), "quantizes_blocks", None)
+    return known is not None and known(how)
+
+
+def block_kernels(device_type: str, how: Encoding) -> ModuleType:
+    """The module that quantizes in blocks: the device's, or that of torch operations where it has no kernel."""
+    return backend_for(device_type) if has_block_kernels(device_type, how) else _torch_blocks()
+
+
+def rotation_kernels(device_type: str) -> ModuleType:
+    """The module that rotates."""
+    backend = backend_for(device_type)
+    return backend if hasattr(backend, "hadamard") else _torch_blocks()
+
+
+def _torch_blocks() -> ModuleType:
+    return importlib.import_module("luqrun.quant.kernels.blocks")
 
 
 def describe(device_type: str) -> str:

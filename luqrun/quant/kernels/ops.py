@@ -7,6 +7,7 @@ each computes. They are opaque to the compiler and without gradients: luqrun.qua
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ from luqrun.errors import TensorError
 from luqrun.internals.of_torch import PLAIN, has_modes, is_watched, keep_results
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format, get_format
-from luqrun.quant.kernels import backend_for, flops, has_kernels, reference
+from luqrun.quant.kernels import (
+    backend_for,
+    block_kernels,
+    blocks,
+    flops,
+    has_kernels,
+    reference,
+    rotation_kernels,
+)
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.layout import dense, empty
 from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
@@ -145,6 +154,47 @@ class unpack:
 
     def fake(fields, shape, channels_last, signed, format, dtype):
         return empty(shape, channels_last, dtype, fields.device)
+
+
+@_operator(
+    "encode_blocks(Tensor x, str encoding, SymInt[] grid, int[] block, Tensor maximum, Tensor stream, int sample, "
+    "ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+class encode_blocks:
+    def run(x, encoding, grid, block, maximum, stream, sample, dtype, packed):
+        how = Encoding.of(encoding)
+        return block_kernels(x.device.type, how).encode_blocks(
+            x, how, grid, tuple(block), maximum, stream, sample, dtype, packed
+        )
+
+    def fake(x, encoding, grid, block, maximum, stream, sample, dtype, packed):
+        scales = math.prod(blocks.counts(grid, block))
+        kind = torch.float32 if Encoding.of(encoding).scale_format == "fp32" else torch.uint8
+        return *_coded(x, encoding, dtype, packed), x.new_empty(scales, dtype=kind), x.new_empty((), dtype=torch.float32)
+
+
+@_operator(
+    "decode_blocks(Tensor fields, Tensor scales, SymInt[] shape, bool channels_last, str encoding, SymInt[] grid, "
+    "int[] block, ScalarType dtype) -> Tensor"
+)
+class decode_blocks:
+    def run(fields, scales, shape, channels_last, encoding, grid, block, dtype):
+        how = Encoding.of(encoding)
+        return block_kernels(fields.device.type, how).decode_blocks(
+            fields, scales, shape, channels_last, how, grid, tuple(block), dtype
+        )
+
+    def fake(fields, scales, shape, channels_last, encoding, grid, block, dtype):
+        return empty(shape, channels_last, dtype, fields.device)
+
+
+@_operator("hadamard(Tensor x, SymInt[] grid, int axis, int size, Tensor? signs) -> Tensor")
+class hadamard:
+    def run(x, grid, axis, size, signs):
+        return rotation_kernels(x.device.type).hadamard(x, grid, axis, size, signs)
+
+    def fake(x, grid, axis, size, signs):
+        return torch.empty_like(dense(x), dtype=torch.float32)
 
 
 @_operator("relu_(Tensor(a!) x) -> Tensor")

@@ -24,6 +24,7 @@ EVALUATION_STEP = 2**32 - 1
 RANKS = 2**14  # processes, at most
 GEMM_NUMBERS = {"fprop": 1, "dgrad": 2, "wgrad": 3}
 SAMPLE_SLOTS = 2**16
+SCALE_SAMPLES = 2**15  # from here on, samples name the draws of blocks' scales
 
 
 def make_stream(seed: int = 0, layer: int = 0, operand: int = 0, step: int = 0, micro_step: int = 0, rank: int = 0):

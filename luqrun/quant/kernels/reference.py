@@ -56,9 +56,9 @@ def encode(
 
     scale: 0-dim float32; 0 and NaN give zero codes, so the values become 0 and NaN. signed: 0-dim bool, for
     integer formats. how: its range is not read. Nearest rounding is in the linear domain, with ties to even for
-    integers, away from zero for powers of two (Eq. 14); stochastic rounding is Eq. 12, below 1 Eq. 10. stream, sample:
-    see kernels.philox; read only where something is stochastic. Values beyond the largest code are clipped to it,
-    non-finite ones get code 0: the quantizer makes their scale NaN.
+    integers and floating-point codes, away from zero for powers of two (Eq. 14); stochastic rounding is Eq. 12, below 1
+    Eq. 10. stream, sample: see kernels.philox; read only where something is stochastic. Values beyond the largest code
+    are clipped to it, non-finite ones get code 0: the quantizer makes their scale NaN.
     """
     x, form, draws = dense(x.detach()).float(), how.form, None
     if how.is_stochastic:
@@ -66,12 +66,16 @@ def encode(
     usable = (x.abs() <= FLOAT32_MAX) & (scale > 0)
     if form.logarithmic:
         magnitude = torch.where(usable, x.abs() / scale, 0.0).clamp(max=form.limit)
-        magnitude = _log_magnitude(magnitude, how, draws)
+        magnitude = log_magnitude(magnitude, how, draws)
+        codes = torch.where(x < 0, -magnitude, magnitude)
+    elif form.mantissa_bits:
+        magnitude = torch.where(usable, x.abs() / scale, 0.0).clamp(max=form.limit)
+        magnitude = float_magnitude(magnitude, form, how.rounding, draws)
         codes = torch.where(x < 0, -magnitude, magnitude)
     else:
         limit = torch.where(signed, form.limit, form.unsigned_limit)
         ratio = torch.where(usable, x / scale, 0.0).clamp(torch.where(signed, -limit, 0), limit)
-        codes = ratio.round() if how.rounding == "nearest" else _stochastic_round(ratio, draws)
+        codes = ratio.round() if how.rounding == "nearest" else stochastic_round(ratio, draws)
     codes = codes.to(form.code_dtype)
     fields = pack(codes, form) if packed else torch.empty(0, dtype=torch.uint8, device=x.device)
     maximum = statistics(x, False)[0].float() if observe else x.new_empty(0)
@@ -111,7 +115,7 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return torch.where(bits > 0, grad, 0)
 
 
-def _log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
+def log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
     """|x| / scale >= 0 to 0 or a power of the radix, by arithmetic on the float32 bit pattern."""
     bits = ratio.contiguous().view(torch.int32)
     if how.form.radix == 4:
@@ -131,7 +135,15 @@ def _log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor
     return torch.where(ratio >= 1, power, below)
 
 
-def _stochastic_round(ratio: Tensor, draws: Tensor) -> Tensor:
+def float_magnitude(ratio: Tensor, form: Format, rounding: str, draws: Tensor | None) -> Tensor:
+    """0 <= |x| / scale <= form.limit to a code of a floating-point format; to nearest, ties to even."""
+    exponent = (ratio.contiguous().view(torch.int32) >> 23) - 127
+    step = (((exponent - form.mantissa_bits).clamp(min=0) + 127) << 23).view(torch.float32)
+    steps = ratio / step  # exact: a power of two
+    return (steps.round() if rounding == "nearest" else stochastic_round(steps, draws)) * step
+
+
+def stochastic_round(ratio: Tensor, draws: Tensor) -> Tensor:
     """Away from zero with probability equal to the fraction, to 31 bits (all that fit a signed comparison)."""
     magnitude = ratio.abs()
     floor = magnitude.floor()  # of the magnitude: there the fraction is exact, also for a tiny negative ratio

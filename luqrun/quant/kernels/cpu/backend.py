@@ -20,6 +20,7 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels.cpu import driver, loops
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
+from luqrun.quant.kernels.cpu.blocks import decode_blocks, encode_blocks, quantizes_blocks
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 from luqrun.quant.kernels.layout import dense, empty, is_channels_last
 

@@ -238,6 +238,11 @@ def int32s(address, count):
 
 
 @row_loop()
+def uint32s(address, count):
+    return carray(pointer(address), (count,), np.uint32)
+
+
+@row_loop()
 def set_float(address, value):
     carray(pointer(address), (1,), np.float32)[0] = f32(value)
 

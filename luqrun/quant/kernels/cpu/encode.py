@@ -52,6 +52,16 @@ def _unsigned(typingctx, x):
     return types.uint32(types.float32), codegen
 
 
+@intrinsic
+def integer_of(typingctx, x):
+    """A float32 of less than 2^31, truncated to int32: see `_unsigned`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fptosi(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), codegen
+
+
 @row_loop()
 def quotient(x, scale, inverse):
     """x / scale, rounded as IEEE's division and faster; inverse: 1 / scale, rounded.

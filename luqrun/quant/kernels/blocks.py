@@ -1,0 +1,254 @@
+"""Block-scaled quantization and Hadamard rotations in plain torch operations: the oracle of the other kernels.
+
+All of it works in memory order: a *grid* (outer, rows, between, columns) says how the tensor's memory is read, its last
+axis without gaps. A block of (a, b) is a rows of b columns; the last one of an axis may be short. Blocks of one axis
+have a = 1 or b = 1. Scales are in the order (outer, blocks of rows, between, blocks of columns).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import pack as pack_fields
+from luqrun.quant.formats import unpack as unpack_fields
+from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order, is_channels_last
+from luqrun.quant.kernels.philox import SCALE_SAMPLES, random_words
+from luqrun.quant.kernels.reference import float_magnitude, log_magnitude, stochastic_round
+from luqrun.quant.scale_formats import (
+    draw_e4m3,
+    e8m0_exponent,
+    from_bytes,
+    power_of_two,
+    round_e4m3,
+    to_bytes,
+)
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# The clip, in root mean squares, that minimises the error of e2m1 on a Gaussian (QuEST; FACTS 1.5).
+RMS_CLIP = 2.92247856
+
+Grid = Sequence[int]  # (outer, rows, between, columns)
+Block = tuple[int, int]
+
+
+def counts(grid: Grid, block: Block) -> tuple[int, int, int, int]:
+    """How many blocks there are along each axis of the grid."""
+    outer, rows, between, columns = grid
+    return outer, -(-rows // block[0]), between, -(-columns // block[1])
+
+
+def encode_blocks(
+    x: Tensor,
+    how: Encoding,
+    grid: Grid,
+    block: Block,
+    maximum: Tensor,
+    stream: Tensor,
+    sample: int,
+    dtype: torch.dtype,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, fields, scales, tensor_scale) of x in blocks.
+
+    values: codes times their block's scale as `dtype`, in x's shape and memory format: exact in bf16 and float32,
+    unless the scales are fp32. fields: with `packed`, the codes as `reference.pack` has them, else empty. scales: flat,
+    uint8 (e8m0, e4m3) or float32, in units of the format's own numbers. tensor_scale: 0-dim float32, which values are
+    to be multiplied by. maximum: 0-dim float32, max|x|, read for e4m3 alone. stream, sample: see reference.encode; what
+    the scales of eden draw, and the second coding of four over six, are samples from SCALE_SAMPLES on. A NaN or Inf makes its block's scale NaN (of e4m3, the tensor's), and codes 0.
+    """
+    x = dense(x.detach()).float()
+    x = x * torch.tensor(how.headroom, dtype=torch.float32) if how.headroom != 1 else x
+    draws = finer_draws = None
+    if "stochastic" in (how.rounding, how.underflow):
+        draws = _draws(x, stream, sample, grid, block)
+        finer_draws = _draws(x, stream, SCALE_SAMPLES + sample, grid, block) if how.four_over_six else None
+    blocks = _gather(in_memory_order(x), grid, block)
+    clip = _clip(blocks, how, grid, block)
+    if how.scale_format == "e4m3":
+        stored, codes, tensor_scale = _with_tensor_scale(blocks, clip, how, maximum, draws, finer_draws)
+        codes = _valid(codes, stored)
+        if how.eden:
+            stored = _corrected(blocks, codes, stored, tensor_scale, how, stream, sample)
+        tensor_scale = tensor_scale / how.headroom
+    else:
+        stored = _scale(clip, how)
+        codes = _valid(_codes(blocks / (stored * how.form.unit), how, draws), stored)
+        tensor_scale = torch.full((), 1 / how.headroom, dtype=torch.float32, device=x.device)
+    values = _scatter(codes * (stored * how.form.unit), x, grid, block)
+    fields = torch.empty(0, dtype=torch.uint8, device=x.device)
+    if packed:
+        ordered = in_memory_order(_scatter(codes, x, grid, block)).reshape(-1)
+        fields = pack_fields(how.form.to_fields(ordered), how.form.field_bits)
+    return values.to(dtype), fields, to_bytes(stored.reshape(-1), how.scale_format), tensor_scale
+
+
+def decode_blocks(
+    fields: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    how: Encoding,
+    grid: Grid,
+    block: Block,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The values of encode_blocks again, from its fields and scales."""
+    flat = unpack_fields(fields, how.form.field_bits, math.prod(shape))
+    codes = how.form.from_fields(flat, torch.tensor(True, device=fields.device)).float()
+    scale = from_bytes(scales, how.scale_format).view(counts(grid, block)) * how.form.unit
+    like = from_memory_order(codes, shape, channels_last)
+    return _scatter(_gather(codes, grid, block) * scale, like, grid, block).to(dtype)
+
+
+def hadamard(x: Tensor, grid: Grid, axis: int, size: int, signs: Tensor | None) -> Tensor:
+    """x, float32, with groups of `size` along an axis (1 or 3) of the grid rotated: (x * signs) H / sqrt(size).
+
+    H: Sylvester's matrix of a power of two; signs: float32 (size,) of +-1, or None. What is left over at the end of
+    the axis, fewer than `size` elements, stays as it is. Sums in the order of the fast transform, so that every
+    backend gives the same bits.
+    """
+    x = dense(x.detach()).float()
+    flat = in_memory_order(x).reshape(tuple(grid)).movedim(axis, -1)
+    whole = flat.shape[-1] // size * size
+    head, tail = flat[..., :whole], flat[..., whole:]
+    groups = head.reshape(*head.shape[:-1], whole // size, size)
+    groups = groups if signs is None else groups * signs
+    span = 1
+    while span < size:
+        pairs = groups.unflatten(-1, (size // (2 * span), 2, span))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        groups = torch.stack([first + second, first - second], -2).flatten(-3)
+        span *= 2
+    groups = groups * torch.tensor(size**-0.5, dtype=torch.float32)
+    rotated = torch.cat([groups.flatten(-2), tail], -1).movedim(-1, axis)
+    return from_memory_order(rotated.reshape(-1), x.shape, is_channels_last(x))
+
+
+def _draws(x: Tensor, stream: Tensor, sample: int, grid: Grid, block: Block) -> Tensor:
+    """The random words of x's elements, numbered in row-major order, in blocks."""
+    words = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
+    words = words.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else words
+    return _gather(in_memory_order(words), grid, block)
+
+
+def _gather(x: Tensor, grid: Grid, block: Block) -> Tensor:
+    """x, in memory order, as (elements of a block, *counts(grid, block)); short blocks are filled up with zeros."""
+    (outer, rows, between, columns), (high, wide) = grid, block
+    _, down, _, across = counts(grid, block)
+    x = F.pad(x.reshape(outer, rows, between, columns), (0, across * wide - columns, 0, 0, 0, down * high - rows))
+    x = x.view(outer, down, high, between, across, wide)
+    return x.permute(2, 5, 0, 1, 3, 4).reshape(high * wide, outer, down, between, across)
+
+
+def _scatter(blocks: Tensor, like: Tensor, grid: Grid, block: Block) -> Tensor:
+    """The inverse of `_gather`, in the shape and memory format of `like`."""
+    (_, rows, _, columns), (high, wide) = grid, block
+    _, outer, down, between, across = blocks.shape
+    x = blocks.view(high, wide, outer, down, between, across).permute(2, 3, 0, 4, 5, 1)
+    x = x.reshape(outer, down * high, between, across * wide)[:, :rows, :, :columns]
+    return from_memory_order(x.reshape(-1), like.shape, is_channels_last(like))
+
+
+def _clip(blocks: Tensor, how: Encoding, grid: Grid, block: Block) -> Tensor:
+    """The end of each block's range; NaN where an element is not finite."""
+    maximum = blocks.abs().amax(0) if blocks.numel() else blocks.new_zeros(blocks.shape[1:])
+    clip = maximum
+    if how.range == "rms":
+        ones = _gather(torch.ones(math.prod(grid), device=blocks.device), grid, block)
+        count = ones.sum(0, dtype=torch.float64)
+        squares = in_turn(blocks.double() * blocks.double())
+        clip = (RMS_CLIP * (squares / count).sqrt()).float()
+    return torch.where(maximum.isfinite() & clip.isfinite(), clip, torch.nan)
+
+
+def in_turn(terms: Tensor) -> Tensor:
+    """The sum along the first axis, one after the other: the same bits in every backend."""
+    total = torch.zeros_like(terms[0]) if len(terms) else terms.new_zeros(terms.shape[1:])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def _scale(clip: Tensor, how: Encoding) -> Tensor:
+    """The scales of blocks that have no scale of the tensor on top: values are multiples of them."""
+    if how.scale_format == "fp32":
+        return clip / torch.tensor(how.top, dtype=torch.float32)
+    known = clip.isfinite()
+    exponent = e8m0_exponent(torch.where(known, clip, 0.0), how.exponent_rule)
+    return torch.where(known, power_of_two(exponent), torch.nan)
+
+
+def _codes(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
+    """Codes, as float32, of elements in units of the smallest level; those that are not finite are any."""
+    form = how.form
+    magnitude = torch.where(ratio.isnan(), 0.0, ratio.abs()).clamp(max=form.limit)
+    if form.mantissa_bits:
+        magnitude = float_magnitude(magnitude, form, how.rounding, draws)
+    elif form.logarithmic:
+        magnitude = log_magnitude(magnitude, how, draws)
+    elif how.rounding == "nearest":
+        magnitude = magnitude.round()
+    else:
+        magnitude = stochastic_round(magnitude, draws)
+    return torch.where(ratio < 0, -magnitude, magnitude)
+
+
+def _valid(codes: Tensor, stored: Tensor) -> Tensor:
+    """Codes, but 0 where the block's scale is NaN or 0."""
+    return torch.where(stored.isfinite() & (stored > 0), codes, 0.0)
+
+
+def _with_tensor_scale(
+    blocks: Tensor, clip: Tensor, how: Encoding, maximum: Tensor, draws: Tensor | None, finer_draws: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(e4m3 scales, codes, float32 scale of the tensor): FACTS 2.1, and with four over six 2.5."""
+    encode_scale, tensor_scale = scales_of_tensor(maximum, how)
+    wanted = clip / torch.tensor(how.top, dtype=torch.float32) * encode_scale
+    stored = round_e4m3(wanted)
+    codes = _codes(blocks * _factor(stored, tensor_scale) / how.form.unit, how, draws)
+    if how.four_over_six is None:
+        return stored, codes, tensor_scale
+    finer = round_e4m3(wanted * 1.5)
+    others = _codes(blocks * _factor(finer, tensor_scale) / how.form.unit, how, finer_draws)
+    better = _error(blocks, others, finer, tensor_scale, how) < _error(blocks, codes, stored, tensor_scale, how)
+    return torch.where(better, finer, stored), torch.where(better, others, codes), tensor_scale
+
+
+def scales_of_tensor(maximum: Tensor, how: Encoding) -> tuple[Tensor, Tensor]:
+    """(what blocks' scales are multiplied by to reach e4m3's range, its inverse): 0-dim float32, of 0-dim max|x|."""
+    maximum = maximum * torch.tensor(how.headroom, dtype=torch.float32)
+    encode_scale = torch.tensor(how.top, dtype=torch.float32) * how.scale_limit / maximum
+    encode_scale = torch.where(maximum > 0, encode_scale.clamp(max=FLOAT32_MAX), torch.ones_like(maximum))
+    encode_scale = torch.where(maximum.isfinite(), encode_scale, torch.nan)
+    return encode_scale, 1 / encode_scale
+
+
+def _factor(stored: Tensor, tensor_scale: Tensor) -> Tensor:
+    """What a block is multiplied by: 0 for a scale of 0."""
+    return torch.where(stored > 0, (1 / (stored * tensor_scale)).clamp(max=FLOAT32_MAX), torch.zeros_like(stored))
+
+
+def _decoded(codes: Tensor, stored: Tensor, tensor_scale: Tensor, how: Encoding) -> Tensor:
+    return codes * (stored * how.form.unit) * tensor_scale
+
+
+def _error(blocks: Tensor, codes: Tensor, stored: Tensor, tensor_scale: Tensor, how: Encoding) -> Tensor:
+    difference = (_decoded(codes, stored, tensor_scale, how) - blocks).double()
+    return in_turn(difference * difference if how.four_over_six == "mse" else difference.abs())
+
+
+def _corrected(
+    blocks: Tensor, codes: Tensor, stored: Tensor, tensor_scale: Tensor, how: Encoding, stream: Tensor, sample: int
+) -> Tensor:
+    """EDEN's scales: times <x, x> / <x, Q(x)> of the block, drawn."""
+    decoded, exact = _decoded(codes, stored, tensor_scale, how).double(), blocks.double()
+    across = in_turn(exact * decoded)
+    factor = torch.where(across > 0, in_turn(exact * exact) / across, torch.ones_like(across)).float()
+    words = random_words(stream.to(blocks.device), SCALE_SAMPLES + sample, stored.numel()).view(stored.shape)
+    return draw_e4m3(factor * stored, words)

@@ -1,0 +1,243 @@
+"""The compiled loops (numba) that quantize whole tensors in blocks: `blocks` is the torch side.
+
+A *grid* (outer, rows, between, columns) says how memory is read, a block (a, b) is a rows of b columns: see
+luqrun.quant.kernels.blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, prange
+
+from luqrun.quant.kernels.cpu import block_rows, rows
+from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FLOAT32_MAX, FP32
+from luqrun.quant.kernels.cpu.driver import CHUNK, ROW, driver, floats, halves, pointer, uint8s, uint32s
+from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
+from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, row_loop
+
+PANEL = 2048  # elements that are worked on together
+RMS_CLIP = 2.92247856  # see luqrun.quant.kernels.blocks
+
+
+@driver
+def words(elements, out, layout, stream, sample):
+    """The random words of a tensor's elements, uint32 at `out` in memory order. layout: images, pixels, channels (no
+    images: row-major). out has room for a multiple of four words."""
+    images, pixels, channels = layout
+    name = stream_words(carray(pointer(stream), (6,), np.int64), sample)
+    if images == 0:
+        for task in prange((elements + CHUNK - 1) // CHUNK):
+            for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
+                count = (min(elements - first, ROW) + 3) // 4
+                fill_words(carray(pointer(out + 4 * first), (2 * count,), np.uint64), first // 4, count, name)
+        return
+    aligned = pixels % 4 == 0
+    block = min(pixels, max(4, ROW // channels // 4 * 4))
+    for image in prange(images):
+        scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
+        counters, lanes = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
+        word, first = counters.view(np.uint32), image * channels * pixels
+        if not aligned:
+            fill_words(counters, first // 4, scratch, name)
+        for above in range(0, pixels, block):
+            count = min(block, pixels - above)
+            drawn = carray(pointer(out + 4 * (first + above * channels)), (count, channels), np.uint32)
+            if aligned:
+                fill_pixels(drawn, counters, lanes, (first + above) // 4, pixels // 4, name)
+            else:
+                transpose(word[first % 4 + above :], drawn, pixels)
+
+
+@row_loop()
+def _load_panel(x, half, start, stride, high, run, elements, panel, raw, headroom):
+    """`high` runs of memory, a stride apart, into the panel, times headroom."""
+    if half:
+        block_rows.gather(halves(x, elements), raw, start, stride, high, run)
+        block_rows.patterns(raw, panel.view(np.int32), high * run)
+    else:
+        block_rows.gather(floats(x, elements), panel, start, stride, high, run)
+    if headroom != f32(1):
+        block_rows.scale_by(panel, headroom, high * run)
+
+
+@row_loop()
+def _code_panel(panel, scales, words, high, count, wide, by, expanded, out, how, numbers):
+    """The codes of a panel by its blocks' scales."""
+    size = high * count * wide
+    if how[3] == E4M3:
+        block_rows.inverses(scales, numbers[5], by, count)
+    elif how[3] == E8M0:
+        block_rows.inverse_powers(scales, by, count)
+    else:
+        block_rows.products_of(scales, numbers[1], by, count)
+    block_rows.expand(by, expanded, high, count, wide)
+    block_rows.code_row(
+        panel[:size], expanded, words, out, numbers[0], f32(1) / numbers[1], how[0], how[3] != FP32, how[1]
+    )
+    block_rows.clear_invalid(scales, out, high, count, wide)
+
+
+@row_loop()
+def _decode_panel(codes, scales, unit, high, count, wide, by, expanded, out):
+    """Codes times scales."""
+    block_rows.products_of(scales, unit, by, count)
+    block_rows.expand(by, expanded, high, count, wide)
+    block_rows.multiply(codes, expanded, out, high * count * wide)
+
+
+@row_loop()
+def _clips(panel, clips, patterns, sums, high, count, wide, uses_rms):
+    block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
+    block_rows.as_floats(patterns, clips, count)
+    if uses_rms:
+        block_rows.products(panel, panel, sums, high, count, wide)
+        for j in range(count):
+            clip = f32(RMS_CLIP * np.sqrt(sums[j] / (high * wide)))
+            clips[j] = clip if clips[j] <= FLOAT32_MAX else clips[j]
+
+
+@row_loop()
+def _choose_finer(panel, words, high, count, wide, space, of_blocks, sums, how, numbers):
+    """Four over six: the codes and scales of the blocks that a finer scale suits better."""
+    codes, others, expanded, decoded = space
+    scales, finer, clips, by = of_blocks
+    block_rows.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
+    _code_panel(panel, finer, words, high, count, wide, by, expanded, others, how, numbers)
+    size = high * count * wide
+    _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
+    block_rows.scale_by(decoded, numbers[5], size)
+    block_rows.errors(panel, decoded, sums[0], high, count, wide, how[6])
+    _decode_panel(others, finer, numbers[1], high, count, wide, by, expanded, decoded)
+    block_rows.scale_by(decoded, numbers[5], size)
+    block_rows.errors(panel, decoded, sums[1], high, count, wide, how[6])
+    for j in range(count):
+        if sums[1][j] < sums[0][j]:
+            scales[j] = finer[j]
+            for r in range(high):
+                at = (r * count + j) * wide
+                for c in range(wide):
+                    codes[at + c] = others[at + c]
+
+
+@row_loop()
+def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
+    """EDEN: each scale times <x, x> / <x, Q(x)>, drawn."""
+    codes, others, expanded, decoded = space
+    scales, finer, clips, by = of_blocks
+    _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
+    block_rows.scale_by(decoded, numbers[5], high * count * wide)
+    block_rows.products(panel, panel, sums[0], high, count, wide)
+    block_rows.products(panel, decoded, sums[1], high, count, wide)
+    for j in range(count):
+        if scales[j] <= FLOAT32_MAX:
+            gain = f32(sums[0][j] / sums[1][j]) if sums[1][j] > 0 else f32(1)
+            scales[j] = block_rows.draw_e4m3(gain * scales[j], words[j])
+
+
+@driver
+def encode_blocks(elements, x, half, drawn, values, values_half, fields, scales, grid, block, how, numbers):
+    """Codes times scales, fields and scales of a tensor.
+
+    x, values, scales: addresses; fields: of a byte an element, or 0. half, values_half: bf16 or not. drawn: addresses
+    of words of the elements, and of those that the second coding of four over six, or eden, draws; or 0. how: mantissa
+    (of integers: too large for any exponent), rounding, whether the range is rms, scale format, carry and shift of its
+    exponent, what four over six compares, eden, mantissa and bits of the fields. numbers (float32): the largest code,
+    unit, top, headroom, and of e4m3 the encode scale and the tensor's scale.
+    """
+    outer, height, between, columns = grid
+    down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
+    stride, strip = between * columns, max(1, PANEL // (block[0] * block[1]))
+    strip = min(strip, across)
+    strips = (across + strip - 1) // strip
+    panels = outer * down * between * strips
+    size = strip * block[0] * block[1]
+    each = max(1, CHUNK // size)
+    draws = how[1] == STOCHASTIC
+    for task in prange((panels + each - 1) // each):
+        panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
+        words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
+        codes, others = np.empty(size, np.float32), np.empty(size, np.float32)
+        expanded, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
+        chosen, finer = np.empty(strip, np.float32), np.empty(strip, np.float32)
+        clips, by, patterns = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.int32)
+        sums = np.empty(strip, np.float64), np.empty(strip, np.float64)
+        space, of_blocks = (codes, others, expanded, decoded), (chosen, finer, clips, by)
+        for number in range(task * each, min(panels, (task + 1) * each)):
+            band, left = number // strips, number % strips * strip
+            high_band, middle = band // between, band % between
+            image, row = high_band // down, high_band % down
+            high = min(block[0], height - row * block[0])
+            start_row = ((image * height + row * block[0]) * between + middle) * columns
+            end = min(across, left + strip)
+            while left < end:
+                # A short block at the end is a panel of its own.
+                whole = min(end, columns // block[1])
+                count = whole - left if left < whole else 1
+                wide = block[1] if left < whole else columns - left * block[1]
+                start, first, run = start_row + left * block[1], band * across + left, count * wide
+                where = (start, stride, high, run)
+                _load_panel(x, half, start, stride, high, run, elements, panel, raw, numbers[3])
+                _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
+                if how[3] == E8M0:
+                    block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
+                elif how[3] == E4M3:
+                    block_rows.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
+                else:
+                    block_rows.fp32_scales(clips, chosen, count, numbers[2])
+                if draws:
+                    block_rows.gather(uint32s(drawn[0], elements), words, *where)
+                _code_panel(panel, chosen, words, high, count, wide, by, expanded, codes, how, numbers)
+                if how[6] != 0:
+                    if draws:
+                        block_rows.gather(uint32s(drawn[1], elements), more, *where)
+                    _choose_finer(panel, more, high, count, wide, space, of_blocks, sums, how, numbers)
+                if how[7]:
+                    block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
+                    _correct(panel, more, high, count, wide, space, of_blocks, sums, numbers)
+                _decode_panel(codes, chosen, numbers[1], high, count, wide, by, expanded, decoded)
+                if values_half:
+                    rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
+                    block_rows.scatter(raw, halves(values, elements), *where)
+                else:
+                    block_rows.scatter(decoded, floats(values, elements), *where)
+                if fields != 0:
+                    block_rows.to_fields(codes[: high * run], coded, how[8], how[9])
+                    block_rows.scatter(coded, uint8s(fields, elements), *where)
+                kept = scales + (4 if how[3] == FP32 else 1) * first
+                block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
+                left += count
+
+
+@driver
+def decode_blocks(elements, fields, scales, values, half, grid, block, kind, table, unit):
+    """The inverse of `encode_blocks`: values from fields, a byte an element, and scales. kind: scale format; table: the
+    address of the code, as float32, of each field."""
+    outer, height, between, columns = grid
+    down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
+    stride, strip = between * columns, max(1, PANEL // block[1])
+    strips = (across + strip - 1) // strip
+    panels = outer * height * between * strips
+    each = max(1, CHUNK // max(1, min(strip, across) * block[1]))
+    codes = floats(table, 256)
+    for task in prange((panels + each - 1) // each):
+        by, expanded = np.empty(strip, np.float32), np.empty(strip * block[1], np.float32)
+        exact = np.empty(strip * block[1], np.float32)
+        for number in range(task * each, min(panels, (task + 1) * each)):
+            band, left = number // strips, number % strips * strip
+            row_of, middle = band // between, band % between
+            image, row = row_of // height, row_of % height
+            count = min(across, left + strip) - left
+            first = ((image * down + row // block[0]) * between + middle) * across + left
+            start = ((image * height + row) * between + middle) * columns + left * block[1]
+            run = min(columns, (left + count) * block[1]) - left * block[1]
+            kept = scales + (4 if kind == FP32 else 1) * first
+            block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
+            block_rows.scale_by(by, unit, count)
+            block_rows.expand(by, expanded, 1, count, block[1])
+            source = uint8s(fields + start, run)
+            out = exact[:run] if half else floats(values + 4 * start, run)
+            for j in range(run):
+                out[j] = codes[source[j]] * expanded[j]
+            if half:
+                rows.round_to_bf16(exact[:run].view(np.int32), halves(values + 2 * start, run))
+

@@ -1,0 +1,160 @@
+"""Blocks on the CPU: the torch side of luqrun.quant.kernels.cpu.block_loops, with the signatures of kernels.blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.formats import Format
+from luqrun.quant.kernels.blocks import counts, scales_of_tensor
+from luqrun.quant.kernels.cpu import block_loops, loops
+from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FP32, MAE, MSE
+from luqrun.quant.kernels.cpu.driver import INT8
+from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC, f32
+from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+from luqrun.quant.kernels.philox import SCALE_SAMPLES
+
+KINDS = {"e8m0": E8M0, "e4m3": E4M3, "fp32": FP32}
+COMPARED = {None: 0, "mse": MSE, "mae": MAE}
+NO_MANTISSA = 64  # larger than any exponent: every spacing is 1
+BYTES = (4, int(False), INT8, int(False))  # loops' form of codes that are 4-bit fields themselves
+
+
+def quantizes_blocks(how: Encoding) -> bool:
+    """Whether the loops have this encoding: blocks of powers of two are left to torch's operations."""
+    return not how.form.logarithmic
+
+
+def encode_blocks(
+    x: Tensor,
+    how: Encoding,
+    grid: Sequence[int],
+    block: tuple[int, int],
+    maximum: Tensor,
+    stream: Tensor,
+    sample: int,
+    dtype: torch.dtype,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See kernels.blocks.encode_blocks."""
+    x, grid = dense(x.detach()), tuple(map(int, grid))
+    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    block = min(block[0], max(grid[1], 1)), min(block[1], max(grid[3], 1))
+    many = math.prod(counts(grid, block))
+    encode_scale, tensor_scale = scales_of_tensor(maximum, how) if how.scale_format == "e4m3" else (_ONE, _ONE)
+    stored = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    values = torch.empty_like(x, dtype=stored)
+    kind = torch.float32 if how.scale_format == "fp32" else torch.uint8
+    scales = torch.empty(many, dtype=kind, device="cpu")
+    fields = torch.empty(x.numel() if packed else 0, dtype=torch.uint8, device="cpu")
+    first = _words(x, stream, sample) if "stochastic" in (how.rounding, how.underflow) else _NONE
+    second = _NONE
+    if how.eden:
+        second = _words(torch.empty(many, device="meta"), stream, SCALE_SAMPLES + sample)
+    elif how.four_over_six and first is not _NONE:
+        second = _words(x, stream, SCALE_SAMPLES + sample)
+    if x.numel():
+        numbers = (*_numbers(how), f32(encode_scale.item()), f32(tensor_scale.item()))
+        drawn = first.data_ptr(), second.data_ptr()
+        halves = int(x.dtype == torch.bfloat16), int(stored == torch.bfloat16)
+        addresses = values.data_ptr(), halves[1], fields.data_ptr() if packed else 0, scales.data_ptr()
+        sizes, side = _merged(grid, block)
+        block_loops.encode_blocks(
+            x.numel(), x.data_ptr(), halves[0], drawn, *addresses, sizes, side, _how(how), numbers
+        )
+    fields = _joined(fields, how.form) if packed else fields
+    return values.to(dtype), fields, scales, (tensor_scale / how.headroom).clone()
+
+
+def decode_blocks(
+    fields: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    how: Encoding,
+    grid: Sequence[int],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """See kernels.blocks.decode_blocks."""
+    stored = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    values = empty(shape, channels_last, stored, fields.device)
+    if values.numel():
+        grid = tuple(map(int, grid))
+        sizes, side = _merged(grid, (min(block[0], grid[1]), min(block[1], grid[3])))
+        flat = fields
+        if how.form.field_bits == 4:
+            flat = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
+            loops.unpack(flat.numel(), fields.data_ptr(), flat.data_ptr(), 0, _FIELDS)
+        half, table = int(stored == torch.bfloat16), _table(how.form)
+        addresses = flat.data_ptr(), scales.data_ptr(), values.data_ptr(), half
+        kind, unit = KINDS[how.scale_format], f32(how.form.unit)
+        block_loops.decode_blocks(values.numel(), *addresses, sizes, side, kind, table.data_ptr(), unit)
+    return values.to(dtype)
+
+
+_ONE = torch.ones((), device="cpu")
+_NONE = torch.zeros(0, dtype=torch.int32, device="cpu")
+_FIELDS = (4, 1, INT8, 0)  # loops' form of fields that are their own codes
+
+
+def _merged(grid: tuple[int, ...], block: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """The same blocks in a grid with longer runs, where blocks of one row do not straddle rows."""
+    if block[0] == 1 and grid[3] % block[1] == 0:
+        return (1, 1, 1, math.prod(grid)), block
+    return grid, block
+
+
+def _words(x: Tensor, stream: Tensor, sample: int) -> Tensor:
+    """Of x's elements, in memory order; int32, with some room at the end."""
+    out = torch.empty((x.numel() + 7) // 4 * 4, dtype=torch.int32, device="cpu")
+    images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
+    if x.numel():
+        block_loops.words(x.numel(), out.data_ptr(), (images, height * width, channels), stream.data_ptr(), sample)
+    return out
+
+
+def _joined(fields: Tensor, form: Format) -> Tensor:
+    """Fields of a byte each as reference.pack has them."""
+    if form.field_bits == 8:
+        return fields
+    packed = torch.empty(form.field_bytes(fields.numel()), dtype=torch.uint8, device="cpu")
+    loops.pack(fields.numel(), fields.data_ptr(), packed.data_ptr(), _FIELDS)
+    return packed
+
+
+@functools.cache
+def _table(form: Format) -> Tensor:
+    """The code of each field, float32 (256,)."""
+    fields = torch.arange(256, dtype=torch.int32, device="cpu") & (2**form.bits - 1)
+    return form.from_fields(fields, torch.tensor(True)).float()
+
+
+@functools.cache
+def _how(how: Encoding) -> tuple[int, ...]:
+    """The `how` of block_loops.encode_blocks."""
+    form, (carry, shift) = how.form, how.exponent_rule
+    rounding = STOCHASTIC if how.rounding == "stochastic" else NEAREST
+    return (
+        form.mantissa_bits or NO_MANTISSA,
+        rounding,
+        int(how.range == "rms"),
+        KINDS[how.scale_format],
+        carry,
+        shift,
+        COMPARED[how.four_over_six],
+        int(how.eden),
+        form.mantissa_bits,
+        form.bits,
+    )
+
+
+@functools.cache
+def _numbers(how: Encoding) -> tuple[f32, ...]:
+    """The first four `numbers` of block_loops.encode_blocks."""
+    return f32(how.form.limit), f32(how.form.unit), f32(how.top), f32(how.headroom)
