@@ -90,7 +90,9 @@ class Encoding:
             limit = form.limit * form.unit
             least, most = limit / 2, limit * 2
         if not least <= self.largest <= most or (form.logarithmic and self.largest != int(self.largest)):
-            raise UserError(f"largest={self.largest} is out of range; allowed with format={form.name}: {least} to {most}")
+            raise UserError(
+                f"largest={self.largest} is out of range; allowed with format={form.name}: {least} to {most}"
+            )
         if form.logarithmic:
             object.__setattr__(self, "largest", int(self.largest))
         if self.largest > limit and "stochastic" in (self.rounding, self.underflow):
@@ -130,11 +132,15 @@ class Encoding:
             )
         for key in ("four_over_six", "eden"):
             if getattr(self, key) and (scale_format != "e4m3" or not form.mantissa_bits):
-                raise UserError(f"{key} is for scale_format=e4m3 and a format such as e2m1, not {scale_format}, {form.name}")
+                raise UserError(
+                    f"{key} is for scale_format=e4m3 and a format such as e2m1, not {scale_format}, {form.name}"
+                )
         if self.four_over_six is not None:
             check_choice("four_over_six", self.four_over_six, ERRORS)
         if self.eden and (self.rounding == "stochastic" or self.four_over_six):
-            raise UserError("eden goes with rounding=nearest and without four_over_six: its draws are those of the scales")
+            raise UserError(
+                "eden goes with rounding=nearest and without four_over_six: its draws are those of the scales"
+            )
 
     def __hash__(self):
         return hash(self.key)  # which Python keeps with the text
@@ -171,7 +177,11 @@ class Encoding:
         found = []
         if self.scale_format == "e8m0" and self.scale_rounding in ("floor", "even", "down") and self.headroom > 0.75:
             found.append(f"scale_rounding={self.scale_rounding} clips the top of a block")
-        if self.scale_format == "e4m3" and not self.eden and self.top * self.headroom > 16 / 17 * self._limit * 1.000001:
+        if (
+            self.scale_format == "e4m3"
+            and not self.eden
+            and self.top * self.headroom > 16 / 17 * self._limit * 1.000001
+        ):
             found.append("an e4m3 scale that is rounded down clips the top of a block (largest: 16/17 of it does not)")
         if self.four_over_six:
             found.append("four_over_six chooses a scale by the data")

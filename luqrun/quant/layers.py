@@ -26,10 +26,11 @@ from luqrun.internals.of_torch import (
     run_while_traced,
 )
 from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
-from luqrun.quant.function import Plan, QuantizedGemm, traced_gemm
+from luqrun.quant.function import QuantizedGemm, traced_gemm
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
 from luqrun.quant.kernels.philox import MICRO_STEP, RANKS, STEP
+from luqrun.quant.plan import Plan
 from luqrun.quant.quantizer import update_hindsight
 from luqrun.quant.recipe import OPERANDS, Recipe
 

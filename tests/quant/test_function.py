@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import luqrun
-from luqrun.quant.function import exponent_counts
 from luqrun.quant.kernels.philox import make_stream, of_gemm
+from luqrun.quant.plan import exponent_counts
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import OPERANDS, Recipe
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from luqrun.bench import run as benchmark
 from luqrun.quant.convert import set_step
-from luqrun.quant.function import Operand, dgrad, fprop, rescale, wgrad
+from luqrun.quant.function import dgrad, fprop, wgrad
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.operands import Operand, rescale
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
 

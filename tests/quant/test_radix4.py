@@ -15,9 +15,9 @@ import luqrun
 from luqrun.errors import UserError
 from luqrun.quant.convert import set_step
 from luqrun.quant.formats import get_format
-from luqrun.quant.function import Plan
 from luqrun.quant.kernels import backend_for, ops, reference
 from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.plan import Plan
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Dgrad, Recipe, Wgrad
 

@@ -170,7 +170,11 @@ class encode_blocks:
     def fake(x, encoding, grid, block, maximum, stream, sample, dtype, packed):
         scales = math.prod(blocks.counts(grid, block))
         kind = torch.float32 if Encoding.of(encoding).scale_format == "fp32" else torch.uint8
-        return *_coded(x, encoding, dtype, packed), x.new_empty(scales, dtype=kind), x.new_empty((), dtype=torch.float32)
+        return (
+            *_coded(x, encoding, dtype, packed),
+            x.new_empty(scales, dtype=kind),
+            x.new_empty((), dtype=torch.float32),
+        )
 
 
 @_operator(

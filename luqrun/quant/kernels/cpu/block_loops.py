@@ -240,4 +240,3 @@ def decode_blocks(elements, fields, scales, values, half, grid, block, kind, tab
                 out[j] = codes[source[j]] * expanded[j]
             if half:
                 rows.round_to_bf16(exact[:run].view(np.int32), halves(values + 2 * start, run))
-

@@ -209,7 +209,9 @@ def inverse_powers(scales, out, count):
         pattern = bits_of(scales[j])
         normal = i32(i32(0x7F000000) - pattern)
         tiny = i32(0x7F000000)  # of 2^-127, a subnormal
-        out[j] = float_of(tiny if pattern < i32(0x00800000) else (i32(0x00400000) if pattern == EXPONENT127 else normal))
+        out[j] = float_of(
+            tiny if pattern < i32(0x00800000) else (i32(0x00400000) if pattern == EXPONENT127 else normal)
+        )
 
 
 @row_loop()
