@@ -82,7 +82,8 @@ class Encoding:
     def _check_largest(self, form: Format) -> None:
         if not form.logarithmic and not form.mantissa_bits:
             raise UserError(
-                f"largest={self.largest} is for logarithmic and floating-point formats; with format={form.name}, omit it"
+                f"largest={self.largest} is for logarithmic formats and floating-point ones; with format={form.name}, "
+                "omit it"
             )
         if form.logarithmic:
             least, limit, most = 1, form.limit, form.limit * form.radix
@@ -91,7 +92,7 @@ class Encoding:
             least, most = limit / 2, limit * 2
         if not least <= self.largest <= most or (form.logarithmic and self.largest != int(self.largest)):
             raise UserError(
-                f"largest={self.largest} is out of range; allowed with format={form.name}: {least} to {most}"
+                f"largest={self.largest} is out of range; allowed with format={form.name}: {least:g} to {most:g}"
             )
         if form.logarithmic:
             object.__setattr__(self, "largest", int(self.largest))
@@ -161,7 +162,7 @@ class Encoding:
 
     @property
     def scale_limit(self) -> float:
-        """The largest e4m3 scale that a block gets: 448, or where a scale may still grow by half (FACTS 2.5, 2.6) 256."""
+        """The largest e4m3 scale that a block gets: 448, or 256 where it may still grow (FACTS 2.5, 2.6)."""
         return 256.0 if self.four_over_six or self.eden else 448.0
 
     @property
@@ -177,19 +178,12 @@ class Encoding:
         found = []
         if self.scale_format == "e8m0" and self.scale_rounding in ("floor", "even", "down") and self.headroom > 0.75:
             found.append(f"scale_rounding={self.scale_rounding} clips the top of a block")
-        if (
-            self.scale_format == "e4m3"
-            and not self.eden
-            and self.top * self.headroom > 16 / 17 * self._limit * 1.000001
-        ):
+        safe = 16 / 17 * self.form.limit * self.form.unit * 1.000001
+        if self.scale_format == "e4m3" and not self.eden and self.top * self.headroom > safe:
             found.append("an e4m3 scale that is rounded down clips the top of a block (largest: 16/17 of it does not)")
         if self.four_over_six:
             found.append("four_over_six chooses a scale by the data")
         return tuple(found)
-
-    @property
-    def _limit(self) -> float:
-        return self.form.limit * self.form.unit
 
     @staticmethod
     def of(key: str) -> Encoding:

@@ -60,7 +60,8 @@ def encode_blocks(
     unless the scales are fp32. fields: with `packed`, the codes as `reference.pack` has them, else empty. scales: flat,
     uint8 (e8m0, e4m3) or float32, in units of the format's own numbers. tensor_scale: 0-dim float32, which values are
     to be multiplied by. maximum: 0-dim float32, max|x|, read for e4m3 alone. stream, sample: see reference.encode; what
-    the scales of eden draw, and the second coding of four over six, are samples from SCALE_SAMPLES on. A NaN or Inf makes its block's scale NaN (of e4m3, the tensor's), and codes 0.
+    the scales of eden draw, and the second coding of four over six, are samples from SCALE_SAMPLES on. A NaN or Inf
+    makes its block's scale NaN (of e4m3, the tensor's), and codes 0.
     """
     x = dense(x.detach()).float()
     x = x * torch.tensor(how.headroom, dtype=torch.float32) if how.headroom != 1 else x

@@ -122,8 +122,8 @@ def _choose_finer(panel, words, high, count, wide, space, of_blocks, sums, how, 
 @row_loop()
 def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
     """EDEN: each scale times <x, x> / <x, Q(x)>, drawn."""
-    codes, others, expanded, decoded = space
-    scales, finer, clips, by = of_blocks
+    codes, _, expanded, decoded = space
+    scales, _, _, by = of_blocks
     _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
     block_rows.scale_by(decoded, numbers[5], high * count * wide)
     block_rows.products(panel, panel, sums[0], high, count, wide)
@@ -214,7 +214,7 @@ def decode_blocks(elements, fields, scales, values, half, grid, block, kind, tab
     address of the code, as float32, of each field."""
     outer, height, between, columns = grid
     down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
-    stride, strip = between * columns, max(1, PANEL // block[1])
+    strip = max(1, PANEL // block[1])
     strips = (across + strip - 1) // strip
     panels = outer * height * between * strips
     each = max(1, CHUNK // max(1, min(strip, across) * block[1]))

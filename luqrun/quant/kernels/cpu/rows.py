@@ -37,16 +37,8 @@ _host = config.CPU_FEATURES is None
 _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_FEATURES).split(",")
 # Without the instruction a fused multiply-add would be a function's call.
 HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
-_LOOPS = (
-    "block_loops",
-    "block_rows",
-    "driver",
-    "encode",
-    "loops",
-    "philox",
-    "quantize",
-    "rows",
-)  # the modules that hold compiled functions
+# The modules that hold compiled functions.
+_LOOPS = ("block_loops", "block_rows", "driver", "encode", "loops", "philox", "quantize", "rows")
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 
 
