@@ -67,8 +67,8 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
     codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
-    a, _ = plan.quantize("activation", activation, plan.fprop.activation, codes)
-    w, _ = plan.quantize("weight", weight, plan.fprop.weight, codes)
+    a, _ = plan.quantize("fprop", "activation", activation, codes)
+    w, _ = plan.quantize("fprop", "weight", weight, codes)
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
 
 
@@ -82,10 +82,8 @@ class QuantizedGemm(torch.autograd.Function):
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
         codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
-        gemms = {"fprop": plan.fprop.activation, "wgrad": plan.wgrad.activation}
-        a, stored_a = plan.quantize_forward("activation", activation, gemms, codes, need_a)
-        gemms = {"fprop": plan.fprop.weight, "dgrad": plan.dgrad.weight}
-        w, stored_w = plan.quantize_forward("weight", weight, gemms, codes, need_w)
+        a, stored_a = plan.quantize_forward("activation", activation, codes, need_a)
+        w, stored_w = plan.quantize_forward("weight", weight, codes, need_w)
         kept = (*(stored_a.tensors if need_a else ()), *(stored_w.tensors if need_w else ()))
         if torch.compiler.is_compiling():  # it makes constants of sizes that no tensor holds
             kept = (*kept, activation.new_empty(()).expand(activation.shape))
@@ -120,10 +118,10 @@ class QuantizedGemm(torch.autograd.Function):
         grad_a = grad_w = None
         if need_w:
             codes = code_dtype(grad_output, int8_dgrad, dtype)
-            w = ctx.stored_w.operand(saved[ctx.split if need_a else 0 :], codes)
+            w = ctx.stored_w.read(ctx.op, saved[ctx.split if need_a else 0 :], codes)
             grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(ctx.a_dtype)
         if need_a:
             codes = code_dtype(grad_output, int8_wgrad, dtype)
-            a = ctx.stored_a._replace(shape=a_shape).operand(saved[: ctx.split], codes)
+            a = ctx.stored_a._replace(shape=a_shape).read(ctx.op, saved[: ctx.split], codes)
             grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
         return grad_a, grad_w, None, None, None

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from luqrun.internals.of_torch import with_shape
 from luqrun.quant import kernels
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
+from luqrun.quant.grids import Grid, Lines, grid_of
 from luqrun.quant.kernels import backend_for, ops
 from luqrun.quant.kernels.cpu import int8
-from luqrun.quant.kernels.layout import empty, is_channels_last
+from luqrun.quant.kernels.layout import dense, empty, is_channels_last
 
 ONE, NONE = (1, 1), (0, 0)
 # Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
@@ -53,9 +55,37 @@ def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
     return ", ".join([kernels.describe(device_type), f"GEMMs in {units}", *exceptions])
 
 
+class _Contractions:
+    """Where the contraction of each GEMM lies in its operands, for blocks and rotations along it.
+
+    laid_out: a tensor in memory that can be read so. lines, grid: of one in this shape and memory format.
+    """
+
+    def grid(self, gemm: str, operand: str, shape: Sequence[int], channels_last: bool, how: Encoding) -> Grid:
+        """Where an encoding's blocks lie in an operand of a GEMM: along its contraction, or as tiles."""
+        if how.tile is not None:
+            return Grid(self._tiled(operand, shape), how.tile)
+        return grid_of(how, self.lines(gemm, operand, shape, channels_last))
+
+
 @dataclass(frozen=True)
-class LinearOp:
+class LinearOp(_Contractions):
     """a (..., in) and w (out, in) -> (..., out). signed, in the integer GEMMs: whether a's or g's codes have a sign."""
+
+    def laid_out(self, x: Tensor, how: Encoding | None) -> Tensor:
+        return x.contiguous()
+
+    def lines(self, gemm: str, operand: str, shape: Sequence[int], channels_last: bool) -> Lines:
+        """Inputs in fprop, outputs in dgrad, and in wgrad the rows of the batch."""
+        rows, features = math.prod(shape[:-1]), shape[-1]
+        return (
+            Lines(1, rows, features)
+            if gemm == "wgrad" or (gemm, operand) == ("dgrad", "weight")
+            else Lines(rows, features, 1)
+        )
+
+    def _tiled(self, operand: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        return 1, math.prod(shape[:-1]), 1, shape[-1]
 
     def fprop(self, a: Tensor, w: Tensor) -> Tensor:
         return F.linear(a, w)
@@ -94,13 +124,40 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ConvOp:
+class ConvOp(_Contractions):
     """a (N, C, H, W) and w (K, C / groups, R, S) -> (N, K, H', W')."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+    def laid_out(self, x: Tensor, how: Encoding | None) -> Tensor:
+        tiled = how is not None and how.tile is not None
+        return x.contiguous(memory_format=torch.channels_last) if tiled else dense(x)
+
+    def lines(self, gemm: str, operand: str, shape: Sequence[int], channels_last: bool) -> Lines:
+        """Input channels in fprop and output channels in dgrad, of a group, at each tap or pixel; in wgrad the images
+        of the batch at each pixel: then every tap sees whole blocks."""
+        first, second, *area = shape
+        pixels, groups = math.prod(area), self.groups
+        if gemm == "wgrad":
+            return Lines(1, first, second * pixels)
+        if operand == "weight":
+            if gemm == "dgrad":
+                return Lines(groups, first // groups, second * pixels)
+            return Lines(first * pixels, second, 1) if channels_last else Lines(first, second, pixels)
+        channels = second // groups
+        if channels_last:
+            return Lines(first * pixels * groups, channels, 1)
+        return Lines(first * groups, channels, pixels)
+
+    def _tiled(self, operand: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """In channels_last memory: output by input channels at each tap, or images by channels at each pixel."""
+        first, second, *area = shape
+        if operand == "weight":
+            return self.groups, first // self.groups, math.prod(area), second
+        return 1, first, math.prod(area) * self.groups, second // self.groups
 
     def fprop(self, a: Tensor, w: Tensor) -> Tensor:
         return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from luqrun.errors import UserError
 from luqrun.quant.encoding import Encoding
 
@@ -40,10 +42,8 @@ class Grid(NamedTuple):
     block: tuple[int, int]
 
 
-def grid_of(how: Encoding, lines: Lines, tiled: tuple[int, int, int, int]) -> Grid:
-    """Where the blocks of an encoding lie: along `lines`, or as tiles in the grid `tiled`."""
-    if how.tile is not None:
-        return Grid(tiled, how.tile)
+def grid_of(how: Encoding, lines: Lines) -> Grid:
+    """Where the blocks of an encoding lie along `lines`."""
     return Grid(lines.grid, (1, how.block) if lines.axis == 3 else (how.block, 1))
 
 
@@ -61,4 +61,12 @@ def grid_of_axis(how: Encoding, shape: Sequence[int], axis: int) -> tuple[Grid, 
         raise UserError(f"axis={axis} is out of range for a tensor of {dims} dimension(s)")
     axis %= dims
     scales = (*shape[:axis], -(-shape[axis] // how.block), *shape[axis + 1 :])
-    return grid_of(how, Lines.along(shape, axis), (0, 0, 0, 0)), scales
+    return grid_of(how, Lines.along(shape, axis)), scales
+
+
+def expanded(scales: Tensor, grid: Grid) -> Tensor:
+    """The scales of a grid's blocks, in their order, for each of its elements: flat, in memory order."""
+    (outer, rows, between, columns), (high, wide) = grid
+    scales = scales.reshape(outer, -(-rows // high), between, -(-columns // wide))
+    scales = scales.repeat_interleave(high, 1)[:, :rows].repeat_interleave(wide, 3)[..., :columns]
+    return scales.reshape(-1)

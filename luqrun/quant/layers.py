@@ -32,7 +32,7 @@ from luqrun.quant.kernels import fuses, ops
 from luqrun.quant.kernels.philox import MICRO_STEP, RANKS, STEP
 from luqrun.quant.plan import Plan
 from luqrun.quant.quantizer import update_hindsight
-from luqrun.quant.recipe import OPERANDS, Recipe
+from luqrun.quant.recipe import GEMMS, OPERANDS, Recipe
 
 
 class QuantLayer(nn.Module):
@@ -117,12 +117,12 @@ class QuantLayer(nn.Module):
         casts = autocast and activation.dtype != torch.float64  # which autocast leaves as it is
         dtype = torch.get_autocast_dtype(device_type) if casts else activation.dtype
         gemm = traced_gemm if torch.jit.is_tracing() else QuantizedGemm.apply
-        output = gemm(activation, weight, op, self._plan(activation, weight), dtype)
+        output = gemm(activation, weight, op, self._plan(op, activation, weight), dtype)
         if bias is None:
             return output
         return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
 
-    def _plan(self, activation: Tensor, weight: Tensor) -> Plan:
+    def _plan(self, op: LinearOp | ConvOp, activation: Tensor, weight: Tensor) -> Plan:
         compiling = torch.compiler.is_compiling()  # a compiled layer has no memory in Python
         wanted = torch.is_grad_enabled() and (activation.requires_grad or weight.requires_grad)
         wanted = wanted and not torch.jit.is_tracing()  # which repeats what it traces, and expects the same
@@ -139,6 +139,7 @@ class QuantLayer(nn.Module):
         if self.finetune:
             dgrad, wgrad = dgrad._replace(gradient=None), wgrad._replace(gradient=None)
         return Plan(
+            op=op,
             fprop=fprop,
             dgrad=dgrad,
             wgrad=wgrad,
@@ -160,6 +161,12 @@ class QuantLayer(nn.Module):
                         f"activation checkpointing cannot repeat {operand}={quantizer}; "
                         "it needs a forward with rounding=nearest and no hindsight range"
                     )
+        for gemm in GEMMS:
+            rotation = getattr(self.recipe, gemm).hadamard
+            if rotation is not None and rotation.signs == "drawn":
+                raise UserError(
+                    f"activation checkpointing cannot repeat quant.{gemm}.signs=drawn; allowed: none, fixed"
+                )
 
     def _streams(self, device: torch.device, wanted: bool, learning: bool) -> dict[str, Tensor]:
         """By operand, the names of this forward's draws."""

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from luqrun.internals.of_torch import is_watched
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
+from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 
 
 class Operand(NamedTuple):
-    """What enters a GEMM: draws of codes whose sum it is (one, but for re-sampling), their scale and signedness; or a
-    high-precision tensor and twice None."""
+    """What enters a GEMM: draws of codes whose sum it is (one, but for re-sampling), their scale and signedness; or
+    codes times the scales of their blocks, and the scale that is left or None; or a high-precision tensor and twice
+    None."""
 
     draws: tuple[Tensor, ...]
     scale: Tensor | None = None
@@ -43,6 +46,11 @@ class Operand(NamedTuple):
             total = total + other.to(dtype)
         return total
 
+    def dequantized(self) -> Tensor:
+        """The values, float32."""
+        total = self.as_float(torch.float32)
+        return total if self.scale is None else total * self.scale
+
 
 def rescale(product: Tensor, *operands: Operand) -> Tensor:
     """A GEMM's result times the scales of its operands: one pass, in place where nobody keeps the product."""
@@ -64,18 +72,40 @@ def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
 
 
 class Stored(NamedTuple):
-    """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; or the tensor itself);
-    the rest says how to read them."""
+    """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; in blocks packed codes,
+    their scales, the tensor's scale; or the tensor itself); the rest says how to read them.
+
+    gemm, operand: whose the blocks are, which says where they lie (`op.grid`).
+    """
 
     tensors: tuple[Tensor, ...]
-    form: Format | None = None
+    encoding: Encoding | None = None
     shape: tuple[int, ...] = ()
     channels_last: bool = False
+    gemm: str = ""
+    operand: str = ""
 
-    def operand(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
+    def read(self, op: LinearOp | ConvOp, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
         """The operand again, its codes as `dtype`, from the tensors that autograd kept."""
-        if self.form is None:
+        how, layout = self.encoding, (self.shape, self.channels_last)
+        if how is None:
             return Operand(tensors[:1])
-        fields, scale, signed = tensors[:3]
-        layout, dtype = (self.shape, self.channels_last), held_by(self.form, dtype)
-        return Operand((ops.unpack(fields, *layout, signed, self.form.name, dtype),), scale, signed)
+        if how.block is None:
+            fields, scale, signed = tensors[:3]
+            codes = ops.unpack(fields, *layout, signed, how.form.name, held_by(how.form, dtype))
+            return Operand((codes,), scale, signed)
+        fields, scales, tensor_scale = tensors[:3]
+        grid = op.grid(self.gemm, self.operand, *layout, how)
+        dtype = held_in_blocks(how, dtype)
+        values = ops.decode_blocks(fields, scales, *layout, how.key, grid.sizes, grid.block, dtype)
+        return Operand((values,), scale_beside(how, tensor_scale))
+
+
+def held_in_blocks(how: Encoding, dtype: torch.dtype) -> torch.dtype:
+    """What codes times their block's scale are held as: dtype, or float32 where that would round them."""
+    return torch.float32 if dtype == torch.int8 or how.scale_format == "fp32" else dtype
+
+
+def scale_beside(how: Encoding, tensor_scale: Tensor) -> Tensor | None:
+    """The scale that is left beside the blocks' own; None where it is 1."""
+    return tensor_scale if how.scale_format == "e4m3" or how.headroom != 1 else None

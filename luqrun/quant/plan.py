@@ -8,19 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
-from luqrun.quant.operands import EXACT, Operand, Stored, held_by
-from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health
+from luqrun.quant.operands import EXACT, Operand, Stored, held_by, held_in_blocks, scale_beside
+from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health, health_of_blocks
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
+from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once
 
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
+SECOND = {"activation": "wgrad", "weight": "dgrad"}  # the GEMM after fprop that takes the operand
 
 
 @dataclass
 class Plan:
-    """What one call of a layer does: the quantizers of its GEMMs (None: high precision), draws and memory.
+    """What one call of a layer does: its GEMMs `op`, the quantizers of their operands (None: high precision), draws
+    and memory.
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
@@ -28,6 +32,7 @@ class Plan:
     those of all processes (Quantizer.measure), for operands that are not the same in all of them.
     """
 
+    op: LinearOp | ConvOp
     fprop: Fprop
     dgrad: Dgrad
     wgrad: Wgrad
@@ -40,64 +45,109 @@ class Plan:
     share: Callable[[Tensor], Tensor] | None = None
 
     def quantize(
-        self, operand: str, x: Tensor, quantizer: Quantizer | None, dtype: torch.dtype, packed: bool = False
+        self,
+        gemm: str,
+        operand: str,
+        x: Tensor,
+        dtype: torch.dtype,
+        packed: bool = False,
+        again: bool = False,
     ) -> tuple[Operand, Stored]:
-        """x as an Operand with one draw of codes of `dtype` (or float32 where that cannot hold them), and as what is
-        kept of it with `packed`, for the first GEMM that quantizes it."""
+        """x as an Operand of a GEMM, with one draw of codes of `dtype` (or float32 where that cannot hold them), and as
+        what is kept of it with `packed`. again: another GEMM has quantized it in another way; then what is drawn is the
+        GEMM's own, and nothing is remembered or told of it."""
+        quantizer = getattr(getattr(self, gemm), operand)
+        x = self._rotated(gemm, operand, x)
         if quantizer is None:
             return Operand((x,)), Stored((x,))
-        first, stored, maximum = self._encode(operand, x, quantizer, self.streams[operand], dtype, packed)
-        if operand in self.hindsight and self.observe is not None and x.numel():
-            self.observe(operand, maximum)
-        if self.health is not None:
-            self.health[operand] = health(x, QuantizedTensor(first.codes, first.scale, first.signed, quantizer.form))
-        return first, stored
-
-    def quantize_once_more(
-        self, gemm: str, operand: str, x: Tensor, quantizer: Quantizer | None, dtype: torch.dtype, packed: bool = False
-    ) -> tuple[Operand, Stored]:
-        """`quantize`, for a second GEMM that does it in another way: with a draw of its own."""
-        if quantizer is None:
-            return Operand((x,)), Stored((x,))
-        stream = self.streams[operand]
-        stream = of_gemm(stream, gemm) if quantizer.is_stochastic else stream
-        return self._encode(operand, x, quantizer, stream, dtype, packed)[:2]
-
-    def _encode(self, operand, x, quantizer, stream, dtype, packed) -> tuple[Operand, Stored, Tensor]:
+        stream = self._stream(gemm, operand, quantizer, again)
         share = None if operand == "weight" else self.share
+        if quantizer.block is not None:
+            return self._quantize_blocks(gemm, operand, x, dtype, packed, again, share)
         dtype = held_by(quantizer.form, dtype)
         codes, scale, signed, fields, maximum = quantizer.run(
             x, stream, self.hindsight.get(operand), dtype, packed, share
         )
-        stored = Stored((fields, scale, signed), quantizer.form, x.shape, is_channels_last(x))
-        return Operand((codes,), scale, signed), stored, maximum
+        if not again and operand in self.hindsight and self.observe is not None and x.numel():
+            self.observe(operand, maximum)
+        if not again and self.health is not None:
+            self.health[operand] = health(x, QuantizedTensor(codes, scale, signed, quantizer.form))
+        stored = Stored((fields, scale, signed), quantizer.encoding, x.shape, is_channels_last(x))
+        return Operand((codes,), scale, signed), stored
 
-    def quantize_forward(
-        self, operand: str, x: Tensor, gemms: dict[str, Quantizer | None], dtype: torch.dtype, keep: bool
-    ) -> tuple[Operand, Stored]:
-        """x for fprop, and with `keep` what the backward pass takes of it for the other of its two `gemms`.
+    def _quantize_blocks(self, gemm, operand, x, dtype, packed, again, share) -> tuple[Operand, Stored]:
+        quantizer = getattr(getattr(self, gemm), operand)
+        stream, how = self._stream(gemm, operand, quantizer, again), quantizer.encoding
+        x = self.op.laid_out(x, how)
+        layout = x.shape, is_channels_last(x)
+        grid = self.op.grid(gemm, operand, *layout, how)
+        found = quantizer.run_blocks(x, stream, grid, held_in_blocks(how, dtype), packed, share)
+        if not again and self.health is not None:
+            self.health[operand] = health_of_blocks(x, found, quantizer, grid)
+        kept = (found.fields, found.scales, found.tensor_scale)
+        scale = scale_beside(how, found.tensor_scale)
+        return Operand((found.values,), scale), Stored(kept, how, *layout, gemm, operand)
+
+    def _stream(self, gemm: str, operand: str, quantizer: Quantizer, again: bool) -> Tensor:
+        stream = self.streams[operand]
+        return of_gemm(stream, gemm) if again and quantizer.is_stochastic else stream
+
+    def _rotation(self, gemm: str) -> Rotation | None:
+        """That of a GEMM of which anything is quantized."""
+        pair = getattr(self, gemm)
+        return pair.hadamard if any(each is not None for each in pair.operands) else None
+
+    def _rotated(self, gemm: str, operand: str, x: Tensor) -> Tensor:
+        rotation = self._rotation(gemm)
+        if rotation is None:
+            return x
+        x = self.op.laid_out(x, None)
+        lines = self.op.lines(gemm, operand, x.shape, is_channels_last(x))
+        return rotate(x, lines, rotation, signs_of(rotation, self.streams["weight"], gemm))
+
+    def _as_in_fprop(self, operand: str, x: Tensor, found: Operand) -> Tensor:
+        """What fprop made of x, in x's own axes."""
+        values, rotation = found.dequantized(), self._rotation("fprop")
+        if rotation is None:
+            return values
+        lines = self.op.lines("fprop", operand, values.shape, is_channels_last(values))
+        return unrotate(values, lines, rotation, signs_of(rotation, self.streams["weight"], "fprop"))
+
+    def _same(self, operand: str, *gemms: str) -> bool:
+        """Whether two GEMMs can share one quantization of a tensor: all but the number of samples is the same."""
+        first, second = (getattr(getattr(self, gemm), operand) for gemm in gemms)
+        if any(self._rotation(gemm) is not None for gemm in gemms):
+            return False
+        if first is None or second is None:
+            return first is second
+        return first.encoding == second.encoding and not second.requantize and first.lies_alike
+
+    def quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
+        """x for fprop, and with `keep` what the backward pass takes of it for its second GEMM.
 
         Where several layers read one activation, the first of them quantizes it for all.
         """
-        first, second = gemms.values()
+        first, second = getattr(self.fprop, operand), getattr(getattr(self, SECOND[operand]), operand)
         alone = self.share is not None or self.health is not None  # what belongs to this layer is done in it
         needed = (first, second) if keep else (first,)
+        rotations = self._rotation("fprop"), self._rotation(SECOND[operand])
+        alone = alone or any(each is not None and each.signs == "drawn" for each in rotations)
         if operand == "activation" and not alone and all(each is not None and each.repeats for each in needed):
-            key = (first, second, dtype, keep)
-            return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, gemms, dtype, keep))
-        return self._quantize_forward(operand, x, gemms, dtype, keep)
+            key = (self.op, first, second, rotations, dtype, keep)
+            return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, dtype, keep))
+        return self._quantize_forward(operand, x, dtype, keep)
 
-    def _quantize_forward(
-        self, operand: str, x: Tensor, gemms: dict[str, Quantizer | None], dtype: torch.dtype, keep: bool
-    ) -> tuple[Operand, Stored]:
-        (_, first), (gemm, second) = gemms.items()
-        same = in_same_codes(first, second)
-        if first is None and second is not None and keep:
-            return Operand((x,)), self.quantize(operand, x, second, dtype, packed=True)[1]
-        other = None
-        if keep and not same:  # before the first, which may change what a hindsight range remembers
-            other = self.quantize_once_more(gemm, operand, x, second, dtype, packed=True)[1]
-        found, stored = self.quantize(operand, x, first, dtype, packed=keep and same)
+    def _quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
+        gemm = SECOND[operand]
+        first, second = getattr(self.fprop, operand), getattr(getattr(self, gemm), operand)
+        same, other = self._same(operand, "fprop", gemm), None
+        requantizes = second is not None and second.requantize and first is not None
+        if keep and not same and not requantizes:  # before the first, which may change what a hindsight range remembers
+            other = self.quantize(gemm, operand, x, dtype, packed=True, again=first is not None)[1]
+        found, stored = self.quantize("fprop", operand, x, dtype, packed=keep and same)
+        if keep and requantizes:
+            exact = self._as_in_fprop(operand, x, found)
+            other = self.quantize(gemm, operand, exact, dtype, packed=True, again=True)[1]
         return found, other or stored
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
@@ -109,24 +159,33 @@ class Plan:
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
         for_dgrad, for_wgrad = self.dgrad.gradient, self.wgrad.gradient
-        apart, other = for_dgrad is not None and not in_same_codes(for_dgrad, for_wgrad), None
-        if apart:  # before the first, which may change what a hindsight range remembers
-            other, _ = self.quantize_once_more("wgrad", "gradient", g, for_wgrad, dtype)
-        one, _ = self.quantize("gradient", g, for_dgrad or for_wgrad, dtype)
-        if apart:
-            return self._average(g, for_dgrad, one), self._average(g, for_wgrad, other, "wgrad")
-        if in_same_codes(for_dgrad, for_wgrad):
-            first = self._average(g, for_dgrad, one)
+        if self._same("gradient", "dgrad", "wgrad"):
+            one, _ = self.quantize("dgrad", "gradient", g, dtype)
+            first = self._average("dgrad", g, one)
             alike = for_dgrad is None or for_dgrad.samples == for_wgrad.samples
-            return first, first if alike else self._average(g, for_wgrad, one)
-        return Operand((g,)), self._average(g, for_wgrad, one)
+            return first, first if alike else self._average("wgrad", g, one)
+        # wgrad before dgrad, which may change what a hindsight range remembers
+        again = for_dgrad is not None
+        other, _ = self.quantize("wgrad", "gradient", g, dtype, again=again)
+        one, _ = self.quantize("dgrad", "gradient", g, dtype)
+        return self._average("dgrad", g, one), self._average("wgrad", g, other, again)
 
-    def _average(self, g: Tensor, quantizer: Quantizer | None, one: Operand, gemm: str | None = None) -> Operand:
-        """`one` and the further samples of the quantizer; gemm: whose draws are its own."""
+    def _average(self, gemm: str, g: Tensor, one: Operand, again: bool = False) -> Operand:
+        """`one` and the further samples of the quantizer. again: as in `quantize`."""
+        quantizer = getattr(self, gemm).gradient
         if quantizer is None or quantizer.samples == 1:
             return one
         (total,), scale, signed = one
-        stream = self.streams["gradient"] if gemm is None else of_gemm(self.streams["gradient"], gemm)
+        stream = self._stream(gemm, "gradient", quantizer, again)
+        g = self._rotated(gemm, "gradient", g)
+        if quantizer.block is not None:
+            g = self.op.laid_out(g, quantizer.encoding)
+            grid = self.op.grid(gemm, "gradient", g.shape, is_channels_last(g), quantizer.encoding)
+            total = total.to(torch.float32, copy=True)
+            for sample in range(1, quantizer.samples):
+                total += quantizer.run_blocks(g, stream, grid, torch.float32, share=self.share, sample=sample).values
+            scale = total.new_ones(()) if scale is None else scale
+            return Operand((total,), scale / quantizer.samples)
         limit = quantizer.samples * max(quantizer.form.limit, quantizer.form.unsigned_limit)
         further = (
             quantizer.encode(g, scale, signed, stream, sample, total.dtype) for sample in range(1, quantizer.samples)
@@ -139,13 +198,6 @@ class Plan:
                 total += codes
             draws = (total,)
         return Operand(draws, scale / quantizer.samples, signed)
-
-
-def in_same_codes(first: Quantizer | None, second: Quantizer | None) -> bool:
-    """Whether two GEMMs can share one quantization of a tensor: all but the number of samples is the same."""
-    if first is None or second is None:
-        return first is second
-    return first.encoding == second.encoding
 
 
 def exponent_counts(x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from luqrun.errors import UserError, check_at_least, check_at_most
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, Format, pack, unpack
-from luqrun.quant.grids import Grid, grid_of_axis
+from luqrun.quant.grids import Grid, expanded, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
+from luqrun.quant.kernels.layout import in_memory_order
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.scale_formats import from_bytes, to_bytes
 
@@ -53,10 +54,7 @@ class QuantizedTensor:
         """The values, in `dtype`."""
         if self.grid is None:
             return (self.codes.float() * self.scale).to(dtype)
-        (outer, rows, between, columns), (high, wide) = self.grid
-        scales = self.scale.reshape(outer, -(-rows // high), between, -(-columns // wide))
-        scales = scales.repeat_interleave(high, 1)[:, :rows].repeat_interleave(wide, 3)[..., :columns]
-        values = self.codes.float() * scales.reshape(self.codes.shape)
+        values = self.codes.float() * expanded(self.scale, self.grid).view(self.codes.shape)
         return (values * self.tensor_scale).to(dtype)
 
     def packed(self) -> Tensor:
@@ -145,6 +143,11 @@ class Quantizer:
     @property
     def is_stochastic(self) -> bool:
         return self.encoding.is_stochastic
+
+    @property
+    def lies_alike(self) -> bool:
+        """Whether a tensor gets the same codes for each GEMM: blocks of one axis lie along the contraction."""
+        return self.block is None or self.encoding.tile is not None
 
     def __str__(self):
         parts = [self.format, self.range, self.rounding]
@@ -301,13 +304,24 @@ def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
 
     Clipped: beyond the largest code. Underflow: of the non-zero elements, those that became zero.
     """
-    x = x.detach().double()  # squares of tiny and huge gradients leave float32
-    codes, scale = quantized.codes, quantized.scale.double()
     limit = torch.where(quantized.signed, quantized.form.limit, quantized.form.unsigned_limit)
-    clipped = (x.abs() > scale * limit * (1 + 1e-6)).float().mean()
+    return _health(x, quantized.codes.double() * quantized.scale.double(), quantized.scale.double() * limit)
+
+
+def health_of_blocks(x: Tensor, blocks: Blocks, quantizer: Quantizer, grid: Grid) -> Tensor:
+    """`health` of what was quantized in the blocks of a grid."""
+    scales = from_bytes(blocks.scales, quantizer.scale_format).double() * blocks.tensor_scale.double()
+    most = expanded(scales * quantizer.form.limit * quantizer.form.unit, grid)
+    flat = in_memory_order(x.detach()).reshape(-1)
+    return _health(flat, in_memory_order(blocks.values).reshape(-1).double() * blocks.tensor_scale.double(), most)
+
+
+def _health(x: Tensor, values: Tensor, most: Tensor) -> Tensor:
+    x = x.detach().double()  # squares of tiny and huge gradients leave float32
+    clipped = (x.abs() > most * (1 + 1e-6)).float().mean()
     nonzero = x != 0
-    underflow = ((codes == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
-    error = (codes.double() * scale - x).norm() / x.norm().clamp(min=SMALLEST)
+    underflow = ((values == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
+    error = (values - x).norm() / x.norm().clamp(min=SMALLEST)
     return torch.stack([clipped, underflow, error.float()])
 
 

@@ -9,9 +9,11 @@ from typing import NamedTuple
 from luqrun.errors import UserError, check_choice
 from luqrun.quant.formats import Format
 from luqrun.quant.quantizer import Quantizer, quantizer
+from luqrun.quant.rotation import Rotation
 
 OPERANDS = ("weight", "activation", "gradient")
 OF_GRADIENTS = ("samples", "samples_scope", "redraw_every")  # keys that other operands do not have
+MAY_REQUANTIZE = ("quant.dgrad.weight", "quant.wgrad.activation")  # what the backward pass takes of fprop's operands
 SAMPLES_SCOPES = ("wgrad", "both")
 SKIP = ("first", "last", "shortcut")
 
@@ -21,6 +23,11 @@ class Fprop(NamedTuple):
 
     activation: Quantizer | None = None
     weight: Quantizer | None = None
+    hadamard: Rotation | None = None
+
+    @property
+    def operands(self) -> tuple[Quantizer | None, ...]:
+        return self[:2]
 
 
 class Dgrad(NamedTuple):
@@ -28,6 +35,11 @@ class Dgrad(NamedTuple):
 
     gradient: Quantizer | None = None
     weight: Quantizer | None = None
+    hadamard: Rotation | None = None
+
+    @property
+    def operands(self) -> tuple[Quantizer | None, ...]:
+        return self[:2]
 
 
 class Wgrad(NamedTuple):
@@ -35,9 +47,16 @@ class Wgrad(NamedTuple):
 
     gradient: Quantizer | None = None
     activation: Quantizer | None = None
+    hadamard: Rotation | None = None
+
+    @property
+    def operands(self) -> tuple[Quantizer | None, ...]:
+        return self[:2]
 
 
 GEMMS = {"fprop": Fprop, "dgrad": Dgrad, "wgrad": Wgrad}
+OPERANDS_OF = {gemm: pair._fields[:2] for gemm, pair in GEMMS.items()}
+OF_ROTATIONS = ("hadamard", "signs")  # keys of a GEMM beside its operands
 HIGH_PRECISION = Fprop(), Dgrad(), Wgrad()
 
 
@@ -66,9 +85,22 @@ class Recipe:
                     raise UserError(
                         f"quant.{operand}.{key} must be the same in all GEMMs of the {operand}, not {sorted(values)}"
                     )
+        self._check_rotations()
         # No field: what each forward asks for.
         redraw_every = max((each.redraw_every for each in self.quantizers("gradient")), default=1)
         object.__setattr__(self, "redraw_every", redraw_every)
+
+    def _check_rotations(self) -> None:
+        """Raise UserError for a range from earlier steps of what is rotated in one GEMM and not in another."""
+        for gemm, operands in OPERANDS_OF.items():
+            pair = getattr(self, gemm)
+            for operand in operands if pair.hadamard is not None else ():
+                found = getattr(pair, operand)
+                if found is not None and found.range == "hindsight":
+                    raise UserError(
+                        f"quant.{gemm}.hadamard does not go with range=hindsight of its {operand}, which is of the "
+                        "tensor before it; allowed: other ranges"
+                    )
 
     @classmethod
     def of(
@@ -96,7 +128,8 @@ class Recipe:
 
         name, skip. weight, activation, gradient: the keys of a quantizer for all the operand's GEMMs, or None; of these
         `samples` is for wgrad alone, unless samples_scope=both. fprop, dgrad, wgrad: by operand, what differs in that
-        GEMM: keys to change (None: unchanged), a whole quantizer where there is a `format`, or None: high precision.
+        GEMM: keys to change (None: unchanged), a whole quantizer where there is a `format`, or None: high precision;
+        and hadamard and signs, a rotation of both operands (luqrun.quant.rotation).
         """
         known = ("name", *OPERANDS, *GEMMS, "skip")
         for key in keys:
@@ -114,18 +147,20 @@ class Recipe:
         gemms = {}
         for gemm, pair in GEMMS.items():
             changes = _part(f"quant.{gemm}", keys.get(gemm, {}))
+            allowed = (*OPERANDS_OF[gemm], *OF_ROTATIONS)
             for key in changes or ():
-                if key not in pair._fields:
-                    raise UserError(f"quant.{gemm}.{key} is not a key; allowed: {', '.join(pair._fields)}")
-            changes = dict.fromkeys(pair._fields) if changes is None else changes
-            made = (_of_gemm(gemm, operand, plain[operand], changes.get(operand, {})) for operand in pair._fields)
-            gemms[gemm] = pair(*made)
+                if key not in allowed:
+                    raise UserError(f"quant.{gemm}.{key} is not a key; allowed: {', '.join(allowed)}")
+            changes = dict.fromkeys(OPERANDS_OF[gemm]) if changes is None else changes
+            made = [_of_gemm(gemm, each, plain[each], changes.get(each, {})) for each in OPERANDS_OF[gemm]]
+            rotation = Rotation.from_keys(f"quant.{gemm}", changes.get("hadamard"), changes.get("signs"))
+            gemms[gemm] = pair(*made, rotation)
         _check_samples(plain["gradient"], keys, gemms)
         return cls(name=keys.get("name", "unnamed"), skip=tuple(skip), **gemms)
 
     def quantizers(self, operand: str) -> list[Quantizer]:
         """Those of an operand, in the order of its GEMMs."""
-        pairs = (pair for pair in (self.fprop, self.dgrad, self.wgrad) if operand in pair._fields)
+        pairs = (getattr(self, gemm) for gemm, operands in OPERANDS_OF.items() if operand in operands)
         return [each for each in (getattr(pair, operand) for pair in pairs) if each is not None]
 
     @property
@@ -153,7 +188,8 @@ class Recipe:
     @property
     def has_stochastic_forward(self) -> bool:
         """Whether fprop quantizes with draws."""
-        return any(each is not None and each.is_stochastic for each in self.fprop)
+        drawn = self.fprop.hadamard is not None and self.fprop.hadamard.signs == "drawn"
+        return drawn or any(each is not None and each.is_stochastic for each in self.fprop.operands)
 
     @property
     def quantizes(self) -> bool:
@@ -161,10 +197,12 @@ class Recipe:
         return any(self.quantizers(operand) for operand in OPERANDS)
 
     def __str__(self):
-        return ", ".join(f"{operand}={self._shown(operand)}" for operand in OPERANDS)
+        parts = [f"{operand}={self._shown(operand)}" for operand in OPERANDS]
+        rotations = {gemm: getattr(self, gemm).hadamard for gemm in GEMMS}
+        return ", ".join([*parts, *(f"{gemm}={each}" for gemm, each in rotations.items() if each is not None)])
 
     def _shown(self, operand: str) -> str:
-        pairs = {name: getattr(self, name) for name in GEMMS if operand in GEMMS[name]._fields}
+        pairs = {name: getattr(self, name) for name, operands in OPERANDS_OF.items() if operand in operands}
         found = {name: str(getattr(pair, operand) or "high precision") for name, pair in pairs.items()}
         first, *others = found.items()
         return " ".join([first[1], *(f"({name}: {shown})" for name, shown in others if shown != first[1])])
@@ -211,6 +249,8 @@ def _build(key: str, operand: str, keys: Mapping) -> Quantizer:
         if name in keys:
             raise UserError(f"{key}.{name} is not a key: only gradients have one, quant.gradient.{name}")
     keys.pop("samples_scope", None)
+    if keys.get("requantize") and key not in MAY_REQUANTIZE:
+        raise UserError(f"{key}.requantize is not allowed; it is for {' and '.join(MAY_REQUANTIZE)}")
     try:
         return quantizer(**keys)
     except UserError as error:

@@ -19,7 +19,7 @@ ROUNDS = 10
 MASK32 = 0xFFFFFFFF
 
 STREAM_FIELDS = ("seed", "layer", "operand", "step", "micro_step", "rank")
-LAYER, STEP, MICRO_STEP, RANK = (STREAM_FIELDS.index(name) for name in ("layer", "step", "micro_step", "rank"))
+LAYER, OPERAND, STEP, MICRO_STEP, RANK = map(STREAM_FIELDS.index, STREAM_FIELDS[1:])
 EVALUATION_STEP = 2**32 - 1
 RANKS = 2**14  # processes, at most
 GEMM_NUMBERS = {"fprop": 1, "dgrad": 2, "wgrad": 3}
