@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luqrun.errors import UserError
 
@@ -93,7 +93,13 @@ class OperandConfig:
     underflow: str | None = None
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
-    largest: int | None = None
+    largest: int | float | None = None
+    block: Any = None  # an integer, or a list of two
+    scale_format: str | None = None
+    scale_rounding: str | None = None
+    four_over_six: str | None = None
+    headroom: float | None = None
+    eden: bool | None = None
 
 
 @dataclass
@@ -115,7 +121,14 @@ class OperandChanges:
     underflow: str | None = None
     pow2_scale: bool | None = None
     hindsight_momentum: float | None = None
-    largest: int | None = None
+    largest: int | float | None = None
+    block: Any = None
+    scale_format: str | None = None
+    scale_rounding: str | None = None
+    four_over_six: str | None = None
+    headroom: float | None = None
+    eden: bool | None = None
+    requantize: bool | None = None
 
 
 @dataclass
@@ -126,10 +139,12 @@ class GradientChanges(OperandChanges):
 
 @dataclass
 class FpropConfig:
-    """Operands of the output's GEMM (null: high precision)."""
+    """Operands of the output's GEMM (null: high precision), and a rotation of both (luqrun.quant.rotation)."""
 
     activation: OperandChanges | None = field(default_factory=OperandChanges)
     weight: OperandChanges | None = field(default_factory=OperandChanges)
+    hadamard: int | None = None
+    signs: str | None = None
 
 
 @dataclass
@@ -138,6 +153,8 @@ class DgradConfig:
 
     gradient: GradientChanges | None = field(default_factory=GradientChanges)
     weight: OperandChanges | None = field(default_factory=OperandChanges)
+    hadamard: int | None = None
+    signs: str | None = None
 
 
 @dataclass
@@ -146,6 +163,8 @@ class WgradConfig:
 
     gradient: GradientChanges | None = field(default_factory=GradientChanges)
     activation: OperandChanges | None = field(default_factory=OperandChanges)
+    hadamard: int | None = None
+    signs: str | None = None
 
 
 @dataclass

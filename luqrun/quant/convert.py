@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import numbers
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -37,6 +38,7 @@ TWINS = {
     nn.MultiheadAttention: QuantMultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
 }
+LAST_SHARE = re.compile(r"last (\d{1,2})%")
 SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution
 
 
@@ -56,7 +58,7 @@ def quantize_model(
     network for text it is the first one. torch.fx traces the forward for it (and the modules' attributes are
     restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
-    which.
+    which. `last 15%` is that share of the layers, the last in the order in which they are registered.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no
@@ -154,11 +156,14 @@ def _skipped(
             log.info("skip: %s is %s (%s)", entry, ", ".join(matched) or "no layer", ends.how)
         elif entry == "shortcut":
             matched = [name for name in names if fnmatchcase(name, SHORTCUT)]
+        elif share := LAST_SHARE.fullmatch(entry):
+            matched = names[len(names) - round(len(names) * int(share[1]) / 100) :]
+            log.info("skip: %s is %s", entry, ", ".join(matched) or "no layer")
         else:
             matched = [name for name in (*names, *others) if fnmatchcase(name, entry)]
             if not matched:
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                allowed = f"first, last, shortcut, or patterns of {shown}"
+                allowed = f"first, last, shortcut, last N%, or patterns of {shown}"
                 raise UserError(f"skip: {entry!r} (quant.skip) matches no layer; allowed: {allowed}")
         left.update(matched)
     return left

@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass, fields
 
 from luqrun.errors import UserError, check_choice
-from luqrun.quant.formats import SAWB, Format, get_format
+from luqrun.quant.formats import SAWB, XI, Format, get_format
 from luqrun.quant.scale_formats import SCALE_FORMATS, SCALE_ROUNDINGS, exponent_rule
 
-RANGES = ("absmax", "sawb", "hindsight", "rms")
-ROUNDINGS = ("nearest", "stochastic")
+RANGES = ("absmax", "sawb", "hindsight", "rms", "signed_max")
+ROUNDINGS = ("nearest", "stochastic", "stochastic_log")
 UNDERFLOWS = ("flush", "nearest", "stochastic")
 ERRORS = ("mse", "mae")  # by which four over six chooses
 OF_BLOCKS = ("scale_format", "scale_rounding", "four_over_six", "eden")  # keys that need a block
@@ -21,8 +21,9 @@ class Encoding:
     """The numbers that one quantization gives, but for its draw.
 
     format: see luqrun.quant.formats. range: absmax (the largest code is max|x|, Eq. 11), sawb (integer formats),
-    hindsight (Eq. 18), or for blocks rms (2.92247856 times the root of the mean square: QuEST, in Quartet). rounding:
-    nearest or stochastic. underflow, below the smallest power of two of a logarithmic format: flush, nearest or
+    hindsight (Eq. 18), signed_max (max x, as the paper's own code has it), or for blocks rms (2.92247856 times the root
+    of the mean square: QuEST, in Quartet). rounding: nearest, stochastic, or of e3m0_xi stochastic_log (in the logarithm,
+    as the code of Xi et al. 2023 has it: biased). underflow, below the smallest power of two of a logarithmic format: flush, nearest or
     stochastic (default: as `rounding`; None for other formats). pow2_scale: the scale is rounded up to a power of two
     (A.7). largest: the value on which the range ends (None: the largest there is); in a logarithmic format a code, and
     with one beyond the largest the scale is finer and the top of the range is clipped.
@@ -55,9 +56,12 @@ class Encoding:
         check_choice("range", self.range, RANGES)
         check_choice("rounding", self.rounding, ROUNDINGS)
         form = get_format(self.format)
+        if (form.name == XI) != (self.rounding == "stochastic_log"):
+            raise UserError(f"rounding=stochastic_log is for format={XI}, and {XI} for it")
         if self.underflow is None:
             if form.logarithmic:
-                object.__setattr__(self, "underflow", self.rounding)
+                default = "nearest" if self.rounding == "nearest" else "stochastic"
+                object.__setattr__(self, "underflow", default)
         elif not form.logarithmic:
             raise UserError(f"underflow={self.underflow} is for logarithmic formats; with format={form.name}, omit it")
         else:
@@ -114,12 +118,12 @@ class Encoding:
 
     def _check_blocks(self, form: Format) -> None:
         object.__setattr__(self, "block", _checked_block(self.block))
-        if self.range in ("sawb", "hindsight"):
+        if self.range in ("sawb", "hindsight", "signed_max"):
             raise UserError(f"range={self.range} is of a whole tensor; allowed with block={self.block}: absmax, rms")
         if self.pow2_scale:
             raise UserError("pow2_scale is of a whole tensor's scale; with block, use scale_format=e8m0")
-        if form.radix != 2:
-            raise UserError(f"format={form.name} has no blocks; allowed with block={self.block}: formats of radix 2")
+        if form.radix != 2 or form.name == XI:
+            raise UserError(f"format={form.name} has no blocks; allowed with block={self.block}: e2m1, int4, e3m0, ...")
         scale_format = self.scale_format or "e8m0"
         check_choice("scale_format", scale_format, SCALE_FORMATS)
         object.__setattr__(self, "scale_format", scale_format)
@@ -148,7 +152,7 @@ class Encoding:
 
     @property
     def is_stochastic(self) -> bool:
-        return "stochastic" in (self.rounding, self.underflow) or self.eden
+        return self.rounding != "nearest" or self.underflow == "stochastic" or self.eden
 
     @property
     def tile(self) -> tuple[int, int] | None:
@@ -173,9 +177,13 @@ class Encoding:
     @property
     def biases(self) -> tuple[str, ...]:
         """Why the stochastic codes are biased by design; empty where they are not."""
-        if not self.is_stochastic or self.block is None:
-            return ()
         found = []
+        if self.rounding == "stochastic_log":
+            found.append("rounding=stochastic_log shrinks by about a tenth")
+        if self.range == "signed_max" and self.is_stochastic:
+            found.append("range=signed_max clips negative elements beyond the largest positive one")
+        if self.block is None or not self.is_stochastic:
+            return tuple(found)
         if self.scale_format == "e8m0" and self.scale_rounding in ("floor", "even", "down") and self.headroom > 0.75:
             found.append(f"scale_rounding={self.scale_rounding} clips the top of a block")
         safe = 16 / 17 * self.form.limit * self.form.unit * 1.000001

@@ -129,6 +129,9 @@ def _float(exponent_bits: int, mantissa_bits: int) -> Format:
 
 # The reference code's grid of 8 magnitudes and zero (divisor 2^7): 17 signed values, which need five bits.
 _REFERENCE_E3M0 = Format("e3m0_div128", 5, True, 2**7, 2**7)
+# The grid of the code of Xi et al. (2023): half the smallest level of 2^-8 of the maximum, and ten magnitudes.
+XI = "e3m0_xi"
+_XI = Format(XI, 5, True, 2**9, 2**9)
 # Radix 4, as in Ultra-low (Sun et al., 2020): 1, 4, ..., 4^6.
 _RADIX4_E3M0 = Format("e3m0_radix4", 4, True, 4**6, 4**6, radix=4)
 
@@ -140,6 +143,7 @@ FORMATS = {
         *[_float(*widths) for widths in [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 2), (2, 3)]],
         _REFERENCE_E3M0,
         _RADIX4_E3M0,
+        _XI,
     ]
 }
 

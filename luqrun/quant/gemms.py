@@ -17,7 +17,6 @@ from torch import Tensor
 from luqrun.internals.of_torch import with_shape
 from luqrun.quant import kernels
 from luqrun.quant.encoding import Encoding
-from luqrun.quant.formats import Format
 from luqrun.quant.grids import Grid, Lines, grid_of
 from luqrun.quant.kernels import backend_for, ops
 from luqrun.quant.kernels.cpu import int8
@@ -41,18 +40,20 @@ def use_int8(device_type: str) -> bool:
     return _int8_devices[device_type]
 
 
-def describe(device_type: str, forms: Iterable[Format] = ()) -> str:
+def describe(device_type: str, encodings: Iterable[Encoding] = ()) -> str:
     """What the log and run.json say: the kernels that serve this device type, the units that multiply codes, and
-    which of `forms` have others."""
+    which of `encodings` have others."""
     units, exceptions = "floating point", []
     if use_int8(device_type):
         units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
-    for form in dict.fromkeys(forms):
-        if not kernels.has_kernels(form):
-            exceptions.append(f"{form.name} quantized in torch operations")
-        if use_int8(device_type) and form.code_dtype != torch.int8:
-            exceptions.append(f"GEMMs with {form.name} in floating point")
-    return ", ".join([kernels.describe(device_type), f"GEMMs in {units}", *exceptions])
+    for how in encodings:
+        name, blocks = how.form.name, how.block is not None
+        known = kernels.has_block_kernels(device_type, how) if blocks else kernels.has_kernels(how.form, how.rounding)
+        if not known:
+            exceptions.append(f"{name} quantized in torch operations")
+        if use_int8(device_type) and (blocks or how.form.code_dtype != torch.int8):
+            exceptions.append(f"GEMMs with {name} in floating point")
+    return ", ".join([kernels.describe(device_type), f"GEMMs in {units}", *dict.fromkeys(exceptions)])
 
 
 class _Contractions:

@@ -23,7 +23,14 @@ from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.scale_formats import from_bytes, to_bytes
 
 MAX_SAMPLES = 64
-WORDS = {str: "a name", int: "an integer", float: "a number", bool: "true or false", tuple: "a list of two"}
+WORDS = {
+    str: "a name",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a tuple",
+    list: "a list of two",
+}
 
 SMALLEST = 2.0**-149  # the smallest positive float32
 
@@ -179,6 +186,8 @@ class Quantizer:
         statistics = ops.statistics(x, self.range == "sawb")
         largest, negative, sum1, sum2 = (statistics if share is None else share(statistics)).unbind()
         maximum = clip = largest.float()
+        if self.range == "signed_max" and x.numel():
+            clip = x.amax().float().clamp(min=0)
         if self.range == "sawb":
             c1, c2 = self.encoding.sawb
             count = max(x.numel(), 1)
@@ -242,7 +251,8 @@ class Quantizer:
         hindsight, share: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
         x = x.detach()
-        if fuses(x.device.type) and has_kernels(self.form) and self.largest is None and share is None:
+        plain = self.largest is None and self.range != "signed_max" and share is None
+        if plain and fuses(x.device.type) and has_kernels(self.form, self.rounding):
             return Encoded(*ops.quantize(x, self.encoding.key, hindsight, stream, dtype, packed))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from luqrun.errors import UserError, check_choice
-from luqrun.quant.formats import Format
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.quantizer import Quantizer, quantizer
 from luqrun.quant.rotation import Rotation
 
@@ -181,9 +181,19 @@ class Recipe:
         return (found[-1] if same else found[0]) if found else None
 
     @property
-    def forms(self) -> list[Format]:
-        """The formats that occur, each once."""
-        return list(dict.fromkeys(each.form for operand in OPERANDS for each in self.quantizers(operand)))
+    def encodings(self) -> list[Encoding]:
+        """Those that occur, each once."""
+        return list(dict.fromkeys(each.encoding for operand in OPERANDS for each in self.quantizers(operand)))
+
+    @property
+    def caveats(self) -> list[str]:
+        """What leaves four bits, or its unbiasedness by design: a line an operand."""
+        found = []
+        for operand in OPERANDS:
+            for each in self.quantizers(operand):
+                wide = [f"{each.format} takes {each.form.bits} bits"] if 4 < each.form.bits < 8 else []
+                found += [f"{operand}: {text}" for text in (*wide, *each.encoding.biases)]
+        return list(dict.fromkeys(found))
 
     @property
     def has_stochastic_forward(self) -> bool:
@@ -244,7 +254,7 @@ def _check_samples(plain: Mapping | None, keys: Mapping, gemms: Mapping) -> None
 
 
 def _build(key: str, operand: str, keys: Mapping) -> Quantizer:
-    keys = dict(keys)
+    keys = {name: value for name, value in keys.items() if value is not None}
     for name in OF_GRADIENTS if operand != "gradient" else ():
         if name in keys:
             raise UserError(f"{key}.{name} is not a key: only gradients have one, quant.gradient.{name}")

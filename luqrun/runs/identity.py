@@ -39,6 +39,11 @@ OPTIONAL = {
     "model": ("dropout",),
     "schedule": ("warmup_steps", "beta2", "average"),
 }
+# Those of quantizers and GEMMs, at whatever depth.
+OPTIONAL_OF_QUANT = (
+    *("block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize"),
+    *("hadamard", "signs"),
+)
 KIND = "job"  # the key that says whether a run trains or measures
 MAX_NAME = 200  # bytes; file systems take 255
 SHOWN = 3  # runs that are named
@@ -76,6 +81,7 @@ def deciding_settings(config: Config | dict) -> dict:
     A dict is a config read from a file, of which any part may be missing or damaged.
     """
     config = config if isinstance(config, dict) else asdict(config)
+    config = {**config, "quant": _without_unused(config.get("quant"))} if "quant" in config else config
     if config.get(KIND) == "rounding":  # nothing is trained
         return {name: config.get(name) for name in (KIND, "quant", "seed")}
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
@@ -97,6 +103,14 @@ def deciding_settings(config: Config | dict) -> dict:
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
     return values
+
+
+def _without_unused(quant: object) -> object:
+    """The `quant` part without the optional keys that are null."""
+    if not isinstance(quant, dict):
+        return quant
+    used = {key: value for key, value in quant.items() if value is not None or key not in OPTIONAL_OF_QUANT}
+    return {key: _without_unused(value) for key, value in used.items()}
 
 
 def _whole_path(root) -> object:

@@ -40,6 +40,8 @@ def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> N
     if quantized:
         skipped = ", ".join(config.quant.skip) or "none"
         log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
+    for caveat in recipe.caveats:
+        log.warning("quant=%s: %s", config.quant.name, caveat)
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup >= steps:
         what = f"schedule.warmup_steps={warmup} is not less than the {steps} steps of the schedule"

@@ -98,7 +98,7 @@ class Trainer:
         for name, text in self.task.artifacts().items():
             folder.keep(name, text)
         self.recipe = Recipe.from_config(config.quant)
-        self.kernels = gemms.describe(device.type, self.recipe.forms)
+        self.kernels = gemms.describe(device.type, self.recipe.encodings)
         self.model = setup.build(config, self.recipe, self.task, device)
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)

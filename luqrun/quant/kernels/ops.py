@@ -63,8 +63,8 @@ def _is_plain(argument: object) -> bool:
     return all(map(_is_plain, argument)) if isinstance(argument, (list, tuple)) else True
 
 
-def _backend(x: Tensor, form: Format):
-    return backend_for(x.device.type) if has_kernels(form) else reference
+def _backend(x: Tensor, form: Format, rounding: str = "nearest"):
+    return backend_for(x.device.type) if has_kernels(form, rounding) else reference
 
 
 def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class encode:
 
     def run(x, scale, signed, encoding, stream, sample, dtype, packed=False, observe=False):
         how = Encoding.of(encoding)
-        return _backend(x, how.form).encode(x, scale, signed, how, stream, sample, dtype, packed, observe)
+        return _backend(x, how.form, how.rounding).encode(x, scale, signed, how, stream, sample, dtype, packed, observe)
 
     def fake(x, scale, signed, encoding, stream, sample, dtype, packed=False, observe=False):
         return *_coded(x, encoding, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)

@@ -117,6 +117,8 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
 
 def log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
     """|x| / scale >= 0 to 0 or a power of the radix, by arithmetic on the float32 bit pattern."""
+    if how.rounding == "stochastic_log":
+        return _rounded_in_the_logarithm(ratio, draws)
     bits = ratio.contiguous().view(torch.int32)
     if how.form.radix == 4:
         # The exponent's lowest bit is odd for even powers (its bias is 127): the power of four below.
@@ -133,6 +135,16 @@ def log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:
     else:
         below = (ratio >= 0.5).float() if how.underflow == "nearest" else torch.zeros_like(ratio)
     return torch.where(ratio >= 1, power, below)
+
+
+def _rounded_in_the_logarithm(ratio: Tensor, draws: Tensor) -> Tensor:
+    """As the code of Xi et al. (2023) has it (FACTS 8.1): alpha is code 2, below it code 0 or 2 without bias; above,
+    log2(|x| / alpha) + 1 plus noise from -1/2 to 1/2 and the constant ln(4/3) - 1/2, to the nearest integer."""
+    alphas = ratio / 2
+    position = alphas.clamp(min=1).log2() + 1 + (draws.float() / 2.0**32 - 0.5) + (math.log(4 / 3) - 0.5)
+    above = torch.exp2(position.round().clamp(0, 9))
+    below = ((draws >> 1) < (alphas * 2.0**31).to(torch.int64)).float() * 2
+    return torch.where(alphas >= 1, above, below)
 
 
 def float_magnitude(ratio: Tensor, form: Format, rounding: str, draws: Tensor | None) -> Tensor:
