@@ -93,7 +93,7 @@ class OperandConfig:
     underflow: str | None = None
     pow2_scale: bool = False
     hindsight_momentum: float = 0.1
-    largest: int | float | None = None
+    largest: Any = None  # an integer or a number
     block: Any = None  # an integer, or a list of two
     scale_format: str | None = None
     scale_rounding: str | None = None
@@ -121,7 +121,7 @@ class OperandChanges:
     underflow: str | None = None
     pow2_scale: bool | None = None
     hindsight_momentum: float | None = None
-    largest: int | float | None = None
+    largest: Any = None  # an integer or a number
     block: Any = None
     scale_format: str | None = None
     scale_rounding: str | None = None

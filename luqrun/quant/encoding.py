@@ -22,17 +22,19 @@ class Encoding:
 
     format: see luqrun.quant.formats. range: absmax (the largest code is max|x|, Eq. 11), sawb (integer formats),
     hindsight (Eq. 18), signed_max (max x, as the paper's own code has it), or for blocks rms (2.92247856 times the root
-    of the mean square: QuEST, in Quartet). rounding: nearest, stochastic, or of e3m0_xi stochastic_log (in the logarithm,
-    as the code of Xi et al. 2023 has it: biased). underflow, below the smallest power of two of a logarithmic format: flush, nearest or
-    stochastic (default: as `rounding`; None for other formats). pow2_scale: the scale is rounded up to a power of two
-    (A.7). largest: the value on which the range ends (None: the largest there is); in a logarithmic format a code, and
-    with one beyond the largest the scale is finer and the top of the range is clipped.
+    of the mean square: QuEST, in Quartet). rounding: nearest, stochastic, or of e3m0_xi stochastic_log (in the
+    logarithm, as the code of Xi et al. 2023 has it: biased). underflow, below the smallest power of two of a
+    logarithmic format: flush, nearest or stochastic (default: as `rounding`; None for other formats). pow2_scale: the
+    scale is rounded up to a power of two (A.7). largest: the value on which the range ends (None: the largest there
+    is); in a logarithmic format a code, and with one beyond the largest the scale is finer and the top of the range is
+    clipped.
 
     block: how many elements along the contraction share a scale, or [a, b], a tile of two axes; None: one scale for
     the tensor. scale_format: of the blocks' scales, e8m0 (powers of two), e4m3 with a float32 scale of the tensor on
     top, or fp32. scale_rounding: of e8m0's exponent, floor, rceil, ceil, even or down (scale_formats.exponent_rule).
     four_over_six: mse or mae, by which error a block's maximum lands on `largest` or on two thirds of it (Cook et al.,
-    2025). headroom: what x is multiplied by first, and its scale divided by (3/4: Tseng et al., 2025). eden: the
+    2025). headroom: what elements are multiplied by once their scale is known, and the values divided by
+    (3/4: Tseng et al., 2025). eden: the
     block's scale is corrected to leave no bias along the block, and rounded stochastically (MS-EDEN, in Quartet II).
 
     Raises UserError for what does not go together. `key` is all of it as text, which torch's operators can take;

@@ -64,13 +64,13 @@ def encode_blocks(
     makes its block's scale NaN (of e4m3, the tensor's), and codes 0.
     """
     x = dense(x.detach()).float()
-    x = x * torch.tensor(how.headroom, dtype=torch.float32) if how.headroom != 1 else x
     draws = finer_draws = None
     if "stochastic" in (how.rounding, how.underflow):
         draws = _draws(x, stream, sample, grid, block)
         finer_draws = _draws(x, stream, SCALE_SAMPLES + sample, grid, block) if how.four_over_six else None
     blocks = _gather(in_memory_order(x), grid, block)
     clip = _clip(blocks, how, grid, block)
+    blocks = blocks * torch.tensor(how.headroom, dtype=torch.float32) if how.headroom != 1 else blocks
     if how.scale_format == "e4m3":
         stored, codes, tensor_scale = _with_tensor_scale(blocks, clip, how, maximum, draws, finer_draws)
         codes = _valid(codes, stored)
@@ -223,7 +223,6 @@ def _with_tensor_scale(
 
 def scales_of_tensor(maximum: Tensor, how: Encoding) -> tuple[Tensor, Tensor]:
     """(what blocks' scales are multiplied by to reach e4m3's range, its inverse): 0-dim float32, of 0-dim max|x|."""
-    maximum = maximum * torch.tensor(how.headroom, dtype=torch.float32)
     encode_scale = torch.tensor(how.top, dtype=torch.float32) * how.scale_limit / maximum
     encode_scale = torch.where(maximum > 0, encode_scale.clamp(max=FLOAT32_MAX), torch.ones_like(maximum))
     encode_scale = torch.where(maximum.isfinite(), encode_scale, torch.nan)

@@ -49,15 +49,13 @@ def words(elements, out, layout, stream, sample):
 
 
 @row_loop()
-def _load_panel(x, half, start, stride, high, run, elements, panel, raw, headroom):
-    """`high` runs of memory, a stride apart, into the panel, times headroom."""
+def _load_panel(x, half, start, stride, high, run, elements, panel, raw):
+    """`high` runs of memory, a stride apart, into the panel."""
     if half:
         block_rows.gather(halves(x, elements), raw, start, stride, high, run)
         block_rows.patterns(raw, panel.view(np.int32), high * run)
     else:
         block_rows.gather(floats(x, elements), panel, start, stride, high, run)
-    if headroom != f32(1):
-        block_rows.scale_by(panel, headroom, high * run)
 
 
 @row_loop()
@@ -176,8 +174,10 @@ def encode_blocks(elements, x, half, drawn, values, values_half, fields, scales,
                 wide = block[1] if left < whole else columns - left * block[1]
                 start, first, run = start_row + left * block[1], band * across + left, count * wide
                 where = (start, stride, high, run)
-                _load_panel(x, half, start, stride, high, run, elements, panel, raw, numbers[3])
+                _load_panel(x, half, start, stride, high, run, elements, panel, raw)
                 _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
+                if numbers[3] != f32(1):
+                    block_rows.scale_by(panel, numbers[3], high * run)
                 if how[3] == E8M0:
                     block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
                 elif how[3] == E4M3:
