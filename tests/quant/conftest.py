@@ -1,0 +1,17 @@
+"""The backends of the kernels, each in its turn."""
+
+import pytest
+
+from luqrun.quant import kernels
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The name of the backend that quantizes in this test, whatever was chosen before."""
+    monkeypatch.setenv("LUQRUN_KERNELS", request.param)
+    monkeypatch.setattr(kernels, "_fuses", {})
+    kernels.backend_for.cache_clear()
+    yield request.param
+    kernels.backend_for.cache_clear()
