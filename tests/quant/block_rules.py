@@ -227,10 +227,10 @@ def decoded(codes, stored, decode, form):
 
 def four_or_six(x, target, decode, form, error, words=None, words_of_four=None):
     """(codes, stored scales): of the scale that puts the maximum on 6 and the one that puts it on 4, each block takes
-    what errs less, and at a tie the first. Both are drawn with the same words, unless the second has its own."""
+    what errs less, and at a tie the first. Each is drawn with words of its own."""
     six, four = e4m3(target), e4m3(np.float32(1.5) * target)
     codes_six = code_e4m3(x, six, decode, form, words)
-    codes_four = code_e4m3(x, four, decode, form, words if words_of_four is None else words_of_four)
+    codes_four = code_e4m3(x, four, decode, form, words_of_four)
     error_six, error_four = (
         in_order(ERRORS[error](np.float64(decoded(codes, stored, decode, form) - x)))
         for codes, stored in ((codes_six, six), (codes_four, four))
@@ -311,7 +311,8 @@ def quantize(
         decode = np.float32(1) / encode
         target = clip / limit * encode
         if four_over_six:
-            codes, stored = four_or_six(rows, target, decode, form, four_over_six, words)
+            more = None if words is None else np.append(words_of(seed, SCALE_SAMPLES + sample, x.size), 0)[places]
+            codes, stored = four_or_six(rows, target, decode, form, four_over_six, words, more)
         else:
             stored = e4m3(target)
             codes = code_e4m3(rows, stored, decode, form, words)
@@ -322,8 +323,8 @@ def quantize(
         scale_bytes = np.uint8(np.where(bad, 0x7F, np.searchsorted(E4M3, stored / E4M3_UNIT)))
     scale = np.where(bad, np.float32(np.nan), scale)
     tensor_scale = np.float32(np.nan) if all_bad else decode / headroom
-    with np.errstate(over="ignore"):
-        values = np.float32(codes * np.float64(scale)[:, None] * np.float64(tensor_scale))
+    with np.errstate(over="ignore", invalid="ignore"):  # the first product is exact but for fp32
+        values = np.float32(codes) * scale[:, None] * tensor_scale
 
     def in_place(of_rows, dtype):
         flat = np.zeros(x.size, dtype)
