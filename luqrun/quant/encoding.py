@@ -58,8 +58,8 @@ class Encoding:
         check_choice("range", self.range, RANGES)
         check_choice("rounding", self.rounding, ROUNDINGS)
         form = get_format(self.format)
-        if (form.name == XI) != (self.rounding == "stochastic_log"):
-            raise UserError(f"rounding=stochastic_log is for format={XI}, and {XI} for it")
+        if self.rounding == "stochastic_log" and form.name != XI:
+            raise UserError(f"rounding=stochastic_log is for format={XI}; with format={form.name}, use stochastic")
         if self.underflow is None:
             if form.logarithmic:
                 default = "nearest" if self.rounding == "nearest" else "stochastic"
