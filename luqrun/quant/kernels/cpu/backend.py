@@ -18,7 +18,7 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
-from luqrun.quant.kernels.cpu import blocks, driver, loops
+from luqrun.quant.kernels.cpu import blocks, driver, loops, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 from luqrun.quant.kernels.layout import dense, empty, is_channels_last
@@ -36,6 +36,7 @@ _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
+hadamard = rotation.hadamard
 
 
 def describe() -> str:

@@ -1,0 +1,105 @@
+"""Hadamard rotations on the CPU: compiled loops (numba), with the sums of luqrun.quant.kernels.blocks.hadamard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
+from luqrun.quant.kernels.cpu.rows import f32, row_loop, u64
+from luqrun.quant.kernels.layout import dense
+
+COLUMNS = 64  # that are rotated together where a group lies across rows
+
+
+@row_loop()
+def _stage(x, y, half):
+    """Sums of neighbours, then their differences: after log2(size) such stages the order is the first one again."""
+    for j in range(u64(half)):
+        first, second = x[u64(2) * j], x[u64(2) * j + u64(1)]
+        y[j] = first + second
+        y[u64(half) + j] = first - second
+
+
+@row_loop()
+def _rotate_group(x, out, start, size, stages, signs, factor, one, other):
+    for j in range(u64(size)):
+        one[j] = x[u64(start) + j] * signs[j]
+    for stage in range(stages):
+        if stage % 2 == 0:
+            _stage(one, other, size // 2)
+        else:
+            _stage(other, one, size // 2)
+    found = one if stages % 2 == 0 else other
+    for j in range(u64(size)):
+        out[u64(start) + j] = found[j] * factor
+
+
+@row_loop()
+def _rotate_rows(x, out, start, stride, count, size, signs, factor, panel):
+    """`size` rows, a stride apart, of `count` columns."""
+    for i in range(u64(size)):
+        at = u64(start) + i * u64(stride)
+        for j in range(u64(count)):
+            panel[i * u64(count) + j] = x[at + j] * signs[i]
+    span = u64(1)
+    while span < u64(size):
+        for pair in range(u64(size) // u64(2)):
+            first = (pair // span * u64(2) * span + pair % span) * u64(count)
+            second = first + span * u64(count)
+            for j in range(u64(count)):
+                one, other = panel[first + j], panel[second + j]
+                panel[first + j] = one + other
+                panel[second + j] = one - other
+        span = span * u64(2)
+    for i in range(u64(size)):
+        at = u64(start) + i * u64(stride)
+        for j in range(u64(count)):
+            out[at + j] = panel[i * u64(count) + j] * factor
+
+
+@driver
+def rotate(elements, x, out, outer, length, inner, size, stages, signs, factor):
+    """out (float32) is x with groups of `size` along the middle of (outer, length, inner) rotated; x, out and signs are
+    addresses. What is left over at the end of the axis is copied."""
+    source, target, sign = floats(x, elements), floats(out, elements), floats(signs, size)
+    groups = length // size
+    if inner == 1:
+        each = max(1, CHUNK // max(1, length))
+        for task in prange((outer + each - 1) // each):
+            one, other = np.empty(size, np.float32), np.empty(size, np.float32)
+            for line in range(task * each, min(outer, (task + 1) * each)):
+                for group in range(groups):
+                    start = line * length + group * size
+                    _rotate_group(source, target, start, size, stages, sign, factor, one, other)
+                for at in range(line * length + groups * size, (line + 1) * length):
+                    target[at] = source[at]
+        return
+    strips = (inner + COLUMNS - 1) // COLUMNS
+    for task in prange(outer * strips):
+        panel, line, first = np.empty(size * COLUMNS, np.float32), task // strips, task % strips * COLUMNS
+        count = min(COLUMNS, inner - first)
+        for group in range(groups):
+            start = (line * length + group * size) * inner + first
+            _rotate_rows(source, target, start, inner, count, size, sign, factor, panel)
+        for row in range(groups * size, length):
+            at = (line * length + row) * inner + first
+            target[at : at + count] = source[at : at + count]
+
+
+def hadamard(x: Tensor, grid: Sequence[int], axis: int, size: int, signs: Tensor | None) -> Tensor:
+    """See kernels.blocks.hadamard."""
+    x, sizes = dense(x.detach()).float(), tuple(map(int, grid))
+    out = torch.empty_like(x)
+    signs = torch.ones(size, device="cpu") if signs is None else signs.contiguous()
+    if x.numel():
+        lines = math.prod(sizes[:axis]), sizes[axis], math.prod(sizes[axis + 1 :])
+        factor = f32(torch.tensor(size**-0.5, dtype=torch.float32).item())
+        stages = size.bit_length() - 1
+        rotate(x.numel(), x.data_ptr(), out.data_ptr(), *lines, size, stages, signs.data_ptr(), factor)
+    return out
