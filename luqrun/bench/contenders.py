@@ -20,6 +20,7 @@ from luqrun.quant.convert import quantize_model
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import get_format
 from luqrun.quant.function import code_dtype
+from luqrun.quant.grids import Lines, grid_of
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
@@ -28,6 +29,14 @@ from luqrun.train.schedules import build_optimizer
 E3M0 = Quantizer("e3m0", "absmax", "stochastic")
 E3M0_HINDSIGHT = Quantizer("e3m0", "hindsight", "stochastic")
 INT4 = Quantizer("int4", "sawb", "nearest")
+BLOCKS = {
+    "mxfp4": {"block": 32},
+    "mxfp4 stochastic": {"block": 32, "rounding": "stochastic"},
+    "nvfp4": {"block": 16, "scale_format": "e4m3"},
+    "nvfp4 stochastic": {"block": 16, "scale_format": "e4m3", "rounding": "stochastic"},
+    "nvfp4 four over six": {"block": 16, "scale_format": "e4m3", "four_over_six": "mse"},
+    "nvfp4 eden": {"block": 16, "scale_format": "e4m3", "eden": True},
+}
 SGD = ScheduleConfig(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
@@ -127,6 +136,23 @@ def encoders(x: Tensor) -> tuple[list[Contender], dict[str, int]]:
     return contenders, moved
 
 
+def block_encoders(x: Tensor) -> list[Contender]:
+    """Contenders that quantize x (2-d, float32) in blocks along its last axis, and keep the codes; beside a clone."""
+    stream = make_stream(1).to(x.device)
+    lines = Lines.along(x.shape, 1)
+
+    def run(quantize: Quantizer) -> Callable:
+        grid = grid_of(quantize.encoding, lines)
+        return lambda: quantize.run_blocks(x, stream, grid, x.dtype, packed=True)
+
+    found = [Contender(name, run(Quantizer("e2m1", **keys))) for name, keys in BLOCKS.items()]
+    found += [
+        Contender(f"hadamard {size}", lambda size=size: ops.hadamard(x, lines.grid, lines.axis, size, None))
+        for size in (16, 128)
+    ]
+    return [Contender("clone", lambda: x.clone()), *found]
+
+
 def layer_passes(layer: nn.Module, x: Tensor) -> list[Contender]:
     """Forward and backward passes of a float32 layer on x, in each precision; bf16 ones have x and gradient in bf16."""
     device_type, recipes = x.device.type, recipe("luq", skip=())
@@ -159,7 +185,7 @@ def layer_passes(layer: nn.Module, x: Tensor) -> list[Contender]:
 class Training:
     """A network with its optimizer and one batch; calling it does a training step.
 
-    scheme: plain (unquantized), luq or formulas; half: bf16 autocast; within: entered around each step.
+    scheme: plain (unquantized), formulas, or a recipe; half: bf16 autocast; within: entered around each step.
     """
 
     def __init__(
@@ -174,10 +200,10 @@ class Training:
         torch.manual_seed(0)
         self.device, self.half, self.within = device, half, within
         self.workload, model = workload, workload.network()
-        if scheme == "luq":
-            model = quantize_model(model, recipe("luq"), example=workload.example())
-        elif scheme == "formulas":
+        if scheme == "formulas":
             model = formula_model(model, recipe("luq"))
+        elif scheme != "plain":
+            model = quantize_model(model, recipe(scheme), example=workload.example())
         self.model = model.to(device, memory_format=torch.channels_last)
         self.network = torch.compile(self.model) if compiled else self.model
         self.optimizer = build_optimizer(self.model, SGD)

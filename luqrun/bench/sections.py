@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from luqrun.bench.contenders import Training, encoders, layer_passes, steps
+from luqrun.bench.contenders import Training, block_encoders, encoders, layer_passes, steps
 from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
@@ -54,6 +54,11 @@ MODELS = {
     "cpu": ("resnet8", "resnet18", "resnext8", "mobilenet_tiny", "vit_tiny", *TEXT),
     "cuda": ("resnet50", "vit_b_16"),
 }
+FORMAT_MODELS = ("resnet18", "vit_tiny")
+SCHEMES = (
+    *("luq", "mxfp4", "mxfp4_rht_sr", "tetrajet", "quartet"),
+    *("nvfp4", "nvfp4_nvidia", "nvfp4_46", "quartet2", "fp4_all_the_way"),
+)
 MEMORY_MODELS = {"cpu": ("resnet18",), "cuda": ("resnet50", "vit_b_16")}
 EAGER = ("fp32", "bf16", "luq fp32", "luq bf16")
 EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny", *TEXT)  # measured briefly
@@ -251,7 +256,23 @@ def _memory_ratios(peaks: dict, kept: dict, resident: dict) -> list[dict]:
     return ratios
 
 
-SECTIONS = {"encode": encode, "layer": layer, "gemm": gemm, "step": step, "memory": memory}
+def formats(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Iterator[Case]:
+    """Quantizers in blocks against a clone, and a training step of every scheme against fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(sizes.elements[device.type] // 1024, 1024, device=device)
+    timings = interleave(block_encoders(x), sizes.rounds["encode"] // 2, device, calls=2, settle=1)
+    names = [name for name in timings.rounds if name != "clone"]
+    yield "encode", {"elements": x.numel(), **timings.as_record()}, _ratios(timings, [(n, "clone") for n in names])
+    for model in _chosen(FORMAT_MODELS, models):
+        workload = _workload(model, sizes)
+        schemes = {"fp32": "plain", **{scheme: scheme for scheme in SCHEMES}}
+        contenders = [Contender(name, Training(workload, device, each, False)) for name, each in schemes.items()]
+        timings = interleave(contenders, sizes.rounds["step"] // 2, device, settle=1)
+        record = {"workload": _described(workload), **timings.as_record()}
+        yield model, record, _ratios(timings, [(name, "fp32") for name in SCHEMES])
+
+
+SECTIONS = {"encode": encode, "layer": layer, "gemm": gemm, "step": step, "memory": memory, "formats": formats}
 
 
 def _chosen(known: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
