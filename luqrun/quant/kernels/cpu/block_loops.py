@@ -59,6 +59,16 @@ def _load_panel(x, half, start, stride, high, run, elements, panel, raw):
 
 
 @row_loop()
+def _draw_panel(words, spare, start, stride, high, run, name):
+    """The random words of `high` runs of memory whose elements are numbered as they lie there."""
+    for r in range(high):
+        first = start + r * stride
+        groups = (first + run + 3) // 4 - first // 4
+        fill_words(spare, first // 4, groups, name)
+        block_rows.gather(spare.view(np.uint32), words[r * run : (r + 1) * run], first % 4, 0, 1, run)
+
+
+@row_loop()
 def _code_panel(panel, scales, words, high, count, wide, by, expanded, out, how, numbers):
     """The codes of a panel by its blocks' scales."""
     size = high * count * wide
@@ -133,11 +143,14 @@ def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
 
 
 @driver
-def encode_blocks(elements, x, half, drawn, values, values_half, fields, scales, grid, block, how, numbers):
+def encode_blocks(
+    elements, x, half, drawn, stream, sample, values, values_half, fields, scales, grid, block, how, numbers
+):
     """Codes times scales, fields and scales of a tensor.
 
     x, values, scales: addresses; fields: of a byte an element, or 0. half, values_half: bf16 or not. drawn: addresses
-    of words of the elements, and of those that the second coding of four over six, or eden, draws; or 0. how: mantissa
+    of the elements' words (0: they are numbered as they lie in memory, and drawn here by stream, an address, and
+    sample), and of those that the second coding of four over six, or eden, draws; or 0. how: mantissa
     (of integers: too large for any exponent), rounding, whether the range is rms, scale format, carry and shift of its
     exponent, what four over six compares, eden, mantissa and bits of the fields. numbers (float32): the largest code,
     unit, top, headroom, and of e4m3 the encode scale and the tensor's scale.
@@ -154,6 +167,7 @@ def encode_blocks(elements, x, half, drawn, values, values_half, fields, scales,
     for task in prange((panels + each - 1) // each):
         panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
         words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
+        spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
         codes, others = np.empty(size, np.float32), np.empty(size, np.float32)
         expanded, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
         chosen, finer = np.empty(strip, np.float32), np.empty(strip, np.float32)
@@ -184,8 +198,10 @@ def encode_blocks(elements, x, half, drawn, values, values_half, fields, scales,
                     block_rows.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
                 else:
                     block_rows.fp32_scales(clips, chosen, count, numbers[2])
-                if draws:
+                if draws and drawn[0] != 0:
                     block_rows.gather(uint32s(drawn[0], elements), words, *where)
+                elif draws:
+                    _draw_panel(words, spare, *where, name)
                 _code_panel(panel, chosen, words, high, count, wide, by, expanded, codes, how, numbers)
                 if how[6] != 0:
                     if draws:

@@ -21,6 +21,20 @@ SMALLEST = i32(-127)  # the exponent of e8m0's smallest scale
 
 
 @row_loop()
+def _largest(bits, at, count):
+    largest = i32(0)
+    for c in range(count):
+        largest = max(largest, i32(bits[at + c] & MAGNITUDE))
+    return largest
+
+
+@row_loop()
+def _fill(out, at, count, value):
+    for c in range(count):
+        out[at + c] = value
+
+
+@row_loop()
 def maxima(bits, found, high, count, wide):
     """found[j]: the bit pattern of block j's max|x|; NaN comes out above Inf."""
     found[:count] = 0
@@ -29,10 +43,13 @@ def maxima(bits, found, high, count, wide):
             if wide == 1:
                 found[j] = max(found[j], i32(bits[r * u64(count) + j] & MAGNITUDE))
             else:
-                largest, at = found[j], (r * u64(count) + j) * u64(wide)
-                for c in range(u64(wide)):
-                    largest = max(largest, i32(bits[at + c] & MAGNITUDE))
-                found[j] = largest
+                at = (r * u64(count) + j) * u64(wide)
+                if wide == 16:  # a number of turns that is known makes a vector of them
+                    found[j] = max(found[j], _largest(bits, at, u64(16)))
+                elif wide == 32:
+                    found[j] = max(found[j], _largest(bits, at, u64(32)))
+                else:
+                    found[j] = max(found[j], _largest(bits, at, u64(wide)))
 
 
 @row_loop()
@@ -141,9 +158,13 @@ def expand(of_blocks, out, high, count, wide):
             if wide == 1:
                 out[r * u64(count) + j] = of_blocks[j]
             else:
-                value, at = of_blocks[j], (r * u64(count) + j) * u64(wide)
-                for c in range(u64(wide)):
-                    out[at + c] = value
+                at = (r * u64(count) + j) * u64(wide)
+                if wide == 16:
+                    _fill(out, at, u64(16), of_blocks[j])
+                elif wide == 32:
+                    _fill(out, at, u64(32), of_blocks[j])
+                else:
+                    _fill(out, at, u64(wide), of_blocks[j])
 
 
 @row_loop()

@@ -52,20 +52,21 @@ def encode_blocks(
     kind = torch.float32 if how.scale_format == "fp32" else torch.uint8
     scales = torch.empty(many, dtype=kind, device="cpu")
     fields = torch.empty(x.numel() if packed else 0, dtype=torch.uint8, device="cpu")
-    first = _words(x, stream, sample) if "stochastic" in (how.rounding, how.underflow) else _NONE
-    second = _NONE
+    draws, first, second = how.rounding == "stochastic", _NONE, _NONE
+    if draws and is_channels_last(x):
+        first = _words(x, stream, sample)
     if how.eden:
         second = _words(torch.empty(many, device="meta"), stream, SCALE_SAMPLES + sample)
-    elif how.four_over_six and first is not _NONE:
+    elif how.four_over_six and draws:
         second = _words(x, stream, SCALE_SAMPLES + sample)
     if x.numel():
         numbers = (*_numbers(how), f32(encode_scale.item()), f32(tensor_scale.item()))
-        drawn = first.data_ptr(), second.data_ptr()
+        drawn, names = (first.data_ptr(), second.data_ptr()), (stream.data_ptr(), sample)
         halves = int(x.dtype == torch.bfloat16), int(stored == torch.bfloat16)
         addresses = values.data_ptr(), halves[1], fields.data_ptr() if packed else 0, scales.data_ptr()
         sizes, side = _merged(grid, block)
         block_loops.encode_blocks(
-            x.numel(), x.data_ptr(), halves[0], drawn, *addresses, sizes, side, _how(how), numbers
+            x.numel(), x.data_ptr(), halves[0], drawn, *names, *addresses, sizes, side, _how(how), numbers
         )
     fields = _joined(fields, how.form) if packed else fields
     return values.to(dtype), fields, scales, (tensor_scale / how.headroom).clone()
