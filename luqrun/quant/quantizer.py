@@ -6,7 +6,7 @@ Immutable and without state: what a hindsight range remembers is a tensor that t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -63,6 +63,12 @@ class QuantizedTensor:
             return (self.codes.float() * self.scale).to(dtype)
         values = self.codes.float() * expanded(self.scale, self.grid).view(self.codes.shape)
         return (values * self.tensor_scale).to(dtype)
+
+    def most(self, shape: Sequence[int]) -> Tensor:
+        """The largest magnitude that each element's scale has a code for, float32, broadcastable to `shape`."""
+        if self.grid is None:
+            return self.scale * torch.where(self.signed, self.form.limit, self.form.unsigned_limit)
+        return expanded(self.scale * self.form.limit * self.tensor_scale, self.grid).view(tuple(shape))
 
     def packed(self) -> Tensor:
         """The codes in row-major order at form.bits bits each: uint8, ceil(numel * bits / 8) bytes (formats.pack)."""

@@ -87,6 +87,15 @@ CLAIMS = (
     *_samples(),
     _above("options", "hindsight costs at most 1 point", "luq_hindsight", "luq", margin=-1.0),
     _above("options", "power-of-two scales cost at most 1 point", "luq_pow2", "luq", margin=-1.0),
+    # Of others' papers (FACTS 0.6, 2.3 to 2.6), on our networks.
+    _beside("formats", "NVFP4 is above MXFP4, both to nearest", "nvfp4", "mxfp4"),
+    _beside("formats", "an unbiased MXFP4 backward is above one to nearest", "tetrajet", "mxfp4"),
+    _beside("formats", "NVIDIA's recipe is above plain NVFP4", "nvfp4_nvidia", "nvfp4"),
+    _beside("formats", "four over six is not worse than NVIDIA's recipe", "nvfp4_46", "nvfp4_nvidia", strict=False),
+    _beside("formats", "Quartet II is above NVIDIA's recipe", "quartet2", "nvfp4_nvidia"),
+    _beside("formats", "the best of NVFP4 is above LUQ", "quartet2", "luq"),
+    _beside("replications", "LUQ is above the LUQ that Xi et al. coded", "luq", "luq_xi"),
+    _beside("replications", "LUQ is not worse than its own supplement", "luq", "luq_supplement", strict=False),
 )
 
 

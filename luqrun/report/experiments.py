@@ -24,6 +24,8 @@ TITLES = {
     "table6": "Table 6: only the forward, only the backward, both",
     "fig5": "Fig. 5: samples of 2-bit gradients",
     "options": "Options: hindsight, power-of-two scales, re-used random numbers",
+    "formats": "Formats: today's 4-bit schemes beside LUQ",
+    "replications": "Replications: LUQ as others have coded it",
 }
 ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings
 # What a table's cells are compared with: (row, column), where None stands for the cell's own.
@@ -36,6 +38,8 @@ BASELINES = {
     "table6": (None, "fp32"),
     "fig5": ("forward_only", None),
     "options": ("luq", None),
+    "formats": (None, "fp32"),
+    "replications": (None, "fp32"),
 }
 # A table's rows for text are experiments of their own where their data lie elsewhere: table2/small_translation.
 PARTS = ("", "_translation", "_question_answering")
