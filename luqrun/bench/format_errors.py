@@ -54,9 +54,9 @@ ROTATED = ("int4, sawb", "e3m0, LUQ", "mxfp4, floor", "nvfp4", "nvfp4, MS-EDEN")
 @dataclass(frozen=True)
 class Errors:
     """Of one tensor and quantizer. mse: of the mean square, 1e-3. gain: <x, Q(x)> / <x, x>, 1 where nothing shrinks.
-    z: of the mean error towards larger magnitudes over the draws, in standard deviations; None where no element is drawn
-    (of MS-EDEN the scales are: it is unbiased over the rotations before it, and on the average of a block).
-    clipped: the share beyond the largest value of its scale. bits: of an element, scales included."""
+    z: of the mean error towards larger magnitudes over the draws, in standard deviations; None where no element is
+    drawn (of MS-EDEN the scales are: it is unbiased over the rotations before it). clipped: the share beyond the
+    largest value of its scale. bits: of an element, scales included."""
 
     tensor: str
     quantizer: str
