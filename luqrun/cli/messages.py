@@ -48,9 +48,14 @@ def _message(error: BaseException) -> str:
         return f"{found[1]}={found[2]} needs the extra {extra}: pip install 'luqrun[{extra}]'"
     if found := re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
-        group = conf_dir() / found[1]
-        options = options or sorted(str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml"))
-        return f"{found[1]}={found[2]} is not known; allowed: {', '.join(options)}"
+        group, (folder, _, name) = conf_dir() / found[1], found[2].rpartition("/")
+        known = sorted(str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml"))
+        inside = [each for each in known if folder and each.startswith(f"{folder}/")]
+        options = inside or options or known
+        # An experiment asks for the data and the schedule of a model.
+        of_model = inside and (conf_dir() / f"model/{name}.yaml").is_file()
+        why = f": there is none for model={name}" if of_model else ""
+        return f"{found[1]}={found[2]} is not known{why}; allowed: {', '.join(options)}"
     if isinstance(error, OSError):
         return _about_files(error)
     if isinstance(error, OverrideParseException):
