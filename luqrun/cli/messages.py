@@ -19,7 +19,7 @@ from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.cli.overrides import in_quotes, unreadable
-from luqrun.config import Config, conf_dir
+from luqrun.config import Config, HighPrecisionConfig, conf_dir
 from luqrun.runtime import process_group
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
@@ -102,6 +102,8 @@ def unknown_key(key: str) -> str:
         return f"{key} is not a key of the hydra/{found[1]} in use; hydra/{found[1]}=NAME with -m chooses another"
     if key in RENAMED:
         return f"{key} is not a key any more; write {RENAMED[key]}"
+    if key.startswith("finetune.high_precision."):  # GEMMs are few, and too alike for a guess
+        return f"{key} is not a key; allowed: {', '.join(HighPrecisionConfig.__dataclass_fields__)}"
     near = _nearest(key)
     hint = f"did you mean {' or '.join(near)}?" if near else "luqrun --help lists the keys"
     return f"{key} is not a key; {hint}"
