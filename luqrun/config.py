@@ -210,12 +210,22 @@ class ScheduleConfig:
 
 
 @dataclass
+class HighPrecisionConfig:
+    """By GEMM, the operands in high precision while the last phase trains; by default FNT's, all but the weights."""
+
+    fprop: list[str] = field(default_factory=lambda: ["activation"])
+    dgrad: list[str] = field(default_factory=lambda: ["gradient"])
+    wgrad: list[str] = field(default_factory=lambda: ["gradient", "activation"])
+
+
+@dataclass
 class FinetuneConfig:
-    """FNT: epochs of training with INT4 weights and everything else in high precision (0: none)."""
+    """The last phase: epochs of training with operands in high precision (0: none). Evaluation has the recipe's."""
 
     name: str = "???"
     epochs: int = 0
     lr_base: float = 1e-3
+    high_precision: HighPrecisionConfig = field(default_factory=HighPrecisionConfig)
 
 
 @dataclass

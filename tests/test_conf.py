@@ -27,6 +27,8 @@ from luqrun.cli.messages import one_line
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import Config, FinetuneConfig
 from luqrun.errors import UserError
+from luqrun.quant.finetune import PHASES
+from luqrun.quant.recipe import GEMMS
 from luqrun.report import experiments
 from luqrun.runs.identity import run_id
 from luqrun.train.schedules import learning_rate
@@ -35,7 +37,8 @@ from luqrun.train.schedules import learning_rate
 def test_the_groups_are_there():
     assert {name.split("/")[0] for name in OPTIONS} == set(GROUPS)
     assert {name.split("/")[0] for name in FILES} == {*GROUPS, "experiment", "scale", "config.yaml", "hydra"}
-    assert {f"finetune/{name}.yaml" for name in ("none", "fnt1", "fnt2", "fnt3")} <= set(OPTIONS)
+    phases = {f"finetune/{phase}{epochs}.yaml" for phase in PHASES for epochs in (1, 2, 3)}
+    assert {"finetune/none.yaml", *phases} <= set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -95,11 +98,15 @@ def test_a_schedule_has_a_finite_rate_in_every_step(name):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_fine_tune_options_and_the_rate_of_the_schedule(number):
-    option = "none" if number == 0 else f"fnt{number}"
+@pytest.mark.parametrize("phase", PHASES)
+def test_fine_tune_options_and_the_rate_of_the_schedule(phase, number):
+    option = "none" if number == 0 else f"{phase}{number}"
     config = to_config(composed(f"finetune={option}", "schedule.finetune_lr=0.007"))
     assert (config.finetune.epochs, config.finetune.lr_base) == (number, 0.007)
     assert to_config(composed(f"finetune={option}", "finetune.lr_base=0.1")).finetune.lr_base == 0.1
+    if number:
+        operands = {gemm: tuple(names) for gemm, names in vars(config.finetune.high_precision).items()}
+        assert operands == dict.fromkeys(GEMMS, ()) | PHASES[phase]  # in Python and in the files alike
 
 
 def is_of_text(name) -> bool:

@@ -19,7 +19,7 @@ from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.cli.overrides import in_quotes, unreadable
-from luqrun.config import Config, conf_dir
+from luqrun.config import Config, HighPrecisionConfig, conf_dir
 from luqrun.runtime import process_group
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
@@ -48,9 +48,14 @@ def _message(error: BaseException) -> str:
         return f"{found[1]}={found[2]} needs the extra {extra}: pip install 'luqrun[{extra}]'"
     if found := re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
-        group = conf_dir() / found[1]
-        options = options or sorted(str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml"))
-        return f"{found[1]}={found[2]} is not known; allowed: {', '.join(options)}"
+        group, (folder, _, name) = conf_dir() / found[1], found[2].rpartition("/")
+        known = sorted(str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml"))
+        inside = [each for each in known if folder and each.startswith(f"{folder}/")]
+        options = inside or options or known
+        # An experiment asks for the data and the schedule of a model.
+        of_model = inside and (conf_dir() / f"model/{name}.yaml").is_file()
+        why = f": there is none for model={name}" if of_model else ""
+        return f"{found[1]}={found[2]} is not known{why}; allowed: {', '.join(options)}"
     if isinstance(error, OSError):
         return _about_files(error)
     if isinstance(error, OverrideParseException):
@@ -97,6 +102,8 @@ def unknown_key(key: str) -> str:
         return f"{key} is not a key of the hydra/{found[1]} in use; hydra/{found[1]}=NAME with -m chooses another"
     if key in RENAMED:
         return f"{key} is not a key any more; write {RENAMED[key]}"
+    if key.startswith("finetune.high_precision."):  # GEMMs are few, and too alike for a guess
+        return f"{key} is not a key; allowed: {', '.join(HighPrecisionConfig.__dataclass_fields__)}"
     near = _nearest(key)
     hint = f"did you mean {' or '.join(near)}?" if near else "luqrun --help lists the keys"
     return f"{key} is not a key; {hint}"

@@ -6,7 +6,7 @@ import logging
 import numbers
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,6 +25,7 @@ from luqrun.quant.coverage import (
 )
 from luqrun.quant.dataflow import EMBEDDINGS, Ends, find_ends
 from luqrun.quant.draws import rename_copies
+from luqrun.quant.finetune import Phase, phase_operands
 from luqrun.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from luqrun.quant.recipe import Recipe
 from luqrun.quant.relu import MaskedReLU
@@ -199,10 +200,20 @@ def set_step(model: nn.Module, step: int) -> None:
         layer.set_step(step)
 
 
-def set_finetune(model: nn.Module, on: bool) -> None:
-    """FNT: train with INT4 weights and everything else in high precision."""
-    for _, layer in quantized_layers(model):
-        layer.finetune = on
+def set_finetune(model: nn.Module, phase: bool | str | Mapping[str, Sequence[str]]) -> None:
+    """Begin the last phase of a training, with operands of GEMMs in high precision; False: back to the recipe.
+
+    phase: `fnt` or True, the paper's (weights stay quantized, activations and gradients do not); `forward_high` (fprop
+    in high precision); `qaf` (dgrad and wgrad in high precision); or the operands by GEMM, such as
+    {"fprop": ["activation"]}. An evaluation has the recipe's own weights and activations all the same. Hindsight ranges
+    go on being learnt where evaluation needs them, not of gradients that are not quantized. Raises UserError.
+    """
+    operands, layers = phase_operands(phase), [layer for _, layer in quantized_layers(model)]
+    recipes = {id(layer.recipe): layer.recipe for layer in layers}
+    # Layers of one recipe share one object, as they share the recipe.
+    phases = {key: None if operands is None else Phase.of(recipe, operands) for key, recipe in recipes.items()}
+    for layer in layers:
+        layer.finetune = phases[id(layer.recipe)]
 
 
 def set_shared_ranges(model: nn.Module, on: bool) -> None:

@@ -26,6 +26,7 @@ from luqrun.internals.of_torch import (
     run_while_traced,
 )
 from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
+from luqrun.quant.finetune import Phase
 from luqrun.quant.function import QuantizedGemm, traced_gemm
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import fuses, ops
@@ -40,16 +41,16 @@ class QuantLayer(nn.Module):
 
     Draws: `streams`, a row an operand, name the next forward whose gradient is wanted, in training or evaluation mode;
     each one advances their micro_step, and `set_step` restarts it. Other forwards always draw the same (of recipes with
-    a stochastic forward). finetune: gradients are not quantized and, in training mode, activations neither (FNT);
-    evaluation is the recipe's all the same. health: a dict to be filled by the next training pass, or None.
-    shares_ranges: in training, ranges of activations and gradients are those of all processes. computed: whether it
-    ever did, outside of compiled code; in a list, which replicas share.
+    a stochastic forward). finetune: what the recipe becomes in the last phase of a training; None outside of it.
+    health: a dict to be filled by the next training pass, or None. shares_ranges: in training, ranges of activations
+    and gradients are those of all processes. computed: whether it ever did, outside of compiled code; in a list, which
+    replicas share.
     """
 
     recipe: Recipe
     streams: Tensor
     copies: CopyGroup
-    finetune: bool
+    finetune: Phase | None
     health: dict | None
     shares_ranges: bool
     computed: list[bool]
@@ -60,7 +61,7 @@ class QuantLayer(nn.Module):
         layer = cls.__new__(cls)
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
-        layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, False, None, False
+        layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, None, None, False
         layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
         layer._prepare_device()
@@ -130,19 +131,16 @@ class QuantLayer(nn.Module):
         if repeated:
             self._refuse_to_repeat()
         learning = wanted and counts
-        high_precision = self.training and self.finetune
-        if high_precision and learning and "activation" in self.remembers:  # evaluation will need it
-            self._observe("activation", ops.statistics(activation, False)[0].float())
-        fprop, dgrad, wgrad = self.recipe.fprop, self.recipe.dgrad, self.recipe.wgrad
-        if high_precision:
-            fprop, wgrad = fprop._replace(activation=None), wgrad._replace(activation=None)
-        if self.finetune:
-            dgrad, wgrad = dgrad._replace(gradient=None), wgrad._replace(gradient=None)
+        recipe = self.recipe
+        if self.finetune is not None:
+            recipe = self.finetune.training if self.training else self.finetune.evaluation
+            if self.training and learning:
+                self._observe_unquantized(recipe, activation, weight)
         return Plan(
             op=op,
-            fprop=fprop,
-            dgrad=dgrad,
-            wgrad=wgrad,
+            fprop=recipe.fprop,
+            dgrad=recipe.dgrad,
+            wgrad=recipe.wgrad,
             streams=self._streams(activation.device, wanted, learning),
             hindsight={name: self._buffers[f"{name}_hindsight"] for name in self.remembers},
             observe=self._observe if learning else None,
@@ -192,6 +190,15 @@ class QuantLayer(nn.Module):
 
     def __getstate__(self):
         return {**super().__getstate__(), "renamed_in": None}
+
+    def _observe_unquantized(self, recipe: Recipe, activation: Tensor, weight: Tensor) -> None:
+        """Remember the ranges of what a training pass with `recipe` does not quantize: evaluation will need them."""
+        # The backward pass quantizes an operand only where the gradient of the other is wanted.
+        activations = recipe.fprop.activation, recipe.wgrad.activation if weight.requires_grad else None
+        weights = recipe.fprop.weight, recipe.dgrad.weight if activation.requires_grad else None
+        for operand, x, quantizers in (("activation", activation, activations), ("weight", weight, weights)):
+            if operand in self.remembers and quantizers == (None, None) and x.numel():
+                self._observe(operand, ops.statistics(x.detach(), False)[0].float())
 
     def _observe(self, operand: str, maximum: Tensor) -> None:
         if operand != "gradient" and not self.training:  # as batch norm's statistics; but a backward pass is training

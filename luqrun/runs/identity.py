@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from luqrun import RESULTS
-from luqrun.config import Config, DistributedConfig, flatten
+from luqrun.config import Config, DistributedConfig, HighPrecisionConfig, flatten
 from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.reading import RUN, Unusable, read_config, read_json
@@ -98,7 +98,14 @@ def deciding_settings(config: Config | dict) -> dict:
                 of.pop(name)
     if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
-    if parts["finetune"].get("epochs") == 0:
+    tune = parts["finetune"]
+    if isinstance(tune.get("high_precision"), dict):
+        tune["high_precision"] = _in_one_order(tune["high_precision"])
+        if tune["high_precision"] == _in_one_order(
+            asdict(HighPrecisionConfig())
+        ):  # FNT, which earlier runs did not say
+            tune.pop("high_precision")
+    if tune.get("epochs") == 0:
         values["finetune"] = {"epochs": 0}
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
@@ -111,6 +118,11 @@ def _without_unused(quant: object) -> object:
         return quant
     used = {key: value for key, value in quant.items() if value is not None or key not in OPTIONAL_OF_QUANT}
     return {key: _without_unused(value) for key, value in used.items()}
+
+
+def _in_one_order(operands: dict) -> dict:
+    """By GEMM, the operands that are named, each once."""
+    return {gemm: sorted(set(map(str, each))) if isinstance(each, list) else each for gemm, each in operands.items()}
 
 
 def _whole_path(root) -> object:

@@ -10,6 +10,7 @@ from torch import nn
 
 from luqrun.config import FinetuneConfig, ScheduleConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.quant.finetune import check_operands
 
 SCHEDULES = ("step", "cosine", "onecycle", "linear", "inverse_sqrt")
 OPTIMIZERS = ("sgd", "adamw")
@@ -167,6 +168,7 @@ def validate_finetune(config: FinetuneConfig) -> None:
     _check_finite("finetune", config)
     check_at_least("finetune.epochs", config.epochs, 0)
     _check_positive("finetune.lr_base", config.lr_base)
+    check_operands("finetune.high_precision", vars(config.high_precision))
 
 
 def _check_finite(group: str, config: ScheduleConfig | FinetuneConfig) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from luqrun.config import Config
 from luqrun.internals.of_torch import allow_recompilations
 from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges
+from luqrun.quant.finetune import Phase
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
 from luqrun.tasks.task import Task
@@ -42,10 +43,22 @@ def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> N
         log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
     for caveat in recipe.caveats:
         log.warning("quant=%s: %s", config.quant.name, caveat)
+    if quantized and config.finetune.epochs:
+        _log_finetune(config, recipe)
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup >= steps:
         what = f"schedule.warmup_steps={warmup} is not less than the {steps} steps of the schedule"
         log.warning("%s: the learning rate never comes to schedule.lr=%g", what, config.schedule.lr)
+
+
+def _log_finetune(config: Config, recipe: Recipe) -> None:
+    name, operands = config.finetune.name, vars(config.finetune.high_precision)
+    if Phase.of(recipe, operands).training == recipe:
+        what = f"finetune={name} changes nothing of quant={config.quant.name}"
+        log.warning("%s: the recipe quantizes no operand that finetune.high_precision names", what)
+        return
+    shown = ", ".join(f"{gemm} ({', '.join(names)})" for gemm, names in operands.items() if names)
+    log.info("fine-tune %s: high precision in %s; evaluated with the recipe's weights and activations", name, shown)
 
 
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

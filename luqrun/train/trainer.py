@@ -1,4 +1,4 @@
-"""The loop: train in 4 bits, fine-tune in high precision, evaluate, and leave a run folder behind.
+"""The loop: train in 4 bits, fine-tune with a part in high precision, evaluate, and leave a run folder behind.
 
 Read it from `run` down. Nothing random is carried from step to step: data order, augmentation, dropout and
 quantizer draws are functions of (seed, epoch or step), so a checkpoint holds weights, optimizer and a position.
@@ -159,7 +159,7 @@ class Trainer:
     def fit(self) -> None:
         """All epochs that are left. Raises Diverged."""
         for epoch in range(self.progress["epoch"], self.total_epochs):
-            set_finetune(self.model, self.phase(epoch) == FINETUNE)
+            set_finetune(self.model, self.phase(epoch) == FINETUNE and asdict(self.config.finetune.high_precision))
             self.train_epoch(epoch)
             if self.phase(epoch) == TRAIN and self.progress["averaged"] != epoch:  # else it stopped in the evaluation
                 sums = average_weights(self.model, self.progress["average"], self.config.schedule, epoch)

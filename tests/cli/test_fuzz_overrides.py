@@ -46,6 +46,7 @@ REFUSED = [
     (["=3"], ("=3",)),
     (["='a'"], ("an override is key=value", "no key")),
     (["hydra/job_logging='1\n2'"], ("job_logging",)),
+    (["+experiment=fig2/embedded", "model=bert"], ("schedule=embedded/bert", "model=bert", "embedded/bert_tiny")),
     (["hydra.job_logging=x"], ("hydra.job_logging",)),
 ]
 

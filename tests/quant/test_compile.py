@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, quantize, same
+from layers import ALL_STOCHASTIC, HINDSIGHT, LUQ, mlp, quantize, same, train_step
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import luqrun
+from luqrun.quant.finetune import PHASES
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,18 @@ def test_inductor_draws_as_eager_mode_does(recipe):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
     assert not any(torch.equal(one, other) for i, one in enumerate(compiled) for other in compiled[:i])
     assert same([layer.streams, *layer.buffers()], [twin.streams, *twin.buffers()])
+
+
+@pytest.mark.parametrize("recipe", [LUQ, HINDSIGHT], ids=lambda recipe: recipe.name)
+def test_the_last_phases_in_one_compiled_model(recipe):
+    model, x = mlp(recipe), torch.randn(5, 8)
+    twin = copy.deepcopy(model)
+    call = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for phase in (False, *PHASES, {"fprop": ["weight"]}, False):
+        luqrun.set_finetune(model, phase), luqrun.set_finetune(twin, phase)
+        for one, other in zip(train_step(model, x), train_step(call, x, twin), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert same(model.buffers(), twin.buffers())
 
 
 @pytest.mark.parametrize("recipe", [LUQ, ALL_STOCHASTIC], ids=lambda recipe: recipe.name)

@@ -245,6 +245,16 @@ def test_cells_beyond_the_experiment_stay():
     assert line(table, cell(table, "int4_nearest")) == ("int4_nearest", "70.0 (1)", "−10.0 (1)", "", "")
 
 
+def test_other_last_phases_stand_in_table_3_beside_fnt():
+    columns = {("resnet8", "fp32_none"): [80.0], ("resnet8", "luq_smp2_fnt1"): [79.5]}
+    table = a_table(
+        "table3", {**columns, ("resnet8", "luq_smp2_qaf3"): [79.0], ("resnet8", "luq_smp2_forward_high1"): [81.0]}
+    )
+    assert [column for _, column in table.cells][-2:] == ["luq_smp2_forward_high1", "luq_smp2_qaf3"]
+    shown = "resnet8, luq_smp2_forward_high1", "81.0 (1)", "+1.0 (1)", "", ""
+    assert line(table, cell(table, "resnet8", "luq_smp2_forward_high1")) == shown
+
+
 def test_tables_are_kept_apart_by_study_and_scale():
     records = [
         a_record("fig2", "luq", "top1", 0, 70.0),

@@ -220,6 +220,12 @@ def test_only_a_fine_tune_that_has_not_begun_may_be_exchanged(path, epoch, batch
     else:
         with pytest.raises(UserError, match=r"finetune\."):
             checkpoint.load(path, tiny("finetune=fnt3"), data())
+    more = "finetune.high_precision.fprop=[activation,weight]"
+    if accepted:
+        checkpoint.load(path, tiny("finetune=fnt2", more), data())
+    else:
+        with pytest.raises(UserError, match=r"no finetune\.high_precision\.fprop, this one has"):
+            checkpoint.load(path, tiny("finetune=fnt2", more), data())
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(path, monkeypatch):

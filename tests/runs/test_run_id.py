@@ -48,6 +48,8 @@ OTHER_RESULT = [
     "schedule.accumulate=2",
     "finetune=fnt1",
     "finetune.epochs=4",
+    "finetune=forward_high1",
+    "finetune=qaf1",
     "distributed.batch_norm=sync",
     "distributed.range=global",
 ]
@@ -70,6 +72,22 @@ def test_run_id_is_the_same_for_what_does_not_change_the_result(override):
 def test_run_id_differs_for_everything_that_changes_the_result():
     names = [run_id(tiny(override), {}) for override in OTHER_RESULT]
     assert len({run_id(tiny(), {}), *names}) == len(OTHER_RESULT) + 1
+
+
+def test_the_fine_tune_s_operands_are_in_the_name_but_for_those_of_fnt_which_earlier_runs_did_not_say():
+    config = tiny("finetune=fnt2")
+    earlier = asdict(config)
+    del earlier["finetune"]["high_precision"]
+    assert deciding_settings(earlier) == deciding_settings(config)
+    assert deciding_settings(config)["finetune"].keys() == {"name", "epochs", "lr_base"}
+    key = "finetune.high_precision"
+    names = {
+        operands: run_id(tiny("finetune=fnt2", f"{key}.wgrad=[{operands}]"), {})
+        for operands in ("gradient,activation", "activation,gradient,activation", "gradient", "activation", "")
+    }
+    assert names.pop("gradient,activation") == names.pop("activation,gradient,activation") == run_id(config, {})
+    assert len({run_id(config, {}), *names.values()}) == 4
+    assert run_id(tiny(f"{key}.dgrad=[weight]"), {}) == run_id(tiny(), {})  # without a fine-tune
 
 
 def test_every_top_level_key_was_thought_of():
@@ -101,10 +119,19 @@ def test_the_deciding_settings_are_plain_json():
     assert json.loads(json.dumps(values)) == values
 
 
-@pytest.mark.parametrize("overrides", [(), ("finetune=fnt1",), ("job=rounding",), ("distributed.range=global",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("finetune=fnt1",), ("finetune=qaf1",), ("job=rounding",), ("distributed.range=global",)]
+)
 def test_the_deciding_settings_are_the_same_of_a_config_read_again(overrides):
     config = tiny(*overrides)
     assert deciding_settings(yaml.safe_load(yaml.safe_dump(asdict(config)))) == deciding_settings(config)
+
+
+@pytest.mark.parametrize("damaged", [None, 3, [], {}, {"fprop": None, "dgrad": {}, "wgrad": [3, None]}], ids=str)
+def test_damaged_operands_of_a_fine_tune_are_compared_as_they_are(damaged):
+    found = deciding_settings({"finetune": {"epochs": 1, "high_precision": damaged}})["finetune"]
+    assert found.keys() == {"epochs", "high_precision"}
+    assert found != deciding_settings(tiny("finetune=fnt1"))["finetune"]
 
 
 @pytest.mark.parametrize("root", ["a\0b", "\ud800", 3.5, [1], {}])

@@ -62,6 +62,8 @@ def assert_same_run(one, other):
         (("dataset.workers=1", "dataset.augment=true"), Trainer, "train_step", 7),
         (("quant=luq_hindsight", "model=mobilenet_tiny"), Trainer, "train_step", 7),  # with dropout
         (("quant=luq_smp2", "precision=bf16"), Trainer, "train_step", 7),
+        (("quant=luq_hindsight", "finetune=forward_high1"), Trainer, "train_step", 14),  # mid-epoch in that phase
+        (("finetune=qaf1",), Trainer, "train_step", 14),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -10,6 +10,7 @@ from torch import nn
 
 import luqrun
 from luqrun.quant.convert import set_finetune
+from luqrun.quant.finetune import PHASES
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import ahead, driver
 from luqrun.quant.recipe import Recipe
@@ -55,8 +56,8 @@ def test_it_is_what_steps_and_evaluations_take(recipe, network, prepared):
     model, x = network(recipe)
     kernel_compilation.compile_training_kernels(model, recipe, CPU, no_bar=True)
     with driver.rehearsal() as versions:
-        for finetune in (False, True):
-            set_finetune(model.train(), finetune)
+        for phase in (False, *PHASES):
+            set_finetune(model.train(), phase)
             model(x).sum().backward()
             with torch.no_grad():
                 model.eval()(x)

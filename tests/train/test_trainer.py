@@ -156,6 +156,40 @@ def test_fine_tune_quantizes_weights_only_and_is_evaluated_with_both(tmp_path, m
     }
 
 
+@pytest.mark.parametrize(("phase", "trained"), [("forward_high", "wag"), ("qaf", "wa")])
+def test_the_other_phases_are_trained_as_they_say_and_evaluated_with_both(tmp_path, monkeypatch, phase, trained):
+    used = used_quantizers(monkeypatch)
+    train(tmp_path / "run", f"finetune={phase}2", "quant.weight.range=absmax", "quant.activation.range=sawb")
+    names, layers, steps = {"w": ("int4", "absmax"), "a": ("int4", "sawb"), "g": ("e3m0", "absmax")}, 6, 8
+    found = {key[2:]: count for key, count in used.items() if key[:2] == ("train", "finetune")}
+    assert found == {names[letter]: layers * 2 * steps for letter in trained}
+    found = {key[2:] for key in used if key[:2] == ("evaluate", "finetune")}
+    assert found == {names["w"], names["a"]}
+
+
+def test_the_log_says_what_the_fine_tune_has_in_high_precision(tmp_path, caplog):
+    def said(*overrides):
+        caplog.clear()
+        with quiet_machine(tmp_path / "cache"), caplog.at_level("INFO"):
+            build_trainer(tmp_path / "run", *overrides)
+        return [(record.levelname, text) for record in caplog.records if "fine" in (text := record.getMessage())]
+
+    own = ("finetune=fnt1", "finetune.high_precision.fprop=[]", "finetune.high_precision.dgrad=[]")
+    for overrides, parts in (
+        (
+            ["finetune=fnt1"],
+            "fnt1: high precision in fprop (activation), dgrad (gradient), wgrad (gradient, activation)",
+        ),
+        (["finetune=qaf2"], "qaf2: high precision in dgrad (gradient, weight), wgrad (gradient, activation)"),
+        (own, "fnt1: high precision in wgrad (gradient, activation)"),
+    ):
+        assert said(*overrides) == [("INFO", f"fine-tune {parts}; evaluated with the recipe's weights and activations")]
+    assert said() == said("finetune=fnt1", "quant=fp32") == []
+    ((level, text),) = said("finetune=forward_high1", "quant=backward_only")
+    assert level == "WARNING"
+    assert "finetune=forward_high1 changes nothing of quant=backward_only" in text
+
+
 def test_the_rate_of_the_fine_tune_phase_is_a_triangle(tmp_path):
     _, folder = train(tmp_path / "run", "finetune=fnt2", "tracking.log_every=1", "finetune.lr_base=0.01", "quant=fp32")
     rates = {phase: [] for phase in ("train", "finetune")}
