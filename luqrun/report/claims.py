@@ -70,6 +70,21 @@ def _finetunes() -> list[Claim]:
     return found
 
 
+def _phases() -> list[Claim]:
+    """What NVIDIA and Chmiel et al. claim of their last phases, and NVIDIA of a phase of the backward pass."""
+    found = []
+    for quant in ("luq", "mxfp4", "nvfp4_nvidia"):
+        before, forward, backward = f"{quant}_none", f"{quant}_forward_high3", f"{quant}_qaf3"
+        found += [
+            _beside(
+                "phases", f"{quant} gains by a last phase with a forward pass in high precision", forward, before
+            ),
+            _beside("phases", f"{quant} gains by one with a backward pass in high precision", backward, before),
+            _beside("phases", f"{quant} gains more by the forward pass than by the backward pass", forward, backward),
+        ]
+    return found
+
+
 CLAIMS = (
     _above("fig2", "fp32 is above LUQ", "fp32", "luq"),
     _above("fig2", "LUQ is above uniform SR", "luq", "uniform_sr"),
@@ -96,6 +111,7 @@ CLAIMS = (
     _beside("formats", "the best of NVFP4 is above LUQ", "quartet2", "luq"),
     _beside("replications", "LUQ is above the LUQ that Xi et al. coded", "luq", "luq_xi"),
     _beside("replications", "LUQ is not worse than its own supplement", "luq", "luq_supplement", strict=False),
+    *_phases(),
 )
 
 

@@ -26,6 +26,7 @@ TITLES = {
     "options": "Options: hindsight, power-of-two scales, re-used random numbers",
     "formats": "Formats: today's 4-bit schemes beside LUQ",
     "replications": "Replications: LUQ as others have coded it",
+    "phases": "Last phases: what is in high precision at the end",
 }
 ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings
 # What a table's cells are compared with: (row, column), where None stands for the cell's own.
@@ -40,6 +41,7 @@ BASELINES = {
     "options": ("luq", None),
     "formats": (None, "fp32"),
     "replications": (None, "fp32"),
+    "phases": (None, "fp32_none"),
 }
 # A table's rows for text are experiments of their own where their data lie elsewhere: table2/small_translation.
 PARTS = ("", "_translation", "_question_answering")
