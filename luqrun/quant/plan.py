@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from luqrun.quant.gemms import ConvOp, LinearOp
+from luqrun.quant.health import health, health_of_blocks
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
 from luqrun.quant.operands import EXACT, Operand, Stored, held_by, held_in_blocks, scale_beside
-from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health, health_of_blocks
+from luqrun.quant.quantizer import QuantizedTensor, Quantizer
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once

@@ -18,7 +18,6 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, Format, pack, unpack
 from luqrun.quant.grids import Grid, expanded, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
-from luqrun.quant.kernels.layout import in_memory_order
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.scale_formats import from_bytes, to_bytes
 
@@ -313,32 +312,6 @@ def update_hindsight(hindsight: Tensor, maximum: Tensor, momentum: float) -> Non
     """In place m <- (1 - eta) max|x| + eta m (Eq. 18); the first maximum is taken as it is, a NaN or Inf not at all."""
     new = torch.where(hindsight > 0, (1 - momentum) * maximum + momentum * hindsight, maximum)
     hindsight.copy_(torch.where(maximum.isfinite(), new, hindsight))
-
-
-def health(x: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """What quantization did to x: float32 (3,) of clipped share, underflow share, relative error ||x_q - x|| / ||x||.
-
-    Clipped: beyond the largest code. Underflow: of the non-zero elements, those that became zero.
-    """
-    limit = torch.where(quantized.signed, quantized.form.limit, quantized.form.unsigned_limit)
-    return _health(x, quantized.codes.double() * quantized.scale.double(), quantized.scale.double() * limit)
-
-
-def health_of_blocks(x: Tensor, blocks: Blocks, quantizer: Quantizer, grid: Grid) -> Tensor:
-    """`health` of what was quantized in the blocks of a grid."""
-    scales = from_bytes(blocks.scales, quantizer.scale_format).double() * blocks.tensor_scale.double()
-    most = expanded(scales * quantizer.form.limit * quantizer.form.unit, grid)
-    flat = in_memory_order(x.detach()).reshape(-1)
-    return _health(flat, in_memory_order(blocks.values).reshape(-1).double() * blocks.tensor_scale.double(), most)
-
-
-def _health(x: Tensor, values: Tensor, most: Tensor) -> Tensor:
-    x = x.detach().double()  # squares of tiny and huge gradients leave float32
-    clipped = (x.abs() > most * (1 + 1e-6)).float().mean()
-    nonzero = x != 0
-    underflow = ((values == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
-    error = (values - x).norm() / x.norm().clamp(min=SMALLEST)
-    return torch.stack([clipped, underflow, error.float()])
 
 
 def quantizer(**keys) -> Quantizer:

@@ -76,9 +76,7 @@ def _phases() -> list[Claim]:
     for quant in ("luq", "mxfp4", "nvfp4_nvidia"):
         before, forward, backward = f"{quant}_none", f"{quant}_forward_high3", f"{quant}_qaf3"
         found += [
-            _beside(
-                "phases", f"{quant} gains by a last phase with a forward pass in high precision", forward, before
-            ),
+            _beside("phases", f"{quant} gains by a last phase with a forward pass in high precision", forward, before),
             _beside("phases", f"{quant} gains by one with a backward pass in high precision", backward, before),
             _beside("phases", f"{quant} gains more by the forward pass than by the backward pass", forward, backward),
         ]

@@ -7,8 +7,9 @@ import torch
 
 from luqrun.errors import UserError
 from luqrun.quant.formats import FORMATS, SAWB, get_format, unpack
+from luqrun.quant.health import health
 from luqrun.quant.kernels.philox import make_stream
-from luqrun.quant.quantizer import QuantizedTensor, Quantizer, health, update_hindsight
+from luqrun.quant.quantizer import QuantizedTensor, Quantizer, update_hindsight
 
 LUQ = Quantizer("e3m0", rounding="stochastic")
 
