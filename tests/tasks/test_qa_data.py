@@ -107,7 +107,7 @@ def test_a_limit_keeps_a_part_of_the_questions():
             assert data.train.of.contexts[question.context].startswith(text, start)
     described = data.describe()
     counts = "10 of 64 training questions in 10 windows, and 1,000 validation questions in 1,000 windows"
-    assert re.fullmatch(counts + r"; \d+ % of a training batch is padding", described)
+    assert re.fullmatch(counts + r"; about \d+ % of a training batch is padding", described)
 
 
 def test_a_batch_or_a_limit_beyond_the_questions_is_refused(root):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.padding import describe_padding
 from luqrun.tasks.question_answering import GENERATED, NAMES
 from luqrun.tasks.settings import check_common, check_read, check_text_model
 from luqrun.tasks.subset import subset
@@ -58,8 +59,8 @@ class QuestionData:
         of = f" of {self.of:,}" if self.of != counts[0][0] else ""
         cut = f"; {self.train.cut + self.val.cut} questions are cut" if self.train.cut + self.val.cut else ""
         shown = f"{counts[0][0]:,}{of} training questions in {counts[0][1]:,} windows, and "
-        padding = f"; {100 * self.train.padding():.0f} % of a training batch is padding"
-        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows{padding}{cut}"
+        padding = describe_padding(self.train, self.train.lengths)
+        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows; {padding}{cut}"
 
 
 def validate_model(model: ModelConfig, dataset: str) -> None:
