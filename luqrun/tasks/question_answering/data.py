@@ -109,9 +109,9 @@ def fingerprint_dataset(config: Config) -> dict[str, object]:
     check_choice("dataset.name", config.dataset.name, NAMES)
     found = {}
     if config.dataset.name == "squad":
-        from luqrun.tasks.question_answering.squad import fingerprint_files
+        from luqrun.tasks.question_answering import squad
 
-        found |= fingerprint_files(config.dataset)
+        found |= squad.fingerprint(config.dataset)
     if config.model.weights is not None:
         from luqrun.tasks.question_answering.weights import fingerprint_weights
 
