@@ -125,9 +125,6 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
 
     Raises UserError naming the key, the file or the question that is wrong.
     """
-    from luqrun.internals.of_transformers import transformers
-
-    transformers()  # tells of a missing extra, before anything is read
     from luqrun.tasks.question_answering import wordpiece
     from luqrun.tasks.question_answering.weights import read_settings, weights_folder
     from luqrun.tasks.question_answering.windows import BatchedWindows, Windows, chosen
