@@ -97,6 +97,13 @@ def test_beam_search_gives_a_line_a_sentence_and_the_sum_of_losses(task, network
     assert all(mean != smoothed for mean, smoothed in zip(means, whole, strict=True))  # without smoothing
 
 
+def test_an_evaluation_compiles_nothing(task, network):
+    compiled = torch.compile(network.eval(), backend=lambda graph, inputs: pytest.fail("it compiles"))
+    batch = task.data.val.batch(np.arange(3), None)
+    with torch.no_grad():
+        assert task.predict(compiled, batch) == task.predict(network, batch)
+
+
 def test_the_signature_says_which_bleu_it_is(task):
     assert re.fullmatch(
         r"nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:[\d.]+", task.notes["bleu_signature"]

@@ -91,11 +91,15 @@ class Translation(Task):
         return F.cross_entropy(logits, target, ignore_index=PADDING, label_smoothing=self.label_smoothing), {}
 
     def predict(self, network: nn.Module, batch: Batch) -> tuple[list[list[int]], float, int]:
-        """The translations as subwords; the sum of losses, without smoothing, and its subwords."""
-        logits, target = self._logits(network, batch).flatten(0, 1), batch["target"].flatten()
+        """The translations as subwords; the sum of losses, without smoothing, and its subwords.
+
+        All of it as the model is, not compiled: the search could not be, and the loss takes little time beside it.
+        """
+        model = innermost(network)
+        logits, target = self._logits(model, batch).flatten(0, 1), batch["target"].flatten()
         loss = F.cross_entropy(logits, target, ignore_index=PADDING, reduction="sum").item()
         source = batch["source"]
-        found = innermost(network).generate(
+        found = model.generate(
             input_ids=source,
             attention_mask=(source != PADDING).long(),
             num_beams=BEAMS,
