@@ -44,7 +44,7 @@ def train_loader(
     count = batches_per_epoch(data, config)
     check_ranks(config, world_size)
     rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
-    if _is_batched(data):
+    if is_batched(data):
         batches = data.train.batches(rng)
         assert len(batches) == count
         if (smallest := min(map(len, batches))) < world_size:
@@ -80,7 +80,7 @@ def in_order(parts: Sequence[list[T]]) -> list[T]:
 def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
     """Batches in an epoch of training. Raises UserError if there is not even one."""
     check_at_least("dataset.batch_size", config.batch_size, 1)
-    if _is_batched(data):
+    if is_batched(data):
         return data.train.num_batches
     if config.batch_size > len(data.train):
         raise UserError(
@@ -90,7 +90,8 @@ def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
     return len(data.train) // config.batch_size
 
 
-def _is_batched(data: Data) -> bool:
+def is_batched(data: Data) -> bool:
+    """Whether the data say which training examples share a batch (luqrun.tasks.task.Batched)."""
     return hasattr(data.train, "num_batches")
 
 

@@ -32,7 +32,7 @@ from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.runtime.seeds import DROPOUT, mix
 from luqrun.runtime.signals import ASKING, Requests, Stopped
 from luqrun.tasks import build_task
-from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, train_loader
+from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, is_batched, train_loader
 from luqrun.tasks.task import Batch
 from luqrun.train import setup, throughput
 from luqrun.train.averaging import average_weights
@@ -118,7 +118,7 @@ class Trainer:
         self.throughput, sizes = throughput.Throughput(self.progress, config.compile), self.progress["world_sizes"]
         if sizes[-1:] != [process_group.world_size()]:
             sizes.append(process_group.world_size())
-        self.network = setup.wrap(self.model, config, device)
+        self.network = setup.wrap(self.model, config, device, any_size=is_batched(self.data))
         left = self.total_epochs * self.steps_per_epoch - self.progress["step"]
         profiled = config.tracking.profile_steps if folder.writes else 0
         self.profiler = StepProfiler(folder.path, profiled, left, device)
