@@ -178,7 +178,8 @@ def explain_dead_worker(error: RuntimeError, config: DatasetConfig) -> str:
     """What to do about a loader worker that has died, in one line; "" for any other error."""
     text = str(error)
     fewer = f"lower dataset.workers={config.workers}, and the run goes on from the last checkpoint"
-    fewer += f" (with a smaller dataset.batch_size={config.batch_size} it is another run)"
+    size = "batch_size" if config.batch_tokens is None else "batch_tokens"
+    fewer += f" (with a smaller dataset.{size}={getattr(config, size)} it is another run)"
     if config.workers == 0:
         return ""
     if re.search("DataLoader worker.*Bus error|/torch_", text):  # that is what torch's shared memory is called

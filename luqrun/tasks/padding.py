@@ -21,5 +21,5 @@ def padding_share(train: Batched, *sides: np.ndarray) -> float:
 
 
 def describe_padding(train: Batched, *sides: np.ndarray) -> str:
-    """Such as "about 7 % of a training batch is padding"."""
-    return f"about {100 * padding_share(train, *sides):.0f} % of a training batch is padding"
+    """Such as "about 6.8 % of a training batch is padding"."""
+    return f"about {100 * padding_share(train, *sides):.2g} % of a training batch is padding"

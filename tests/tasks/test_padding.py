@@ -27,7 +27,7 @@ def test_both_sides_of_some_batches_are_measured(pairs):
     found = padding.padding_share(pairs, *sides)
     assert found == pytest.approx(counted(pairs, drawn[: padding.MEASURED]))
     assert found == pytest.approx(counted(pairs, drawn), abs=0.02)
-    assert padding.describe_padding(pairs, *sides) == f"about {100 * found:.0f} % of a training batch is padding"
+    assert padding.describe_padding(pairs, *sides) == f"about {100 * found:.2g} % of a training batch is padding"
 
 
 def test_where_there_are_few_all_are_measured(pairs):

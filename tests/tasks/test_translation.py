@@ -156,7 +156,7 @@ WRONG = {
     "dataset.source=../en": r"dataset\.source=\.\./en must be how the files end",
     "dataset.vocabulary=5": r"dataset\.vocabulary=5 is too small; it must be at least 100",
     "dataset.max_length=3": r"dataset\.max_length=3",
-    "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least 24",
+    "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least dataset\.max_length=24",
     "dataset.batch_tokens=null": r"dataset\.batch_tokens is not given, and dataset=sentences needs it",
     "dataset.examples=0": r"dataset\.examples=0",
     "dataset.examples=1000000000": r"dataset\.examples=1000000000 is too large",
@@ -166,7 +166,7 @@ WRONG = {
     "model=resnet8": r"model\.name=resnet8 does not translate, as dataset=sentences asks; allowed: transformer_base",
     "model.dropout=1.0": r"model\.dropout=1\.0",
     "model.stem=small": r"model\.stem=small is of networks for images",
-    "model.weights=/here": r"model\.weights is read by",
+    "model.weights=/here": r"model\.weights is read by model=bert, and networks for translation start from random ones",
 }
 
 

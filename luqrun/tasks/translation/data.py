@@ -44,7 +44,9 @@ def validate_dataset(config: DatasetConfig) -> None:
     check_at_least("dataset.vocabulary", config.vocabulary, FEWEST)
     check_at_least("dataset.max_length", config.max_length, 8)
     check_at_most("dataset.max_length", config.max_length, MAX_LENGTH)
-    check_at_least("dataset.batch_tokens", config.batch_tokens, config.max_length)
+    if config.batch_tokens < config.max_length:
+        least = f"dataset.max_length={config.max_length}, the longest sentence"
+        raise UserError(f"dataset.batch_tokens={config.batch_tokens} is too small; it must be at least {least}")
 
 
 @dataclass(frozen=True)

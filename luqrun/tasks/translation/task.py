@@ -38,7 +38,7 @@ def validate(config: Config) -> None:
         raise UserError(f"model.name={config.model.name} does not translate, as {asked}")
     check_text_model(config.model)
     if config.model.weights is not None:
-        raise UserError("model.weights is read by bert and bert_tiny; networks for translation start from random ones")
+        raise UserError("model.weights is read by model=bert, and networks for translation start from random ones")
     validate_dataset(config.dataset)
     check_text_optimizer(config)
 
