@@ -125,8 +125,7 @@ class Trainer:
         after = self.progress.get("latest", 0.0) if own else 0.0
         self.shown, done = [metric.name for metric in self.task.metrics], self.progress["step"]
         of_test = [metric.of_test.name for metric in self.task.metrics if self.data.test is not None]
-        compared = [*self.shown, *of_test]
-        self.tracker = Tracker(config, folder, compared, done, after) if folder.writes else NoTracker()
+        self.tracker = Tracker(config, folder, [*self.shown, *of_test], done, after) if folder.writes else NoTracker()
         log.info("%s", self.data.describe())
         setup.log_model(self.model, config, self.recipe, config.schedule.epochs * self.steps_per_epoch)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
