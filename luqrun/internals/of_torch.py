@@ -77,6 +77,12 @@ def allow_recompilations(limit: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
+def compilations() -> int:
+    """How often torch.compile has begun to compile something in this process."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return 0 if module is None else module.counters["frames"]["total"]
+
+
 def of_any_size(x: Tensor) -> None:
     """Let torch.compile, where it first meets x, make code for other sizes of its dimensions too; not of those of 1."""
     for dimension in range(x.dim()):

@@ -58,7 +58,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device, any_size: bool)
         network = torch.compile(model)
         if any_size:
             network.register_forward_pre_hook(_mark_sizes, with_kwargs=True)
-        log.info("compile=true: the first step compiles, for a minute or more, and is no part of the time of training")
+        log.info("compile=true: a step that compiles takes a minute or more, and is no part of the time of training")
     if process_group.world_size() == 1:
         return network
     # Buffers are not sent at each step: share_buffers does it where they are read. (Newer torch calls it otherwise.)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from luqrun.config import Config
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import compilations
 from luqrun.quant import gemms
 from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.quant.recipe import Recipe
@@ -115,7 +116,7 @@ class Trainer:
         self.on_test: dict[str, float] = {}
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
-        self.throughput, sizes = throughput.Throughput(self.progress, config.compile), self.progress["world_sizes"]
+        self.throughput, sizes = throughput.Throughput(self.progress), self.progress["world_sizes"]
         if sizes[-1:] != [process_group.world_size()]:
             sizes.append(process_group.world_size())
         self.network = setup.wrap(self.model, config, device, any_size=is_batched(self.data))
@@ -195,12 +196,12 @@ class Trainer:
         bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=self.no_bar, leave=False)
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
-                started = time.perf_counter()
+                started, compiled = time.perf_counter(), compilations()
                 with record_function(DATA), self.requests.reading(self.save_checkpoint):
                     micro_batches = [next(batches) for _ in range(accumulate)]
                 loss, weight = self.train_step(micro_batches)
                 self.profiler.step()
-                self.throughput.count(time.perf_counter() - started, weight)
+                self.throughput.count(time.perf_counter() - started, weight, compilations() > compiled)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 bar.update(accumulate)

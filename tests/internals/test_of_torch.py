@@ -28,6 +28,14 @@ class Spy(torch.autograd.Function):
         return g, None, None
 
 
+def test_compilations_are_counted():
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    for x, more in ((torch.ones(3), 1), (torch.ones(3), 0), (torch.ones(3, 3), 1)):
+        before = of_torch.compilations()
+        double(x)
+        assert of_torch.compilations() - before == more
+
+
 def test_any_size_is_one_graph_but_for_sizes_of_one():
     graphs = []
     double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(1) or graph.forward)
