@@ -325,8 +325,16 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         if not out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        sizes = f"dataset.batch_size={config.dataset.batch_size}, dataset.image_size={config.dataset.image_size}"
-        raise UserError(f"there is not enough memory for model.name={config.model.name}, {sizes}") from None
+        sizes = "".join(f", dataset.{key}={value}" for key, value in _sizes(config).items())
+        raise UserError(f"there is not enough memory for model.name={config.model.name}{sizes}") from None
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    """By key under `dataset`, what decides how much memory a batch takes."""
+    text = config.dataset.max_length is not None
+    keys = ("batch_tokens", "batch_size", "max_length") if text else ("batch_size", "image_size")
+    sizes = {key: getattr(config.dataset, key) for key in keys}
+    return {key: value for key, value in sizes.items() if value is not None}
 
 
 def _mark_failed(folder: RunFolder, reason: str) -> None:

@@ -77,6 +77,18 @@ def allow_recompilations(limit: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
+def compilations() -> int:
+    """How often torch.compile has begun to compile something in this process."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return 0 if module is None else module.counters["frames"]["total"]
+
+
+def of_any_size(x: Tensor) -> None:
+    """Let torch.compile, where it first meets x, make code for other sizes of its dimensions too; not of those of 1."""
+    for dimension in range(x.dim()):
+        torch._dynamo.maybe_mark_dynamic(x, dimension)
+
+
 def compiler_errors() -> tuple[type[Exception], ...]:
     """What torch.compile raises where it cannot trace, or finds no working C++ compiler."""
     from torch._dynamo.exc import TorchDynamoException

@@ -230,7 +230,7 @@ def _observe(model: nn.Module, layers: dict[str, nn.Module], example) -> Ends:
     for each in tree_leaves(result):
         if isinstance(each, Tensor):
             flow.result |= observer.get(each).flow
-    return flow.ends("as observed with example=")
+    return flow.ends("as observed in a forward of the example")
 
 
 @contextmanager

@@ -27,6 +27,10 @@ MODULES = {
 }
 
 
+# What runs of any task are judged by, best first: TensorBoard compares runs of several by what one of them declares.
+METRICS = ("val/top1", "val/top5", "val/bleu", "test/bleu", "val/f1", "val/em", "val/loss", "test/loss")
+
+
 def build_task(config: Config) -> Task:
     """The task of a run, with its data. Raises UserError naming the key, or the file, that is wrong."""
     return _module(config).build(config)

@@ -44,7 +44,7 @@ def train_loader(
     count = batches_per_epoch(data, config)
     check_ranks(config, world_size)
     rng = np.random.Generator(np.random.Philox(key=int(mix(seed, ORDER, epoch)[0])))
-    if _is_batched(data):
+    if is_batched(data):
         batches = data.train.batches(rng)
         assert len(batches) == count
         if (smallest := min(map(len, batches))) < world_size:
@@ -80,7 +80,7 @@ def in_order(parts: Sequence[list[T]]) -> list[T]:
 def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
     """Batches in an epoch of training. Raises UserError if there is not even one."""
     check_at_least("dataset.batch_size", config.batch_size, 1)
-    if _is_batched(data):
+    if is_batched(data):
         return data.train.num_batches
     if config.batch_size > len(data.train):
         raise UserError(
@@ -90,7 +90,8 @@ def batches_per_epoch(data: Data, config: DatasetConfig) -> int:
     return len(data.train) // config.batch_size
 
 
-def _is_batched(data: Data) -> bool:
+def is_batched(data: Data) -> bool:
+    """Whether the data say which training examples share a batch (luqrun.tasks.task.Batched)."""
     return hasattr(data.train, "num_batches")
 
 
@@ -177,7 +178,8 @@ def explain_dead_worker(error: RuntimeError, config: DatasetConfig) -> str:
     """What to do about a loader worker that has died, in one line; "" for any other error."""
     text = str(error)
     fewer = f"lower dataset.workers={config.workers}, and the run goes on from the last checkpoint"
-    fewer += f" (with a smaller dataset.batch_size={config.batch_size} it is another run)"
+    size = "batch_size" if config.batch_tokens is None else "batch_tokens"
+    fewer += f" (with a smaller dataset.{size}={getattr(config, size)} it is another run)"
     if config.workers == 0:
         return ""
     if re.search("DataLoader worker.*Bus error|/torch_", text):  # that is what torch's shared memory is called

@@ -136,7 +136,8 @@ def validate_schedule(config: ScheduleConfig) -> None:
     if config.average is not None:
         check_at_least("schedule.average", config.average, 1)
         if config.average > config.epochs:
-            raise UserError(f"schedule.average={config.average} must be at most schedule.epochs={config.epochs}")
+            most = f"schedule.epochs={config.epochs}, or null: the last weights are taken"
+            raise UserError(f"schedule.average={config.average} must be at most {most}")
     if config.nesterov and (config.optimizer != "sgd" or config.momentum == 0):
         raise UserError("schedule.nesterov=true needs schedule.optimizer=sgd and schedule.momentum above 0")
     if config.clip_grad_norm is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from luqrun.config import Config
-from luqrun.internals.of_torch import allow_recompilations
+from luqrun.internals.of_torch import allow_recompilations, of_any_size
 from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges
 from luqrun.quant.finetune import Phase
 from luqrun.quant.recipe import Recipe
@@ -61,14 +61,19 @@ def _log_finetune(config: Config, recipe: Recipe) -> None:
     log.info("fine-tune %s: high precision in %s; evaluated with the recipe's weights and activations", name, shown)
 
 
-def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """What is called in place of `model`: itself, compiled, or averaging its gradients over the processes."""
+def wrap(model: nn.Module, config: Config, device: torch.device, any_size: bool) -> nn.Module:
+    """What is called in place of `model`: itself, compiled, or averaging its gradients over the processes.
+
+    any_size: whether hardly two batches have the same shape, so that a graph for the first one's would serve once.
+    """
     network = model
     if config.compile:
         # Training, fine-tuning and evaluation are graphs of their own, for whole batches and for an epoch's last one.
         allow_recompilations(64)
         network = torch.compile(model)
-        log.info("compile=true: the first step compiles, for a minute or so, and is no part of the time of training")
+        if any_size:
+            network.register_forward_pre_hook(_mark_sizes, with_kwargs=True)
+        log.info("compile=true: a step that compiles takes a minute or more, and is no part of the time of training")
     if process_group.world_size() == 1:
         return network
     # Buffers are not sent at each step: share_buffers does it where they are read. (Newer torch calls it otherwise.)
@@ -79,6 +84,12 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     # the last bit, so that a resumed run would differ. This keeps them (torch warns that none is unused: harmless).
     fixed = {"find_unused_parameters": True, each_step: False}
     return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **fixed)
+
+
+def _mark_sizes(network: nn.Module, inputs: tuple, keywords: dict) -> None:
+    for x in (*inputs, *keywords.values()):
+        if isinstance(x, torch.Tensor):
+            of_any_size(x)
 
 
 def synchronizing(network: nn.Module, on: bool) -> AbstractContextManager:

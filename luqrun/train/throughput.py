@@ -9,21 +9,21 @@ class Throughput:
     """Counts seconds of training steps, and the examples or tokens they trained on, into `progress`, a part of the
     checkpoint.
 
-    The first step of a process warms up: it is part of the time, unless torch.compile `compiles` in it, not of the
-    speed.
+    The first step of a process warms up: it is part of the time, not of the speed. A step in which torch.compile was at
+    work is part of neither.
     """
 
-    def __init__(self, progress: dict, compiles: bool = False):
-        self.progress, self.compiles, self.warm = progress, compiles, False
+    def __init__(self, progress: dict):
+        self.progress, self.warm = progress, False
         self.recent_seconds, self.recent = 0.0, 0
 
-    def count(self, seconds: float, trained: int) -> None:
+    def count(self, seconds: float, trained: int, compiled: bool = False) -> None:
         """Count one step."""
-        self.progress["seconds"] += seconds if self.warm or not self.compiles else 0.0
+        self.progress["seconds"] += 0.0 if compiled else seconds
         self.progress["trained"] += trained
         self.recent_seconds += seconds
         self.recent += trained
-        if self.warm:
+        if self.warm and not compiled:
             self.progress["timed_seconds"] += seconds
             self.progress["timed"] += trained
         self.warm = True

@@ -17,6 +17,7 @@ from luqrun.quant.convert import quantized_layers
 from luqrun.quant.recipe import GEMMS, OPERANDS
 from luqrun.runs.folder import EVENTS, RunFolder
 from luqrun.runs.identity import NOT_IN_RESULT
+from luqrun.tasks import METRICS
 from luqrun.train.events import EventFile
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Tracker:
             self._write_hyper_parameters(config, final_metrics)
 
     def _write_hyper_parameters(self, config: Config, final_metrics: Sequence[str]) -> None:
-        # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours.
-        for summary in hparams(hyper_parameters(config), dict.fromkeys(final_metrics, 0.0)):
+        # SummaryWriter.add_hparams would start a second run; these are its three summaries, in ours. The tab shows what
+        # the run that it finds first declares, which may be of another task.
+        for summary in hparams(hyper_parameters(config), dict.fromkeys([*final_metrics, *METRICS], 0.0)):
             self.events.add(summary)
 
     def row(self, kind: str, epoch: int, step: int, phase: str, metrics: dict[str, float]) -> None:

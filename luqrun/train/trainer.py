@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from luqrun.config import Config
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import compilations
 from luqrun.quant import gemms
 from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
 from luqrun.quant.recipe import Recipe
@@ -32,7 +33,7 @@ from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory
 from luqrun.runtime.seeds import DROPOUT, mix
 from luqrun.runtime.signals import ASKING, Requests, Stopped
 from luqrun.tasks import build_task
-from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, train_loader
+from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, is_batched, train_loader
 from luqrun.tasks.task import Batch
 from luqrun.train import setup, throughput
 from luqrun.train.averaging import average_weights
@@ -115,18 +116,17 @@ class Trainer:
         self.on_test: dict[str, float] = {}
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
-        self.throughput, sizes = throughput.Throughput(self.progress, config.compile), self.progress["world_sizes"]
+        self.throughput, sizes = throughput.Throughput(self.progress), self.progress["world_sizes"]
         if sizes[-1:] != [process_group.world_size()]:
             sizes.append(process_group.world_size())
-        self.network = setup.wrap(self.model, config, device)
+        self.network = setup.wrap(self.model, config, device, any_size=is_batched(self.data))
         left = self.total_epochs * self.steps_per_epoch - self.progress["step"]
         profiled = config.tracking.profile_steps if folder.writes else 0
         self.profiler = StepProfiler(folder.path, profiled, left, device)
         after = self.progress.get("latest", 0.0) if own else 0.0
         self.shown, done = [metric.name for metric in self.task.metrics], self.progress["step"]
         of_test = [metric.of_test.name for metric in self.task.metrics if self.data.test is not None]
-        compared = [*self.shown, *of_test]
-        self.tracker = Tracker(config, folder, compared, done, after) if folder.writes else NoTracker()
+        self.tracker = Tracker(config, folder, [*self.shown, *of_test], done, after) if folder.writes else NoTracker()
         log.info("%s", self.data.describe())
         setup.log_model(self.model, config, self.recipe, config.schedule.epochs * self.steps_per_epoch)
         log.info("device %s, precision %s, kernels: %s", device, config.precision, self.kernels)
@@ -196,12 +196,12 @@ class Trainer:
         bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=self.no_bar, leave=False)
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
-                started = time.perf_counter()
+                started, compiled = time.perf_counter(), compilations()
                 with record_function(DATA), self.requests.reading(self.save_checkpoint):
                     micro_batches = [next(batches) for _ in range(accumulate)]
                 loss, weight = self.train_step(micro_batches)
                 self.profiler.step()
-                self.throughput.count(time.perf_counter() - started, weight)
+                self.throughput.count(time.perf_counter() - started, weight, compilations() > compiled)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 bar.update(accumulate)

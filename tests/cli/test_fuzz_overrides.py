@@ -82,14 +82,24 @@ def test_more_glyphs_than_memory(cache, tmp_path):
     assert "GiB" in answer.lines[0]
 
 
-def test_too_little_memory_is_one_line(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (TINY, "model.name=resnet8, dataset.batch_size=32, dataset.image_size="),
+        (("dataset=facts",), "model.name=bert_tiny, dataset.batch_size=32, dataset.max_length=64"),
+        (("dataset=sentences",), "transformer_tiny, dataset.batch_tokens=1024, dataset.batch_size=128, dataset.max_l"),
+    ],
+    ids=["images", "questions", "translation"],
+)
+def test_too_little_memory_is_one_line(asked, named, cache, tmp_path, monkeypatch):
     def starved(config, folder, requests):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr("luqrun.train.trainer.run", starved)
-    answer = command(tmp_path, cache, *TINY, work=cli._work)
+    answer = command(tmp_path, cache, *asked, work=cli._work)
     assert (answer.code, len(answer.lines)) == (1, 1), answer
-    assert "not enough memory for model.name=resnet8, dataset.batch_size=32" in answer.lines[0]
+    assert "not enough memory for model.name=" in answer.lines[0]
+    assert named in answer.lines[0]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ REFUSED = [
     ("schedule.name=exponential", "schedule.name=exponential", ("step", "cosine", "onecycle")),
     ("schedule.lr=0", "schedule.lr=0", ("above 0",)),
     ("schedule.lr=nan", "schedule.lr=nan", ("finite",)),
+    ("schedule.average=9", "schedule.average=9", ("at most schedule.epochs=1", "null")),
     ("schedule.accumulate=0", "schedule.accumulate=0", ("at least 1",)),
 ]
 

@@ -28,6 +28,24 @@ class Spy(torch.autograd.Function):
         return g, None, None
 
 
+def test_compilations_are_counted():
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    for x, more in ((torch.ones(3), 1), (torch.ones(3), 0), (torch.ones(3, 3), 1)):
+        before = of_torch.compilations()
+        double(x)
+        assert of_torch.compilations() - before == more
+
+
+def test_any_size_is_one_graph_but_for_sizes_of_one():
+    graphs = []
+    double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    for shape, known in (((3, 3), 1), ((4, 5), 1), ((1, 5), 2)):
+        x = torch.rand(shape)
+        of_torch.of_any_size(x)
+        torch.testing.assert_close(double(x), 2 * x)
+        assert len(graphs) == known
+
+
 def test_a_backward_pass_is_known():
     seen, x = [], torch.ones(2, requires_grad=True)
     Spy.apply(x, of_torch.in_backward, seen).sum().backward()

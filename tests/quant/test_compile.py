@@ -120,6 +120,24 @@ def test_many_sizes_are_two_graphs_at_most(kind, how):
     assert len(graphs) <= 2
 
 
+def test_blocks_that_are_alike_share_a_graph():
+    model = quantize(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(3))))
+    twin, graphs, x = copy.deepcopy(model), [], torch.rand(5, 4)
+
+    def counting(graph, inputs):
+        graphs.append(1)
+        return graph.forward
+
+    for block in twin:
+        block.compile(backend=counting)
+    found = []
+    for each in (model, twin):
+        each(x).sin().sum().backward()
+        found.append([parameter.grad for parameter in each.parameters()])
+    assert same(*found)
+    assert len(graphs) <= 2  # the first one's input needs no gradient
+
+
 def test_a_compiled_step_is_refused_a_second_derivative():
     layer, x = quantize(nn.Linear(4, 4)), torch.rand(2, 4, requires_grad=True)
     y = torch.compile(layer, backend="aot_eager")(x)

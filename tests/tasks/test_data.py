@@ -10,7 +10,10 @@ from luqrun import tasks
 from luqrun.config import DatasetConfig, GlyphsConfig
 from luqrun.errors import UserError
 from luqrun.tasks.classification.data import NAMES, build_dataset
+from luqrun.tasks.classification.task import Classification
+from luqrun.tasks.question_answering.task import QuestionAnswering
 from luqrun.tasks.subset import subset
+from luqrun.tasks.translation.task import Translation
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
@@ -82,3 +85,11 @@ def test_each_yaml_fits_the_schema(name):
 
 def test_there_is_a_yaml_for_each_name():
     assert {file.stem for file in CONF.glob("*.yaml")} == set(tasks.MODULES)
+
+
+def test_the_metrics_of_all_tasks_are_known():
+    classes = [Classification, QuestionAnswering, Translation]
+    assert {each.__module__ for each in classes} == set(tasks.MODULES.values())
+    own = {metric for each in classes for metric in each.metrics}
+    tested = {metric.of_test for metric in Translation.metrics}  # it alone has test data
+    assert sorted(metric.name for metric in own | tested) == sorted(tasks.METRICS)

@@ -179,6 +179,9 @@ def test_what_workers_lack_is_told(text, word):
     assert word in advice
     assert bool(advice) == bool(word)
     assert "dataset.workers=3" in advice or not word
+    assert "smaller dataset.batch_size=" in advice or not word
+    advice = explain_dead_worker(RuntimeError(text), settings(workers=3, batch_tokens=900))
+    assert "smaller dataset.batch_tokens=900" in advice or not word
 
 
 def test_a_worker_that_is_blocked_in_a_read_ends_with_its_loader(root, tmp_path):

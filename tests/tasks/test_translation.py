@@ -97,6 +97,13 @@ def test_beam_search_gives_a_line_a_sentence_and_the_sum_of_losses(task, network
     assert all(mean != smoothed for mean, smoothed in zip(means, whole, strict=True))  # without smoothing
 
 
+def test_an_evaluation_compiles_nothing(task, network):
+    compiled = torch.compile(network.eval(), backend=lambda graph, inputs: pytest.fail("it compiles"))
+    batch = task.data.val.batch(np.arange(3), None)
+    with torch.no_grad():
+        assert task.predict(compiled, batch) == task.predict(network, batch)
+
+
 def test_the_signature_says_which_bleu_it_is(task):
     assert re.fullmatch(
         r"nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:[\d.]+", task.notes["bleu_signature"]
@@ -149,7 +156,7 @@ WRONG = {
     "dataset.source=../en": r"dataset\.source=\.\./en must be how the files end",
     "dataset.vocabulary=5": r"dataset\.vocabulary=5 is too small; it must be at least 100",
     "dataset.max_length=3": r"dataset\.max_length=3",
-    "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least 24",
+    "dataset.batch_tokens=20": r"dataset\.batch_tokens=20 is too small; it must be at least dataset\.max_length=24",
     "dataset.batch_tokens=null": r"dataset\.batch_tokens is not given, and dataset=sentences needs it",
     "dataset.examples=0": r"dataset\.examples=0",
     "dataset.examples=1000000000": r"dataset\.examples=1000000000 is too large",
@@ -159,7 +166,7 @@ WRONG = {
     "model=resnet8": r"model\.name=resnet8 does not translate, as dataset=sentences asks; allowed: transformer_base",
     "model.dropout=1.0": r"model\.dropout=1\.0",
     "model.stem=small": r"model\.stem=small is of networks for images",
-    "model.weights=/here": r"model\.weights is read by",
+    "model.weights=/here": r"model\.weights is read by model=bert, and networks for translation start from random ones",
 }
 
 

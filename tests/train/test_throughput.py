@@ -1,5 +1,10 @@
 """Examples a second: recently and in the mean, without the first step of a process."""
 
+import functools
+
+import torch
+from running import build_trainer, quiet_machine
+
 from luqrun.train import throughput
 
 
@@ -19,9 +24,26 @@ def test_the_first_step_is_part_of_the_time_and_not_of_the_mean_speed():
     assert progress == {"seconds": 34.0, "trained": 390, "timed_seconds": 4.0, "timed": 240}
 
 
-def test_a_first_step_that_compiles_is_no_part_of_the_time():
+def test_steps_that_compile_are_no_part_of_the_time():
     progress = dict(throughput.START)
-    run = throughput.Throughput(progress, compiles=True)
-    run.count(60.0, 50)
+    run = throughput.Throughput(progress)
+    run.count(2.0, 50)  # not compiled, as it records the layers' health
+    run.count(60.0, 50, compiled=True)
     run.count(1.0, 50)
-    assert (progress["seconds"], progress["trained"], run.mean()) == (1.0, 100, 50.0)
+    run.count(70.0, 50, compiled=True)
+    assert (progress["seconds"], progress["trained"], run.mean()) == (3.0, 200, 50.0)
+
+
+def test_a_run_knows_the_steps_that_compile(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    flags, count = [], throughput.Throughput.count
+    monkeypatch.setattr(
+        throughput.Throughput,
+        "count",
+        lambda self, seconds, trained, compiled: flags.append(compiled) or count(self, seconds, trained, compiled),
+    )
+    with quiet_machine(tmp_path / "cache"):
+        run = build_trainer(tmp_path / "run", "quant=fp32", "compile=true", "dataset.glyphs.train_images=160")
+        run.train_epoch(0)
+        run.tracker.close()
+    assert flags == [False, True, False, False, False]  # the first records the layers, uncompiled

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luqrun.config import Config
+from luqrun.config import COMPANIONS, Config
 from luqrun.errors import UserError, check_choice
 from luqrun.runs.metric import Metric
 from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
@@ -26,7 +26,9 @@ def validate(config: Config) -> None:
     model = config.model
     if model.name not in MODELS:
         what = f"model.name={model.name} does not classify images, as dataset={config.dataset.name} asks"
-        raise UserError(f"{what}; allowed: {', '.join(MODELS)}")
+        of_text = [name for name, usual in COMPANIONS.items() if usual["model"] == model.name]
+        instead = f"; it goes with dataset={' or '.join(of_text)}" if of_text else ""
+        raise UserError(f"{what}; allowed: {', '.join(MODELS)}{instead}")
     check_choice("model.stem", model.stem, STEMS)
     for key in ("dropout", "weights"):
         if getattr(model, key) is not None:

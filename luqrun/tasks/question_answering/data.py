@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.padding import describe_padding
 from luqrun.tasks.question_answering import GENERATED, NAMES
 from luqrun.tasks.settings import check_common, check_read, check_text_model
 from luqrun.tasks.subset import subset
@@ -58,8 +59,8 @@ class QuestionData:
         of = f" of {self.of:,}" if self.of != counts[0][0] else ""
         cut = f"; {self.train.cut + self.val.cut} questions are cut" if self.train.cut + self.val.cut else ""
         shown = f"{counts[0][0]:,}{of} training questions in {counts[0][1]:,} windows, and "
-        padding = f"; {100 * self.train.padding():.0f} % of a training batch is padding"
-        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows{padding}{cut}"
+        padding = describe_padding(self.train, self.train.lengths)
+        return f"{shown}{counts[1][0]:,} validation questions in {counts[1][1]:,} windows; {padding}{cut}"
 
 
 def validate_model(model: ModelConfig, dataset: str) -> None:
@@ -108,9 +109,9 @@ def fingerprint_dataset(config: Config) -> dict[str, object]:
     check_choice("dataset.name", config.dataset.name, NAMES)
     found = {}
     if config.dataset.name == "squad":
-        from luqrun.tasks.question_answering.squad import fingerprint_files
+        from luqrun.tasks.question_answering import squad
 
-        found |= fingerprint_files(config.dataset)
+        found |= squad.fingerprint(config.dataset)
     if config.model.weights is not None:
         from luqrun.tasks.question_answering.weights import fingerprint_weights
 
@@ -124,9 +125,6 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
 
     Raises UserError naming the key, the file or the question that is wrong.
     """
-    from luqrun.internals.of_transformers import transformers
-
-    transformers()  # tells of a missing extra, before anything is read
     from luqrun.tasks.question_answering import wordpiece
     from luqrun.tasks.question_answering.weights import read_settings, weights_folder
     from luqrun.tasks.question_answering.windows import BatchedWindows, Windows, chosen

@@ -28,7 +28,7 @@ def build_network(model: ModelConfig, sizes: dict, vocabulary_size: int) -> nn.M
     dropouts = dict.fromkeys(DROPOUTS, sizes["dropout"] if model.dropout is None else model.dropout)
     settings = {name: value for name, value in sizes.items() if name != "dropout"}
     network = _of(transformers().BertConfig(vocab_size=vocabulary_size, **settings, **dropouts))
-    log.info("%s: the weights are random; model.weights=DIR starts from a pre-trained BERT", model.name)
+    log.info("%s: the weights are random; model=bert model.weights=DIR starts from a pre-trained BERT", model.name)
     return network
 
 

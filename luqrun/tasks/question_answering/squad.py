@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
 from pathlib import Path
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError
-from luqrun.tasks.fingerprint import hash_of, sizes, whole_root
 from luqrun.tasks.question_answering.questions import Answer, Question, QuestionSet
+from luqrun.tasks.text_files import find_file, fingerprint_files, read_lines, root_folder
 
 FILES = {"train": "train-v1.1.json", "val": "dev-v1.1.json"}
 LAYOUT = "ROOT/train-v1.1.json and ROOT/dev-v1.1.json, or the same with .gz"
@@ -25,26 +22,18 @@ def read(config: DatasetConfig) -> tuple[QuestionSet, QuestionSet]:
     return train, val
 
 
-def fingerprint_files(config: DatasetConfig) -> dict:
-    """The fingerprint (luqrun.tasks.fingerprint_data) of what `read` would read: names and sizes."""
-    paths = _paths(config)
-    names = [path.name.encode() for path in paths]
-    return {"root": whole_root(config), "names_and_sizes": hash_of([*names, sizes([str(path) for path in paths])])}
+def fingerprint(config: DatasetConfig) -> dict[str, object]:
+    """As luqrun.tasks.fingerprint_data: names and sizes of the files."""
+    return fingerprint_files(config, _paths(config))
 
 
 def _paths(config: DatasetConfig) -> list[Path]:
     """Of both files, the plain one if there are two."""
-    if config.root is None:
-        raise UserError(f"dataset.root is not given; dataset={config.name} expects {LAYOUT}")
-    root = Path(os.path.expanduser(config.root))
-    if not root.is_dir():
-        raise UserError(f"dataset.root={config.root}: there is no such folder; expected {LAYOUT}")
-    found = []
-    for name in FILES.values():
-        there = [path for path in (root / name, root / f"{name}.gz") if path.is_file()]
-        if not there:
-            raise UserError(f"dataset.root={config.root}: {name} is not there; expected {LAYOUT}")
-        found.append(there[0])
+    root = root_folder(config, LAYOUT)
+    found = [find_file(root, name) for name in FILES.values()]
+    if None in found:
+        missing = list(FILES.values())[found.index(None)]
+        raise UserError(f"dataset.root={config.root}: there is no {missing} (or {missing}.gz); expected {LAYOUT}")
     return found
 
 
@@ -99,19 +88,9 @@ def _count(found: list, one: str, several: str) -> str:
 
 
 def _json(path: Path) -> object:
+    text = "".join(read_lines(path))
     try:
-        stored = path.read_bytes()
-        if path.suffix == ".gz":
-            stored = gzip.decompress(stored)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged, or no gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    try:
-        return json.loads(stored.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of too many digits

@@ -147,11 +147,6 @@ class BatchedWindows(Windows):
             found += np.split(pool, len(pool) // self.batch_size)
         return [found[number] for number in rng.permutation(len(found))]
 
-    def padding(self) -> float:
-        """The share of padding among the tokens of an epoch's batches, as drawn for one of them."""
-        lengths = [self.lengths[batch] for batch in self.batches(np.random.Generator(np.random.Philox(0)))]
-        return 1 - sum(each.sum() for each in lengths) / sum(each.max() * len(each) for each in lengths)
-
 
 def tokens_of(offsets: np.ndarray, answer: Answer) -> tuple[int, int]:
     """The first and the last token that have characters of the answer; the last is before the first where none has.

@@ -7,13 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from typing import TYPE_CHECKING
 
 from luqrun.errors import UserError
+from luqrun.internals.of_transformers import tokenizers
 from luqrun.tasks.cache import cached_text
 from luqrun.tasks.question_answering.windows import SPECIAL
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 UNKNOWN = "[UNK]"
 TOKENS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
@@ -25,24 +27,24 @@ TRAINING = 1  # part of the cache key: raise it when the training changes
 def trained(texts: Sequence[str], size: int) -> Tokenizer:
     """A tokenizer of at most `size` subwords (but all characters), from the cache if these texts have been seen: always
     the same one."""
-    key = hashlib.sha256(json.dumps([TRAINING, tokenizers.__version__, size]).encode())
+    key = hashlib.sha256(json.dumps([TRAINING, tokenizers().__version__, size]).encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     name = f"wordpiece-{key.hexdigest()[:16]}.json"
-    return cached_text(name, Tokenizer.from_str, lambda: train(texts, size).to_str())
+    return cached_text(name, tokenizers().Tokenizer.from_str, lambda: train(texts, size).to_str())
 
 
 def train(texts: Sequence[str], size: int) -> Tokenizer:
     """The same tokenizer for the same texts: the library's trainer alone numbers characters as they come out of a hash
     table, and merges other pairs each time. So each has its number before."""
-    counts = Counter()
-    normalizer = normalizers.BertNormalizer()
+    library, counts = tokenizers(), Counter()
+    normalizer = library.normalizers.BertNormalizer()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
     frequent = sorted(counts, key=lambda character: (-counts[character], character))[:MAX_CHARACTERS]
     characters = sorted(character for character in frequent if not character.isspace())
     known = [*TOKENS, *characters, *(PREFIX + character for character in characters)]
-    trainer = trainers.WordPieceTrainer(
+    trainer = library.trainers.WordPieceTrainer(
         vocab_size=max(size, len(known)),
         initial_alphabet=characters,
         limit_alphabet=len(characters),
@@ -56,15 +58,17 @@ def train(texts: Sequence[str], size: int) -> Tokenizer:
 
 
 def _tokenizer(vocabulary: dict[str, int], lower_case: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)
+    library = tokenizers()
+    tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=lower_case)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = library.decoders.WordPiece(prefix=PREFIX)
     if vocabulary:
         tokenizer.add_special_tokens([token for token in TOKENS if token in vocabulary])
         single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
         ids = [(token, vocabulary[token]) for token in SPECIAL[:2]]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+        template = library.processors.TemplateProcessing
+        tokenizer.post_processor = template(single=single, pair=pair, special_tokens=ids)
     return tokenizer
 
 
@@ -75,7 +79,7 @@ def read(folder: Path, vocabulary_size: int) -> Tokenizer:
     path = whole if whole.is_file() else lines
     try:
         text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text) if path == whole else _of_lines(text, folder)
+        tokenizer = tokenizers().Tokenizer.from_str(text) if path == whole else _of_lines(text, folder)
     except FileNotFoundError:
         raise UserError(f"model.weights={folder}: neither tokenizer.json nor vocab.txt is there") from None
     except UserError:

@@ -54,15 +54,6 @@ class BucketedPairs(SentencePairs):
             found += np.array_split(rng.permutation(pairs), -(-len(pairs) // most))
         return [found[number] for number in rng.permutation(len(found))]
 
-    def padding(self) -> float:
-        """The share of padding among the subwords of an epoch's batches, both sides, as drawn for one of them."""
-        real = whole = 0
-        for batch in self.batches(np.random.Generator(np.random.Philox(0))):
-            for side in (self.source, self.target):
-                real += side.lengths[batch].sum()
-                whole += side.lengths[batch].max() * len(batch)
-        return 1 - real / whole
-
 
 def _ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
     """(shortest, longest) of each bucket, which has LEAST pairs or all there are; from the longest pairs down."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from luqrun.config import DatasetConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.tasks.padding import describe_padding
 from luqrun.tasks.settings import check_common, check_read
 from luqrun.tasks.subset import subset
 from luqrun.tasks.translation import GENERATED, NAMES, parallel_text, sentences
@@ -43,7 +44,9 @@ def validate_dataset(config: DatasetConfig) -> None:
     check_at_least("dataset.vocabulary", config.vocabulary, FEWEST)
     check_at_least("dataset.max_length", config.max_length, 8)
     check_at_most("dataset.max_length", config.max_length, MAX_LENGTH)
-    check_at_least("dataset.batch_tokens", config.batch_tokens, config.max_length)
+    if config.batch_tokens < config.max_length:
+        least = f"dataset.max_length={config.max_length}, the longest sentence"
+        raise UserError(f"dataset.batch_tokens={config.batch_tokens} is too small; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class TranslationData:
         of = f" of {self.of:,}" if self.of != len(self.train) else ""
         test = f" and {len(self.test):,} test" if self.test is not None else ""
         pairs = f"{len(self.train):,}{of} training, {len(self.val):,} validation{test} sentences"
-        padding = f"{100 * self.train.padding():.0f} % of a training batch is padding"
+        padding = describe_padding(self.train, self.train.source.lengths, self.train.target.lengths)
         about = f"{' to '.join(self.languages)}, {len(self.subwords):,} subwords, {padding}"
         return f"{pairs}, {about}" + (f"; {self.left_out}" if self.left_out else "")
 

@@ -38,7 +38,7 @@ def validate(config: Config) -> None:
         raise UserError(f"model.name={config.model.name} does not translate, as {asked}")
     check_text_model(config.model)
     if config.model.weights is not None:
-        raise UserError("model.weights is read by bert and bert_tiny; networks for translation start from random ones")
+        raise UserError("model.weights is read by model=bert, and networks for translation start from random ones")
     validate_dataset(config.dataset)
     check_text_optimizer(config)
 
@@ -91,11 +91,15 @@ class Translation(Task):
         return F.cross_entropy(logits, target, ignore_index=PADDING, label_smoothing=self.label_smoothing), {}
 
     def predict(self, network: nn.Module, batch: Batch) -> tuple[list[list[int]], float, int]:
-        """The translations as subwords; the sum of losses, without smoothing, and its subwords."""
-        logits, target = self._logits(network, batch).flatten(0, 1), batch["target"].flatten()
+        """The translations as subwords; the sum of losses, without smoothing, and its subwords.
+
+        All of it as the model is, not compiled: the search could not be, and the loss takes little time beside it.
+        """
+        model = innermost(network)
+        logits, target = self._logits(model, batch).flatten(0, 1), batch["target"].flatten()
         loss = F.cross_entropy(logits, target, ignore_index=PADDING, reduction="sum").item()
         source = batch["source"]
-        found = innermost(network).generate(
+        found = model.generate(
             input_ids=source,
             attention_mask=(source != PADDING).long(),
             num_beams=BEAMS,
