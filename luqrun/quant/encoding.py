@@ -16,7 +16,7 @@ ERRORS = ("mse", "mae")  # by which four over six chooses
 OF_BLOCKS = ("scale_format", "scale_rounding", "four_over_six", "eden")  # keys that need a block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """The numbers that one quantization gives, but for its draw.
 
@@ -75,6 +75,7 @@ class Encoding:
             self._check_largest(form)
         if not 0 < self.headroom <= 1:
             raise UserError(f"headroom={self.headroom} is out of range; allowed: 0 < headroom <= 1")
+        object.__setattr__(self, "headroom", float(self.headroom))
         if self.block is None:
             self._check_whole()
         else:
@@ -100,8 +101,7 @@ class Encoding:
             raise UserError(
                 f"largest={self.largest} is out of range; allowed with format={form.name}: {least:g} to {most:g}"
             )
-        if form.logarithmic:
-            object.__setattr__(self, "largest", int(self.largest))
+        object.__setattr__(self, "largest", int(self.largest) if form.logarithmic else float(self.largest))
         if self.largest > limit and "stochastic" in (self.rounding, self.underflow):
             raise UserError(
                 f"largest={self.largest} is beyond the largest code, {limit}: what is clipped would bias the "
@@ -148,6 +148,10 @@ class Encoding:
             raise UserError(
                 "eden goes with rounding=nearest and without four_over_six: its draws are those of the scales"
             )
+
+    def __eq__(self, other: object) -> bool:
+        # By one text: a compiler for any size (dynamic=True) makes symbols of the numbers that it sees compared.
+        return isinstance(other, Encoding) and self.key == other.key
 
     def __hash__(self):
         return hash(self.key)  # which Python keeps with the text
