@@ -6,9 +6,10 @@ import torch
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, Format
+from luqrun.quant.kernels import has_kernels
 
 LAST = torch.channels_last
-COMPILED = [form for form in FORMATS.values() if form.radix == 2]  # radix 4 has torch's operations alone
+COMPILED = [form for form in FORMATS.values() if has_kernels(form)]  # others have torch's operations alone
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

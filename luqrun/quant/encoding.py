@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 
 from luqrun.errors import UserError, check_choice
@@ -16,7 +17,7 @@ ERRORS = ("mse", "mae")  # by which four over six chooses
 OF_BLOCKS = ("scale_format", "scale_rounding", "four_over_six", "eden")  # keys that need a block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """The numbers that one quantization gives, but for its draw.
 
@@ -75,6 +76,7 @@ class Encoding:
             self._check_largest(form)
         if not 0 < self.headroom <= 1:
             raise UserError(f"headroom={self.headroom} is out of range; allowed: 0 < headroom <= 1")
+        object.__setattr__(self, "headroom", float(self.headroom))
         if self.block is None:
             self._check_whole()
         else:
@@ -100,8 +102,7 @@ class Encoding:
             raise UserError(
                 f"largest={self.largest} is out of range; allowed with format={form.name}: {least:g} to {most:g}"
             )
-        if form.logarithmic:
-            object.__setattr__(self, "largest", int(self.largest))
+        object.__setattr__(self, "largest", int(self.largest) if form.logarithmic else float(self.largest))
         if self.largest > limit and "stochastic" in (self.rounding, self.underflow):
             raise UserError(
                 f"largest={self.largest} is beyond the largest code, {limit}: what is clipped would bias the "
@@ -149,6 +150,10 @@ class Encoding:
                 "eden goes with rounding=nearest and without four_over_six: its draws are those of the scales"
             )
 
+    def __eq__(self, other: object) -> bool:
+        # By one text: a compiler for any size (dynamic=True) makes symbols of the numbers that it sees compared.
+        return isinstance(other, Encoding) and self.key == other.key
+
     def __hash__(self):
         return hash(self.key)  # which Python keeps with the text
 
@@ -177,6 +182,18 @@ class Encoding:
         return exponent_rule(self.scale_rounding or "rceil", self.top, self.form.mantissa_bits)
 
     @property
+    def _highest(self) -> float:
+        """What no block's maximum exceeds once it is divided by its e8m0 scale."""
+        power = 2.0 ** (math.frexp(self.top)[1] - 1)
+        return {
+            "floor": 2 * power,
+            "rceil": self.top,
+            "ceil": power,
+            "even": (2 - 2.0 ** -(self.form.mantissa_bits + 1)) * power,
+            "down": 2 * self.top,
+        }[self.scale_rounding]
+
+    @property
     def biases(self) -> tuple[str, ...]:
         """Why the stochastic codes are biased by design; empty where they are not."""
         found = []
@@ -186,10 +203,12 @@ class Encoding:
             found.append("range=signed_max clips negative elements beyond the largest positive one")
         if self.block is None or not self.is_stochastic:
             return tuple(found)
-        if self.scale_format == "e8m0" and self.scale_rounding in ("floor", "even", "down") and self.headroom > 0.75:
+        limit = self.form.limit * self.form.unit
+        if self.range == "rms" and not self.eden:
+            found.append("range=rms clips the top of a block")
+        elif self.scale_format == "e8m0" and self._highest * self.headroom > limit:
             found.append(f"scale_rounding={self.scale_rounding} clips the top of a block")
-        safe = 16 / 17 * self.form.limit * self.form.unit * 1.000001
-        if self.scale_format == "e4m3" and not self.eden and self.top * self.headroom > safe:
+        elif self.scale_format == "e4m3" and not self.eden and self.top * self.headroom > 16 / 17 * limit * 1.000001:
             found.append("an e4m3 scale that is rounded down clips the top of a block (largest: 16/17 of it does not)")
         if self.four_over_six:
             found.append("four_over_six chooses a scale by the data")

@@ -11,7 +11,7 @@ from kernel_inputs import LAST, assert_identical, modes
 
 from luqrun.quant.encoding import RANGES
 from luqrun.quant.formats import FORMATS, SAWB, unpack
-from luqrun.quant.kernels import reference
+from luqrun.quant.kernels import has_kernels, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer, update_hindsight
@@ -26,9 +26,13 @@ SPECIAL = (0.0, -0.0, math.nan, math.inf, -math.inf, TINIEST, -TINIEST, 2.0**-12
 def quantizers(draw) -> Quantizer:
     """Every one that is not refused."""
     form = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
-    ranges = [name for name in RANGES if name != "sawb" or (not form.logarithmic and form.bits in SAWB)]
+    integer = not form.logarithmic and not form.mantissa_bits
+    of_formats = {"sawb": integer and form.bits in SAWB, "rms": False}  # the second is of blocks
+    ranges = [name for name in RANGES if of_formats.get(name, True)]
     rounding, underflow = draw(st.sampled_from(modes(form)))
     drawn = "stochastic" in (rounding, underflow)
+    top = form.limit * form.unit
+    largest = st.integers(1, form.radix * form.limit) if form.logarithmic else st.floats(top / 2, top * 2)
     return Quantizer(
         form.name,
         draw(st.sampled_from(ranges)),
@@ -38,7 +42,7 @@ def quantizers(draw) -> Quantizer:
         pow2_scale=draw(st.booleans()),
         hindsight_momentum=draw(st.floats(0, 0.99)),
         redraw_every=draw(st.integers(1, 3)) if drawn else 1,
-        largest=draw(st.integers(1, form.radix * form.limit)) if form.logarithmic and not drawn else None,
+        largest=None if drawn or integer else draw(st.none() | largest),
     )
 
 
@@ -98,16 +102,16 @@ def test_what_a_quantized_tensor_is(quantizer, x, seed, sample):
         assert found.scale == 0
         assert not found.codes.any()
         return
-    assert found.scale > 0
+    assert found.scale > 0 or (quantizer.range == "signed_max" and not (x > 0).any())
     assert values.isfinite().all()
-    assert signed == (form.logarithmic or bool((x < 0).any()))
+    assert signed == (form.logarithmic or form.mantissa_bits > 0 or bool((x < 0).any()))
     assert (found.codes.double() * x.sign() >= 0).all()  # no value changes its sign
     levels = (torch.tensor(form.levels(signed), dtype=torch.float32) * found.scale).double()
     assert (values.abs() <= levels[-1]).all()
-    if quantizer.range == "sawb":
+    if quantizer.range in ("sawb", "signed_max"):
         return
     # The range holds the largest value, and no value goes further than to a neighbouring level.
-    reach = found.scale.item() * limit
+    reach = found.scale.item() * (quantizer.largest / form.unit if quantizer.largest else limit)
     overflows = quantizer.pow2_scale and 2 * reach > LARGEST  # then the scale was rounded down
     assert overflows or reach >= largest * (1 - 2**-23)
     inside = x.clamp(levels[0], levels[-1]).flatten()
@@ -121,7 +125,7 @@ def test_what_a_quantized_tensor_is(quantizer, x, seed, sample):
     quantizers(), tensors(), streams, st.sampled_from([None, 0.0, 1e-3, 0.7, 50.0, math.nan, math.inf, 3e38, TINIEST])
 )
 def test_both_backends_agree(quantizer, x, stream, estimate):
-    if quantizer.form.radix != 2:
+    if not has_kernels(quantizer.form):
         return  # torch's operations alone
     form = quantizer.form
     for moments in (False, True):

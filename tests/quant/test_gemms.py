@@ -125,11 +125,11 @@ def test_int8_is_what_runs(monkeypatch, dense):
 def test_formats_without_kernels_or_int8_units_are_named(dense):
     dense(False)
     plain = gemms.describe("cpu")
-    assert gemms.describe("cpu", luqrun.recipe("luq").forms) == plain
+    assert gemms.describe("cpu", luqrun.recipe("luq").encodings) == plain
     radix4 = "e3m0_radix4 quantized in torch operations, GEMMs with e3m0_radix4 in floating point"
-    assert gemms.describe("cpu", luqrun.recipe("radix4_tpr").forms) == f"{plain}, {radix4}"
+    assert gemms.describe("cpu", luqrun.recipe("radix4_tpr").encodings) == f"{plain}, {radix4}"
     wide = Recipe.of("wide", INT4, INT4, Quantizer("e4m0", rounding="stochastic"))
-    assert gemms.describe("cpu", wide.forms) == f"{plain}, GEMMs with e4m0 in floating point"
+    assert gemms.describe("cpu", wide.encodings) == f"{plain}, GEMMs with e4m0 in floating point"
 
 
 def test_the_units_are_chosen_by_device_and_backend(monkeypatch):

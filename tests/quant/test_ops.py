@@ -18,6 +18,7 @@ from luqrun.quant import gemms, kernels
 from luqrun.quant.convert import set_step
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
+from luqrun.quant.grids import Lines, grid_of
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8
@@ -53,8 +54,8 @@ def check_dynamic(operator, *arguments):
 
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
-        "next_draws", "statistics", "encode", "quantize", "unpack", "relu_", "relu_backward", "int8_conv",
-        "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
+        "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "hadamard",
+        "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
     }  # fmt: skip
 
 
@@ -101,6 +102,29 @@ def test_unpack(form, shape):
         (torch.float32, torch.int16, torch.float64), (False, True) if x.dim() == 4 else (False,)
     ):
         check(OPERATORS.unpack, fields, shape, last, TRUE, form, dtype)
+
+
+BLOCKS = {
+    "e8m0": Encoding("e2m1", block=4, rounding="stochastic", headroom=0.75),
+    "eden": Encoding("e2m1", block=4, scale_format="e4m3", eden=True),
+    "fp32": Encoding("int8", block=4, scale_format="fp32"),
+    "powers": Encoding("e3m0", block=4),  # without a kernel of the CPU's
+}
+
+
+@pytest.mark.parametrize("how", BLOCKS.values(), ids=list(BLOCKS))
+def test_blocks_and_rotations(how):
+    for number, x in enumerate((normal(3, 7), normal(2, 6, 3, 5).to(memory_format=LAST), normal(0, 4).bfloat16())):
+        last = x.dim() == 4
+        lines = Lines(30, 6, 1) if last else Lines(1, *x.shape)
+        grid, block = grid_of(how, lines)
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and how.scale_format != "fp32" else torch.float32
+        arguments = x, how.key, grid, block, x.float().abs().sum(), STREAM, 3, dtype
+        check(OPERATORS.encode_blocks, *arguments, False)
+        check(OPERATORS.encode_blocks, *arguments, True)
+        _, fields, scales, _ = ops.encode_blocks(*arguments, True)
+        check(OPERATORS.decode_blocks, fields, scales, x.shape, last, how.key, grid, block, dtype)
+        check(OPERATORS.hadamard, x, grid, lines.axis, 2 ** (number + 1), (None, torch.ones(4), None)[number])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,8 +28,9 @@ def test_nearest_is_the_nearest_level(name):
         assert quantized.scale == 0.125
         distance = (values[:, None] - levels).abs()
         is_nearest = distance == distance.min(1, keepdim=True).values
-        # Of two equally near: the even one of integers, the one farther from zero of powers of two.
-        preference = levels.abs() if form.logarithmic else (levels % 2 == 0).double()
+        # Of two equally near: the even one of integers, the even field (mantissa) of floating-point numbers, the one
+        # farther from zero of powers of two.
+        preference = levels.abs() if form.logarithmic else (form.to_fields(levels) % 2 == 0).double()
         expected = levels[torch.where(is_nearest, preference, -1.0).argmax(1)]
         assert torch.equal(quantized.codes.double(), expected)
 

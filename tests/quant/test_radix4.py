@@ -15,6 +15,7 @@ import luqrun
 from luqrun.errors import UserError
 from luqrun.quant.convert import set_step
 from luqrun.quant.formats import get_format
+from luqrun.quant.gemms import LinearOp
 from luqrun.quant.kernels import backend_for, ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.plan import Plan
@@ -117,7 +118,7 @@ def test_packing_round_trip(channels_last):
 def quantize_gradient(recipe, g, dtype=torch.float32):
     """(for dgrad, for wgrad) of the first layer in step 0."""
     gemms = recipe.fprop, recipe.dgrad, recipe.wgrad
-    return Plan(*gemms, {"gradient": make_stream()}, {}).quantize_gradient(g, dtype)
+    return Plan(LinearOp(), *gemms, {"gradient": make_stream()}, {}).quantize_gradient(g, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])

@@ -75,7 +75,8 @@ def encode_blocks(
         stored, codes, tensor_scale = _with_tensor_scale(blocks, clip, how, maximum, draws, finer_draws)
         codes = _valid(codes, stored)
         if how.eden:
-            stored = _corrected(blocks, codes, stored, tensor_scale, how, stream, sample)
+            words = _scale_draws(x, stream, SCALE_SAMPLES + sample, grid, block)
+            stored = _corrected(blocks, codes, stored, tensor_scale, how, words)
         tensor_scale = tensor_scale / how.headroom
     else:
         stored = _scale(clip, how)
@@ -136,6 +137,25 @@ def _draws(x: Tensor, stream: Tensor, sample: int, grid: Grid, block: Block) -> 
     words = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
     words = words.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else words
     return _gather(in_memory_order(words), grid, block)
+
+
+def layout_of_scales(x: Tensor, grid: Grid, block: Block) -> tuple[int, int, int]:
+    """(images, pixels, channels) as which the scales of a channels_last x lie in memory; zeros of a contiguous x, whose
+    scales lie in the order in which their draws are numbered."""
+    if not is_channels_last(x):
+        return 0, 0, 0
+    many = counts(grid, block)
+    images, pixels = x.shape[0] if grid[1] == 1 else many[0] * many[1], x.shape[2] * x.shape[3]
+    return images, pixels, math.prod(many) // max(images * pixels, 1)
+
+
+def _scale_draws(x: Tensor, stream: Tensor, sample: int, grid: Grid, block: Block) -> Tensor:
+    """The random words of x's scales."""
+    many = counts(grid, block)
+    words = random_words(stream.to(x.device), sample, math.prod(many))
+    images, pixels, channels = layout_of_scales(x, grid, block)
+    words = words.view(images, channels, pixels).transpose(1, 2) if images else words
+    return words.reshape(many)
 
 
 def _gather(x: Tensor, grid: Grid, block: Block) -> Tensor:
@@ -244,11 +264,10 @@ def _error(blocks: Tensor, codes: Tensor, stored: Tensor, tensor_scale: Tensor, 
 
 
 def _corrected(
-    blocks: Tensor, codes: Tensor, stored: Tensor, tensor_scale: Tensor, how: Encoding, stream: Tensor, sample: int
+    blocks: Tensor, codes: Tensor, stored: Tensor, tensor_scale: Tensor, how: Encoding, words: Tensor
 ) -> Tensor:
     """EDEN's scales: times <x, x> / <x, Q(x)> of the block, drawn."""
     decoded, exact = _decoded(codes, stored, tensor_scale, how).double(), blocks.double()
     across = in_turn(exact * decoded)
     factor = torch.where(across > 0, in_turn(exact * exact) / across, torch.ones_like(across)).float()
-    words = random_words(stream.to(blocks.device), SCALE_SAMPLES + sample, stored.numel()).view(stored.shape)
     return draw_e4m3(factor * stored, words)

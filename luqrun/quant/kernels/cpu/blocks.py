@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
-from luqrun.quant.kernels.blocks import counts, scales_of_tensor
+from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor
 from luqrun.quant.kernels.cpu import block_loops, loops
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FP32, MAE, MSE
 from luqrun.quant.kernels.cpu.driver import INT8
@@ -54,11 +54,11 @@ def encode_blocks(
     fields = torch.empty(x.numel() if packed else 0, dtype=torch.uint8, device="cpu")
     draws, first, second = how.rounding == "stochastic", _NONE, _NONE
     if draws and is_channels_last(x):
-        first = _words(x, stream, sample)
+        first = _words(x.numel(), _layout(x), stream, sample)
     if how.eden:
-        second = _words(torch.empty(many, device="meta"), stream, SCALE_SAMPLES + sample)
+        second = _words(many, layout_of_scales(x, grid, block), stream, SCALE_SAMPLES + sample)
     elif how.four_over_six and draws:
-        second = _words(x, stream, SCALE_SAMPLES + sample)
+        second = _words(x.numel(), _layout(x), stream, SCALE_SAMPLES + sample)
     if x.numel():
         numbers = (*_numbers(how), f32(encode_scale.item()), f32(tensor_scale.item()))
         drawn, names = (first.data_ptr(), second.data_ptr()), (stream.data_ptr(), sample)
@@ -111,12 +111,17 @@ def _merged(grid: tuple[int, ...], block: tuple[int, int]) -> tuple[tuple[int, .
     return grid, block
 
 
-def _words(x: Tensor, stream: Tensor, sample: int) -> Tensor:
-    """Of x's elements, in memory order; int32, with some room at the end."""
-    out = torch.empty((x.numel() + 7) // 4 * 4, dtype=torch.int32, device="cpu")
+def _layout(x: Tensor) -> tuple[int, int, int]:
+    """Images, pixels, channels of a channels_last x; zeros of others."""
     images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
-    if x.numel():
-        block_loops.words(x.numel(), out.data_ptr(), (images, height * width, channels), stream.data_ptr(), sample)
+    return images, height * width, channels
+
+
+def _words(count: int, layout: tuple[int, int, int], stream: Tensor, sample: int) -> Tensor:
+    """Of so many elements in memory order (see block_loops.words); int32, with some room at the end."""
+    out = torch.empty((count + 7) // 4 * 4, dtype=torch.int32, device="cpu")
+    if count:
+        block_loops.words(count, out.data_ptr(), layout, stream.data_ptr(), sample)
     return out
 
 
