@@ -54,6 +54,11 @@ class Format:
         return torch.int8 if max(self.limit, self.unsigned_limit) <= 127 else torch.int16
 
     @property
+    def significant_bits(self) -> int:
+        """Of the code that has most of them, from its highest to its lowest bit that is set."""
+        return 1 if self.logarithmic else self.mantissa_bits + 1 if self.mantissa_bits else self.limit.bit_length()
+
+    @property
     def field_bits(self) -> int:
         """Bits a code takes where it is kept for the backward pass: half a byte up to 4 bits, else a byte."""
         return 4 if self.bits <= 4 else 8

@@ -103,7 +103,9 @@ class Stored(NamedTuple):
 
 def held_in_blocks(how: Encoding, dtype: torch.dtype) -> torch.dtype:
     """What codes times their block's scale are held as: dtype, or float32 where that would round them."""
-    return torch.float32 if dtype == torch.int8 or how.scale_format == "fp32" else dtype
+    significant = how.form.significant_bits + (4 if how.scale_format == "e4m3" else 0)
+    rounds = dtype == torch.bfloat16 and significant > 8
+    return torch.float32 if dtype == torch.int8 or how.scale_format == "fp32" or rounds else dtype
 
 
 def scale_beside(how: Encoding, tensor_scale: Tensor) -> Tensor | None:

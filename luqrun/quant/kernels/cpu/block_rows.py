@@ -240,6 +240,8 @@ def _code_row(x, by, words, out, high, per_unit, mantissa, multiplies, rounding)
     for j in range(x.size):
         magnitude = f32(abs(x[j]) * by[j]) * per_unit if multiplies else abs(x[j]) / by[j]
         magnitude = high if magnitude > high else magnitude
+        if not multiplies:
+            magnitude = magnitude if magnitude > f32(0) else f32(0)  # NaN: 0 of a scale so small that its unit is 0
         exponent = i32(i32(bits_of(magnitude) >> i32(23)) - i32(127))
         shift = max(i32(exponent - mantissa), i32(0))
         steps = magnitude * float_of(i32(i32(i32(127) - shift) << i32(23)))
