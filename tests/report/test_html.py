@@ -163,6 +163,6 @@ def test_a_browser_shows_the_page(out, tmp_path):
     assert figure["shapes"]
     assert figure["curves"] > 20
     assert seen["tables"] == [8, 25]
-    assert len(seen["missing"]) == 6 + 16
+    assert len(seen["missing"]) == 6 + 24
     assert set(seen["missing"]) == {"rgb(187, 0, 0)"}
     assert "80.1 ± 0.5 (3); 2 missing" in done.stdout
