@@ -190,7 +190,10 @@ def test_a_sweep_is_what_its_scale_promises(name):
             assert run_id(alone, {}) in {run_id(earlier, {}) for earlier in found[:at]}
 
 
-@pytest.mark.parametrize("table", sorted({table for table, scale in map(table_and_scale, SWEEPS) if scale == "cifar100"}))
+ON_CIFAR = sorted({table for table, scale in map(table_and_scale, SWEEPS) if scale == "cifar100"})
+
+
+@pytest.mark.parametrize("table", ON_CIFAR)
 def test_cifar_100_is_the_same_sweep_in_a_study_of_its_own(table):
     ten, hundred = (jobs(f"experiment/{table}/{scale}.yaml") for scale in ("cifar", "cifar100"))
     for one, other in zip(ten, hundred, strict=True):
