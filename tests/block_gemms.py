@@ -60,11 +60,12 @@ def quantized(quantizer, x, axis=-1, stream=None, sample=0):
 
 
 class Expected:
-    """The operands of a layer's GEMMs, and these. tensors: by operand, in float32 or bf16."""
+    """The operands of a layer's GEMMs, and these. tensors: by operand, in float32 or bf16. mean: what is drawn is left
+    as it was before its draw, which is its expectation where the draw is unbiased."""
 
-    def __init__(self, layer, recipe, tensors, names=None):
+    def __init__(self, layer, recipe, tensors, mean=False):
         self.layer, self.recipe, self.tensors = layer, recipe, {key: x.detach() for key, x in tensors.items()}
-        self.names = names or streams()
+        self.names, self.mean = streams(), mean
 
     def _rotation(self, gemm):
         pair = getattr(self.recipe, gemm)
@@ -92,6 +93,7 @@ class Expected:
         if rotation is not None:
             view = rotate(view.contiguous(), lines, rotation, signs)
         values = view.float()
+        quantizer = None if quantizer is not None and quantizer.is_stochastic and self.mean else quantizer
         if quantizer is not None and quantizer.encoding.tile is not None:
             assert not quantizer.is_stochastic, "draws are numbered by the elements of x, not of its tiles"
             found = quantized(quantizer, tiled(self.layer, operand, view.reshape(x.shape)))
@@ -104,7 +106,7 @@ class Expected:
             values = unrotate(values.float().contiguous(), lines, rotation, signs)
         return values.reshape(x.shape)
 
-    def _product(self, gemm, transform):
+    def product(self, gemm, transform=lambda x: x):
         """Of the two operands as `transform` has them, in float64."""
         one, other = (transform(self.operand(gemm, each, rotated=True).double()) for each in PAIRS[gemm])
         a, w = (transform(self.tensors[each].double()) for each in ("activation", "weight"))
@@ -117,7 +119,7 @@ class Expected:
     def check(self, gemm, found, precision=0.0):
         """Assert that `found` is that GEMM to the rounding of its float32 sum, and `precision` of each result."""
         assert not torch.is_autocast_enabled("cpu")
-        exact, magnitude = self._product(gemm, lambda x: x), self._product(gemm, torch.abs)
+        exact, magnitude = self.product(gemm), self.product(gemm, torch.abs)
         assert found.shape == exact.shape, gemm
         weight, gradient = self.layer.weight, self.tensors["gradient"]
         terms = {"fprop": weight[0].numel(), "dgrad": weight[:, 0].numel(), "wgrad": gradient.numel() // len(weight)}

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 import luqrun
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
-from luqrun.quant.kernels import reference
+from luqrun.quant.grids import Lines, grid_of
+from luqrun.quant.kernels import blocks, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.cpu.driver import CHUNK, THREADED, threads_for
+from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
 
@@ -206,6 +208,37 @@ def forked():
         everything(1)  # and the parent goes on
 
 
+def in_blocks(backend, seed):
+    """What each loop of blocks makes of a tensor that has work for two threads."""
+    x, found = tensor(seed)[: 3 << 16].view(3, 64, 32, 32), []
+    for how, image in (
+        (Encoding("e2m1", block=32, rounding="stochastic"), x),
+        (Encoding("e2m1", block=16, scale_format="e4m3", eden=True), x.to(memory_format=torch.channels_last)),
+        (Encoding("e2m1", block=16, scale_format="e4m3", four_over_six="mse"), x.bfloat16()),
+    ):
+        last = is_channels_last(image)
+        lines = Lines(3 << 10, 64, 1) if last else Lines(3, 64, 1 << 10)
+        values, fields, scales, _ = backend.encode_blocks(
+            image, how, *grid_of(how, lines), x.abs().max(), make_stream(seed), 0, torch.bfloat16, True
+        )
+        back = backend.decode_blocks(fields, scales, x.shape, last, how, *grid_of(how, lines), torch.bfloat16)
+        found += [values, fields, scales, back, backend.hadamard(image, lines.grid, lines.axis, 16, None)]
+    return found
+
+
+def blocks_in_any_number_of_threads():
+    expected = {seed: in_blocks(blocks, seed) for seed in (1, 2)}
+    for threads in (2, 1, 2):
+        torch.set_num_threads(threads)
+        assert_same(in_blocks(cpu, 1), expected[1])
+
+    def work(seed):
+        for _ in range(4):
+            assert_same(in_blocks(cpu, seed), expected[seed])
+
+    in_threads(lambda: work(1), lambda: work(2))
+
+
 SCENARIOS = (
     first_use,
     number_of_threads,
@@ -213,6 +246,7 @@ SCENARIOS = (
     beside_torch,
     two_models_at_once,
     loader_workers,
+    blocks_in_any_number_of_threads,
     forked,
 )
 
