@@ -15,7 +15,7 @@ from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
 from luqrun.bench.workloads import TextWorkload, Workload
 from luqrun.config import ScheduleConfig, recipe
-from luqrun.quant import function, gemms, kernels, quantizer
+from luqrun.quant import function, gemms, kernels, operands, quantizer
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import get_format
@@ -79,7 +79,7 @@ def transparent(device_type: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(oracle(device_type))
-        for module in (quantizer, function):
+        for module in (quantizer, function, operands):
             stack.enter_context(mock.patch.object(module, "ops", _SEEN_THROUGH))
         yield
 

@@ -134,7 +134,7 @@ def _changes(gemm: dict | None) -> str | None:
     """What differs in one GEMM, mostly nothing, as one text: a column for each key would drown the others."""
     if gemm is None:
         return "high precision"
-    changes = {key: value for key, value in flatten(gemm).items() if value is not None or key in gemm}
+    changes = {key: value for key, value in flatten(gemm).items() if value is not None or key in OPERANDS}
     return ", ".join(f"{key}={'high precision' if value is None else value}" for key, value in changes.items()) or None
 
 

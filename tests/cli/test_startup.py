@@ -64,7 +64,7 @@ def test_help_is_what_hydra_makes_of_it(monkeypatch, tmp_path):
     ours = shown(monkeypatch, *command)
     monkeypatch.setattr(cli, "quick_start", contextlib.nullcontext)
     assert ours == shown(monkeypatch, *command)
-    assert "mine, radix4" in ours
+    assert "mine, mxfp4" in ours
 
 
 def test_help_loads_nothing_heavy():
