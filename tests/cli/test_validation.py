@@ -49,6 +49,24 @@ REFUSED = [
     ("quant.gradient.underflow=never", "quant.gradient.underflow=never", ("flush", "stochastic")),
     ("quant.gradient.range=sawb", "quant.gradient.range=sawb", ("int4",)),
     ("quant.weight.hindsight_momentum=1.0", "quant.weight.hindsight_momentum=1.0", ("eta < 1",)),
+    ("quant.weight.block=32", "quant.weight.range=sawb", ("absmax, rms",)),
+    ("quant=mxfp4 quant.weight.block=0", "quant.weight.block=0", ("positive integer",)),
+    ("quant=mxfp4 quant.weight.block=[16,16,16]", "quant.weight.block=[16, 16, 16]", ("such as 32 or [16, 16]",)),
+    ("quant=mxfp4 quant.weight.block=many", "quant.weight.block='many'", ("an integer",)),
+    ("quant=mxfp4 quant.gradient.range=hindsight", "quant.gradient.range=hindsight", ("absmax, rms",)),
+    ("quant=mxfp4 quant.weight.range=sawb", "quant.weight.range=sawb", ("int4",)),
+    ("quant=mxfp4 quant.weight.scale_format=e5m2", "quant.weight.scale_format=e5m2", ("e8m0, e4m3, fp32",)),
+    ("quant=mxfp4 quant.weight.scale_rounding=up", "quant.weight.scale_rounding=up", ("floor, rceil, ceil",)),
+    ("quant=mxfp4 quant.weight.four_over_six=mse", "quant.weight.four_over_six", ("scale_format=e4m3",)),
+    ("quant=mxfp4 quant.weight.largest=20", "quant.weight.largest=20", ("3 to 12",)),
+    ("quant=mxfp4 quant.weight.largest=much", "quant.weight.largest='much'", ("a number",)),
+    ("quant=mxfp4 quant.weight.headroom=2", "quant.weight.headroom=2.0", ("0 < headroom <= 1",)),
+    ("quant=mxfp4 quant.weight.eden=true", "quant.weight.eden", ("scale_format=e4m3",)),
+    ("quant=mxfp4 quant.fprop.hadamard=12", "quant.fprop.hadamard=12", ("2, 4, 8, 16", "null")),
+    ("quant=mxfp4 quant.fprop.signs=fixed", "quant.fprop.signs=fixed", ("quant.fprop.hadamard",)),
+    ("quant=mxfp4 quant.fprop.weight.requantize=true", "quant.fprop.weight.requantize", ("quant.dgrad.weight",)),
+    ("+quant.weight.blocks=32", "quant.weight.blocks", ("block",)),
+    ("+quant.weight.hadamard=32", "quant.weight.hadamard", ()),
     ("precision=fp8", "precision=fp8", ("fp32", "bf16")),
     ("device=tpu", "device=tpu", ("auto", "cpu", "cuda")),
     ("seed=-1", "seed=-1", ("at least 0",)),
@@ -68,7 +86,7 @@ REFUSED = [
 @pytest.mark.parametrize(("override", "named", "allowed"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_a_mistake_is_named_with_what_is_allowed(override, named, allowed):
     with pytest.raises(UserError) as refusal:
-        validate(to_config(composed(*TINY, override)))
+        validate(to_config(composed(*TINY, *override.split())))
     text = str(refusal.value)
     assert named in text
     for word in allowed:
