@@ -209,7 +209,7 @@ def _launch_tiles(kernel, *arguments, width: int, form: Format) -> None:
 @functools.cache
 def _constants(form: Format) -> dict:
     return {
-        "LOGARITHMIC": form.logarithmic,
+        "FLOATING": form.floating,
         "BITS": form.bits,
         "FIELD_BITS": form.field_bits,
         "LIMIT": form.limit,
