@@ -49,6 +49,11 @@ class Format:
         return self.radix.bit_length() - 1
 
     @property
+    def floating(self) -> int:
+        """0 for integers, else 1 + mantissa_bits: what tells the families apart where a kernel is chosen."""
+        return 1 + self.mantissa_bits if self.logarithmic or self.mantissa_bits else 0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """int8 where every code fits (all formats up to 4 bits), else int16."""
         return torch.int8 if max(self.limit, self.unsigned_limit) <= 127 else torch.int16

@@ -23,6 +23,11 @@ def float_bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
+def float32(x: float) -> float:
+    """The nearest float32."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
 def exponent_rule(rounding: str, top: float, mantissa_bits: int) -> tuple[int, int]:
     """(carry, shift): the exponent of a block's e8m0 scale is that of the float32 whose bits are clip's + carry, less
     shift, and so never a float logarithm's.

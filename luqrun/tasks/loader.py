@@ -108,6 +108,8 @@ class _Loader(DataLoader):
                     raise batch
                 served += 1
                 yield batch
+        except (EOFError, ConnectionError) as error:  # a batch that a worker had sent in part when it died
+            raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
         finally:
             unwanted.value = True
             if served < len(self):
@@ -157,10 +159,11 @@ def _end(workers: Iterable[multiprocessing.Process]) -> None:
         worker.terminate()
     deadline = time.monotonic() + 2
     for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
+        with suppress(RuntimeError):  # torch's, that a worker was killed: it may come at any time
+            worker.join(max(0.0, deadline - time.monotonic()))
     for worker in workers:
         if worker.is_alive():  # in the kernel: on a network disk that is gone
-            with suppress(RuntimeError):  # torch's, that a worker was killed
+            with suppress(RuntimeError):
                 worker.kill()
                 worker.join(1)
 

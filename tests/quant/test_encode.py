@@ -122,7 +122,7 @@ def test_scales_for_which_it_does_not_hold_are_divided_by():
     assert not any(is_swift(np.float32(scale)) for scale in SLOW)
 
 
-@pytest.mark.parametrize("form", ["int4", "e3m0"])
+@pytest.mark.parametrize("form", ["int4", "e3m0", "e2m1"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_codes_of_elements_on_the_edge(form, rounding):
     # Beside every multiple of half a scale, beyond the largest code, and between powers of two.

@@ -22,6 +22,12 @@ from luqrun.quant.recipe import Recipe
 pytestmark = pytest.mark.gpu
 LAST = torch.channels_last
 SMP = Recipe.of("smp", INT4, INT4, Quantizer("e3m0", rounding="stochastic", samples=2))
+BLOCKS = Recipe.of(
+    "blocks",
+    Quantizer("e2m1", block=(16, 16), scale_format="e4m3"),
+    Quantizer("e2m1", block=16, scale_format="e4m3", four_over_six="mse"),
+    Quantizer("e2m1", block=32, rounding="stochastic"),
+)
 RECIPES = pytest.mark.parametrize("recipe", [LUQ, SMP, HINDSIGHT], ids=lambda recipe: recipe.name)
 PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
@@ -49,7 +55,7 @@ def batch():
     return torch.randn(16, 8, 8, 8, device="cuda").to(memory_format=LAST), torch.arange(16, device="cuda") % 10
 
 
-@RECIPES
+@pytest.mark.parametrize("recipe", [LUQ, SMP, HINDSIGHT, BLOCKS], ids=lambda recipe: recipe.name)
 @PRECISIONS
 def test_the_host_never_waits_in_a_step(recipe, bf16):
     model, (x, labels) = network(recipe), batch()

@@ -16,7 +16,7 @@ from luqrun.quant.kernels.layout import in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import make_stream
 
 STREAM = make_stream(11, 3, 2, 7, 1, 4)
-INT4, E3M0 = FORMATS["int4"], FORMATS["e3m0"]
+INT4, E3M0, E2M1 = FORMATS["int4"], FORMATS["e3m0"], FORMATS["e2m1"]
 SIZES = [*range(10), ROW - 1, ROW, ROW + 1, 3 * ROW + 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + ROW + 3]
 BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 
@@ -64,7 +64,7 @@ def test_every_scale_of_every_format(form):
             assert not assert_same_encoding(x, torch.tensor(void), form, rounding, underflow).any()
 
 
-@pytest.mark.parametrize("form", [INT4, E3M0], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [INT4, E3M0, E2M1], ids=lambda form: form.name)
 def test_sizes_around_rows_and_tasks(form):
     for size in SIZES:
         x = normal(size)
@@ -80,8 +80,8 @@ def test_sizes_around_rows_and_tasks(form):
     "dtype", [torch.int8, torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 )
 def test_codes_of_every_dtype(dtype):
-    kinds = tensors()
-    for form, name in product((INT4, E3M0), ("vector", "aligned", "unaligned", "half image", "bfloat16", "empty")):
+    kinds, names = tensors(), ("vector", "aligned", "unaligned", "half image", "bfloat16", "empty")
+    for form, name in product((INT4, E3M0, E2M1), names):
         for packed, observe in product((True, False), repeat=2):
             how = {"dtype": dtype, "packed": packed, "observe": observe}
             assert_same_encoding(kinds[name], torch.tensor(0.02), form, "stochastic", "stochastic", **how)
@@ -91,7 +91,7 @@ def test_codes_of_every_dtype(dtype):
 @BACKENDS
 def test_non_finite_elements_get_code_0(backend):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -torch.nan])
-    for form in (INT4, E3M0):
+    for form in (INT4, E3M0, E2M1):
         how = torch.tensor(1.0), torch.tensor(True), encoding(form, "stochastic", "stochastic"), STREAM
         assert backend.encode(x, *how)[0].tolist() == [0, 0, 0, 1, 0]
 
@@ -100,7 +100,7 @@ def test_non_finite_elements_get_code_0(backend):
 @pytest.mark.parametrize("shape", [(2, 5, 4, 4), (3, 7, 5, 3), (1, 2, 1, 3)])
 def test_channels_last_gives_the_codes_of_its_contiguous_twin(backend, shape):
     x = torch.randn(shape)
-    for form in (INT4, E3M0):
+    for form in (INT4, E3M0, E2M1):
         how = x.abs().max() / form.limit, torch.tensor(True), encoding(form, "stochastic"), make_stream(3)
         twin, *_ = backend.encode(x, *how)
         codes, *_ = backend.encode(x.to(memory_format=LAST), *how)
@@ -187,7 +187,7 @@ def test_packing_and_unpacking(form):
 
 
 def test_packing_of_sizes_around_rows_and_tasks():
-    for size, form in product(SIZES, (INT4, FORMATS["e3m0_div128"])):
+    for size, form in product(SIZES, (INT4, E2M1, FORMATS["e3m0_div128"])):
         levels = torch.tensor(form.levels())
         codes = levels[torch.randint(len(levels), (size,))].to(form.code_dtype)
         fields = cpu.pack(codes, form)

@@ -102,7 +102,9 @@ def modes(form):
     return product(("nearest", "stochastic"), ("flush", "nearest", "stochastic") if form.logarithmic else (None,))
 
 
-@pytest.mark.parametrize("name", ["int2", "int4", "int8", "e2m0", "e3m0", "e4m0", "e3m0_div128"])
+@pytest.mark.parametrize(
+    "name", ["int2", "int4", "int8", "e2m0", "e3m0", "e4m0", "e3m0_div128", "e1m1", "e2m1", "e3m2", "e2m3"]
+)
 def test_every_rounding_of_every_format(name):
     form = FORMATS[name]
     x = torch.tensor([*EDGES, *TIES, *(-tie for tie in TIES), *(normal(99) * 8).tolist()])
@@ -119,6 +121,7 @@ def test_every_kind_of_tensor(name):
     x = INPUTS[name]
     assert_same_encoding(x, FORMATS["int4"], "nearest", dtype=torch.bfloat16)
     assert_same_encoding(x, FORMATS["int4"], "stochastic", packed=False)
+    assert_same_encoding(x, FORMATS["e2m1"], "stochastic", dtype=torch.bfloat16)
     codes = assert_same_encoding(x, FORMATS["e3m0"], "stochastic", "stochastic", dtype=torch.bfloat16)
     assert x.numel() < 30 or name in ("expanded", "subnormal") or codes.unique().numel() > 7
 
@@ -133,7 +136,7 @@ def test_codes_of_every_dtype(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # of the interpreter, where a quotient is infinite
-@pytest.mark.parametrize("name", ["int4", "e3m0"])
+@pytest.mark.parametrize("name", ["int4", "e3m0", "e2m1"])
 def test_scales_that_are_no_scales(name):
     x = torch.tensor([*EDGES, 1.0, -2.0])
     for void in (0.0, torch.nan, -1.0, torch.inf):
@@ -148,7 +151,7 @@ def test_nothing_but_codes_where_nothing_else_is_asked_for():
         assert_same_encoding(x, FORMATS["e3m0"], "stochastic", "stochastic", packed=False, observe=False)
 
 
-@pytest.mark.parametrize("name", ["int4", "e3m0"])
+@pytest.mark.parametrize("name", ["int4", "e3m0", "e2m1"])
 def test_a_quarter_million_draws(monkeypatch, name):
     if not ON_GPU:
         monkeypatch.setattr(cuda, "TILE", 2**18)  # one program, for the interpreter's sake
@@ -244,6 +247,7 @@ QUANTIZERS = (
     Quantizer("int4", range="sawb"),
     Quantizer("int4", range="hindsight", pow2_scale=True),
     Quantizer("e3m0", rounding="stochastic"),
+    Quantizer("e2m1", pow2_scale=True),
     Quantizer("e3m0", range="hindsight", rounding="stochastic", pow2_scale=True),
 )
 

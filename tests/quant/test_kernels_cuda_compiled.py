@@ -27,21 +27,30 @@ KERNELS = {
     *("encode_flat", "encode_channels_last", "pack", "unpack"),
     *("statistics", "combine_statistics", "choose_scale", "relu", "relu_backward"),
 }
+BLOCK_KERNELS = {"encode_blocks", "decode_blocks", "choose_scales", "join_fields"}
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
+@pytest.mark.parametrize("capability", [90, 100])  # of an H100, and of a B200
+def test_kernels_compile_for_a_gpu(tmp_path, capability):
     environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = str(Path(luqrun.__file__).parents[1])
     script = Path(__file__).parents[1] / "gpu_code.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert {code["kernel"] for code in compiled} == KERNELS
+    assert {code["kernel"] for code in compiled} == (KERNELS | BLOCK_KERNELS if capability == 90 else BLOCK_KERNELS)
     for code in compiled:
         # Flushed subnormals, approximate quotients and fused products would not give the reference's codes.
         assert not code["inexact"], code
         assert not code["spilled"], code
-        if code["kernel"].startswith("encode") and code["case"] != "odd image":
+        if code["kernel"] == "encode_blocks" and code["case"] != "odd fp32":
+            # 16 elements a thread: two vectors of values, one of fields, and the scales of its blocks.
+            assert code["stores"][-2:] == [16, 16], code
+            assert len(code["stores"]) <= 4, code
+        elif code["kernel"] == "decode_blocks":
+            assert code["stores"] == [16, 16], code
+        elif code["kernel"] in ("encode_flat", "encode_channels_last") and code["case"] != "odd image":
             # 16 elements a thread, and as many bytes of fields at most, go out as vectors of 4 or more, without a
             # detour through shared memory: the tiles have their shape for that.
             assert len(code["stores"]) <= 2 * 16 / 4, code

@@ -18,8 +18,8 @@ from luqrun.quant.quantizer import Quantizer
 STREAM = make_stream(2**61 + 11, 3, 2, 7, 1, 4)
 FIELDS = ("codes", "scale", "signed", "fields", "maximum")
 KINDS = tensors()
-INTEGER = [form.name for form in COMPILED if not form.logarithmic]
-LOGARITHMIC = [form.name for form in COMPILED if form.logarithmic]
+INTEGER = [form.name for form in COMPILED if not form.floating]
+FLOATING = [form.name for form in COMPILED if form.floating]
 ESTIMATES = [None, 0.0, 1e-3, 0.7, 50.0, torch.nan, torch.inf, 3e38, 2.0**-149, 2.0**-140]
 
 
@@ -68,7 +68,7 @@ def test_every_kind_of_tensor(name, assert_same):
 
 
 @pytest.mark.parametrize("pow2", [False, True], ids=["any scale", "pow2_scale"])
-@pytest.mark.parametrize("form", INTEGER + LOGARITHMIC)
+@pytest.mark.parametrize("form", INTEGER + FLOATING)
 def test_every_format_range_and_rounding(form, pow2, assert_same):
     underflows = ("flush", "nearest", "stochastic") if FORMATS[form].logarithmic else (None,)
     ranges = (
@@ -82,7 +82,7 @@ def test_every_format_range_and_rounding(form, pow2, assert_same):
 
 
 @pytest.mark.parametrize("pow2", [False, True], ids=["any scale", "pow2_scale"])
-@pytest.mark.parametrize("form", ["int4", "int8", "e3m0", "e4m0"])
+@pytest.mark.parametrize("form", ["int4", "int8", "e3m0", "e4m0", "e2m1"])
 def test_every_estimate(form, pow2, assert_same):
     quantizer = Quantizer(form, "hindsight", "stochastic", pow2_scale=pow2)
     for estimate, name in product(ESTIMATES, ("vector", "unsigned", "non-finite", "nan", "huge", "subnormal", "empty")):
@@ -91,7 +91,7 @@ def test_every_estimate(form, pow2, assert_same):
         assert found.scale.isnan() == (not finite), (estimate, name)
 
 
-@pytest.mark.parametrize("form", INTEGER + LOGARITHMIC)
+@pytest.mark.parametrize("form", INTEGER + FLOATING)
 def test_clips_of_every_magnitude(form, assert_same):
     # Among subnormals the quotient of clip and limit is coarse; near the largest float a power of two would overflow.
     largest = torch.finfo(torch.float32).max

@@ -75,8 +75,8 @@ def fuses(device_type: str) -> bool:
 
 def has_kernels(form: Format, rounding: str = "nearest") -> bool:
     """Whether cpu and cuda have kernels for this format with one scale a tensor. Radix 4 and rounding in the logarithm
-    are there to compare with, and floating-point formats are for blocks: torch's operations do."""
-    return form.radix == 2 and not form.mantissa_bits and rounding != "stochastic_log"
+    are there to compare with: torch's operations do."""
+    return form.radix == 2 and rounding != "stochastic_log"
 
 
 def has_block_kernels(device_type: str, how: Encoding) -> bool:

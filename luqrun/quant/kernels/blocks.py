@@ -77,7 +77,7 @@ def encode_blocks(
         if how.eden:
             words = _scale_draws(x, stream, SCALE_SAMPLES + sample, grid, block)
             stored = _corrected(blocks, codes, stored, tensor_scale, how, words)
-        tensor_scale = tensor_scale / how.headroom
+        tensor_scale = tensor_scale / _number(how.headroom, x)
     else:
         stored = _scale(clip, how)
         codes = _valid(_codes(blocks / (stored * how.form.unit), how, draws), stored)
@@ -173,7 +173,13 @@ def _scatter(blocks: Tensor, like: Tensor, grid: Grid, block: Block) -> Tensor:
     _, outer, down, between, across = blocks.shape
     x = blocks.view(high, wide, outer, down, between, across).permute(2, 3, 0, 4, 5, 1)
     x = x.reshape(outer, down * high, between, across * wide)[:, :rows, :, :columns]
-    return from_memory_order(x.reshape(-1), like.shape, is_channels_last(like))
+    # Of a single column reshape takes a view with gaps.
+    return from_memory_order(x.reshape(-1).contiguous(), like.shape, is_channels_last(like))
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """0-dim float32 to divide by: a GPU would multiply by the inverse of a number that the host holds."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _clip(blocks: Tensor, how: Encoding, grid: Grid, block: Block) -> Tensor:
@@ -199,7 +205,7 @@ def in_turn(terms: Tensor) -> Tensor:
 def _scale(clip: Tensor, how: Encoding) -> Tensor:
     """The scales of blocks that have no scale of the tensor on top: values are multiples of them."""
     if how.scale_format == "fp32":
-        return clip / torch.tensor(how.top, dtype=torch.float32)
+        return clip / _number(how.top, clip)
     known = clip.isfinite()
     exponent = e8m0_exponent(torch.where(known, clip, 0.0), how.exponent_rule)
     return torch.where(known, power_of_two(exponent), torch.nan)
@@ -230,7 +236,7 @@ def _with_tensor_scale(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(e4m3 scales, codes, float32 scale of the tensor): FACTS 2.1, and with four over six 2.5."""
     encode_scale, tensor_scale = scales_of_tensor(maximum, how)
-    wanted = clip / torch.tensor(how.top, dtype=torch.float32) * encode_scale
+    wanted = clip / _number(how.top, clip) * encode_scale
     stored = round_e4m3(wanted)
     codes = _codes(blocks * _factor(stored, tensor_scale) / how.form.unit, how, draws)
     if how.four_over_six is None:

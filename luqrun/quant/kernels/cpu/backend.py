@@ -61,14 +61,14 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
 @functools.cache
 def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The form that numba_quantize.quantize takes."""
-    return form.bits, int(form.field_bits == 4), KINDS[dtype], int(form.logarithmic)
+    return form.bits, int(form.field_bits == 4), KINDS[dtype], form.floating
 
 
 @functools.cache
 def _how(how: Encoding, range: int, moments: bool, sample: int) -> tuple[int, ...]:
     """The `how` that numba_quantize.quantize takes: seven integers. moments: for GIVEN, whether to find the maximum."""
     modes = MODES[how.rounding], MODES[how.underflow]
-    return int(how.form.logarithmic), *modes, range, int(moments), int(how.pow2_scale), sample
+    return how.form.floating, *modes, range, int(moments), int(how.pow2_scale), sample
 
 
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:

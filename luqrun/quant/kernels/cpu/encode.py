@@ -123,16 +123,36 @@ def _encode_integers(bits, out, words, scale, low, high, rounding, swift):
 
 
 @row_loop()
-def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow, finite):
-    """Encode one row, all 1-D; words may be longer. finite: no element is Inf or NaN, whose codes are 0, nor, where the
-    format is logarithmic and the scale `is_swift`, beyond high * scale.
+def _encode_floats(bits, out, words, scale, high, mantissa, rounding, swift):
+    x, inverse, bound = bits.view(np.float32), f32(1) / scale, f32(2) * high * scale
+    for j in range(x.size):
+        ratio = quotient(min(abs(x[j]), bound), scale, inverse) if swift else abs(x[j]) / scale
+        ratio = min(ratio, high)
+        # Codes from 2^mantissa on are multiples of a power of two.
+        shift = max(i32(i32(i32(bits_of(ratio) >> i32(23)) - i32(127)) - mantissa), i32(0))
+        steps = ratio * float_of(i32(i32(i32(127) - shift) << i32(23)))
+        if rounding == NEAREST:
+            steps = np.rint(steps)
+        else:
+            floor = np.floor(steps)
+            up = i32(words[j] >> u32(1)) < integer_of((steps - floor) * f32(2147483648))
+            steps = floor + (f32(1) if up else f32(0))
+        code = i32(integer_of(steps) << shift)
+        code = i32(-code) if bits[j] < i32(0) else code
+        out[j] = code if i32(bits[j] & i32(0x7FFFFFFF)) < i32(0x7F800000) else i32(0)
+
+
+@row_loop()
+def encode(bits, out, words, scale, low, high, floating, rounding, underflow, finite):
+    """Encode one row, all 1-D; words may be longer. floating: see Format. finite: no element is Inf or NaN, whose codes
+    are 0, nor, where the format is logarithmic and the scale `is_swift`, beyond high * scale.
 
     What LUQ uses gets loops of its own, with scales that are neither tiny nor huge: LLVM keeps tests of several flags
     in a loop.
     """
     if not scale > f32(0):
         out[:] = 0
-    elif logarithmic:
+    elif floating == 1:
         if rounding == STOCHASTIC and underflow == STOCHASTIC and is_swift(scale):
             if finite:
                 _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, True, True)
@@ -140,6 +160,14 @@ def encode(bits, out, words, scale, low, high, logarithmic, rounding, underflow,
                 _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, False, True)
         else:
             _encode_powers(bits, out, words, scale, high, rounding, underflow, False, False)
+    elif floating > 1:
+        mantissa = i32(floating - 1)
+        if not is_swift(scale):
+            _encode_floats(bits, out, words, scale, high, mantissa, rounding, False)
+        elif rounding == NEAREST:
+            _encode_floats(bits, out, words, scale, high, mantissa, NEAREST, True)
+        else:
+            _encode_floats(bits, out, words, scale, high, mantissa, STOCHASTIC, True)
     elif rounding == NEAREST and finite and is_swift(scale):
         _encode_integers(bits, out, words, scale, low, high, NEAREST, True)
     else:

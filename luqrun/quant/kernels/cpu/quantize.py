@@ -108,9 +108,9 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
 
     x, codes (0: measure only), fields (0: none), results, stream: addresses. results: float64 (6,) of scale, signed,
     max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. layout: bf16 or not, images,
-    pixels, channels (no images: memory order is row-major). how: logarithmic, rounding, underflow, range, moments (for
+    pixels, channels (no images: memory order is row-major). how: floating, rounding, underflow, range, moments (for
     GIVEN: the maximum), pow2_scale, sample. form: bits, whether two fields share a byte, what codes are stored as,
-    logarithmic. outputs: where scale (float32), signed (bool) and max|x| (float32) go as well, or 0. limits: the
+    floating (Format). outputs: where scale (float32), signed (bool) and max|x| (float32) go as well, or 0. limits: the
     largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum.
     """
     half, images, pixels, channels = layout
@@ -118,7 +118,7 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     if results != 0:
         found = carray(pointer(results), (6,), np.float64)
     # With an estimate from before, one pass does: the maximum is found while encoding.
-    once = how[3] == HINDSIGHT and how[0] and numbers[2] > 0
+    once = how[3] == HINDSIGHT and how[0] == 1 and numbers[2] > 0
     tasks = max(1, (elements + CHUNK - 1) // CHUNK)
     if how[3] != GIVEN and not once:
         extremes, sums = np.zeros((tasks, 2), np.int32), np.zeros((tasks, 2), np.float64)

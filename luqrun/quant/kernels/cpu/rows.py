@@ -161,29 +161,43 @@ def moments(x):
 
 
 @row_loop()
-def to_fields(codes, fields, magnitude, logarithmic, bits):
-    """Format.to_fields of a row; magnitude is float32 scratch."""
+def to_fields(codes, fields, magnitude, floating, bits):
+    """Format.to_fields of a row; magnitude is float32 scratch; floating: see Format."""
     sign, every = i32(i32(1) << i32(bits - 1)), i32(i32(i32(1) << i32(bits)) - i32(1))
-    if logarithmic:
-        exponents = magnitude.view(np.int32)
+    exponents, mantissa = magnitude.view(np.int32), i32(floating - 1)
+    if floating == 1:
         for j in range(codes.size):
             magnitude[j] = f32(abs(i32(codes[j])))
         for j in range(codes.size):
             exponent = max(i32(i32(exponents[j] >> i32(23)) - i32(126)), i32(0))
             fields[j] = u8(i32(exponent | (sign if codes[j] < 0 else i32(0))))
+    elif floating > 1:
+        for j in range(codes.size):
+            magnitude[j] = f32(abs(i32(codes[j])))
+        for j in range(codes.size):
+            shift = max(i32(i32(i32(exponents[j] >> i32(23)) - i32(127)) - mantissa), i32(0))
+            index = i32(i32(shift << mantissa) + i32(i32(abs(i32(codes[j]))) >> shift))
+            fields[j] = u8(i32(index | (sign if codes[j] < 0 else i32(0))))
     else:
         for j in range(codes.size):
             fields[j] = u8(i32(codes[j]) & every)
 
 
 @row_loop()
-def from_fields(fields, codes, signed, logarithmic, bits):
+def from_fields(fields, codes, signed, floating, bits):
     """Format.from_fields of a row."""
     top = i32(i32(1) << i32(bits - 1))
-    if logarithmic:
+    if floating == 1:
         for j in range(codes.size):
             exponent = i32(i32(fields[j]) & i32(top - i32(1)))
             magnitude = i32(i32(i32(1) << exponent) >> i32(1))  # 0 for 0
+            codes[j] = i32(-magnitude) if i32(i32(fields[j]) & top) != i32(0) else magnitude
+    elif floating > 1:
+        mantissa = i32(floating - 1)
+        for j in range(codes.size):
+            index = i32(i32(fields[j]) & i32(top - i32(1)))
+            shift = max(i32(i32(index >> mantissa) - i32(1)), i32(0))
+            magnitude = i32(i32(index - i32(shift << mantissa)) << shift)
             codes[j] = i32(-magnitude) if i32(i32(fields[j]) & top) != i32(0) else magnitude
     else:
         flip = top if signed else i32(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
+from luqrun.quant.kernels.cuda import blocks
 from luqrun.quant.kernels.cuda import loops as kernels
-from luqrun.quant.kernels.layout import dense, empty, in_memory_order, is_channels_last
+from luqrun.quant.kernels.cuda.launch import launch, native, pattern
+from luqrun.quant.kernels.layout import empty, in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import SAMPLE_SLOTS
 
 TILE = 2048  # elements of an encode tile: 16 a thread, which leaves registers for enough programs beside each other
@@ -29,6 +30,8 @@ QUADS = 128  # channels / 4 of a channels_last tile at most
 STATISTICS_TILE = (4, 1024)
 STATISTICS_PROGRAMS = 2048
 RELU_ROWS = 512  # bytes of the mask a program
+
+quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
 
 
 def describe() -> str:
@@ -42,19 +45,19 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     if programs == 1:
         return partials[0]
     total = torch.empty(4, dtype=torch.float64, device=x.device)
-    _launch(kernels.combine_statistics, 1, partials, total, programs, BLOCK=STATISTICS_PROGRAMS)
+    launch(kernels.combine_statistics, 1, partials, total, programs, BLOCK=STATISTICS_PROGRAMS)
     return total
 
 
 def _partial_statistics(x: Tensor, moments: bool, unless: Tensor | None) -> tuple[Tensor, int]:
     """Statistics of parts of x, float64 (programs, 4), and how many they are: none of an empty x."""
-    x = _native(x)
+    x = native(x)
     programs = min(triton.cdiv(x.numel(), math.prod(STATISTICS_TILE)), STATISTICS_PROGRAMS)
     partials = torch.empty(programs, 4, dtype=torch.float64, device=x.device)
     if programs:
         unless = None if unless is None else unless.to(x.device)
         options = {"MOMENTS": moments, "ROWS": STATISTICS_TILE[0], "COLUMNS": STATISTICS_TILE[1]}
-        _launch(kernels.statistics, programs, x, unless, partials, x.numel(), **options)
+        launch(kernels.statistics, programs, x, unless, partials, x.numel(), **options)
     return partials, programs
 
 
@@ -67,7 +70,7 @@ def quantize(
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As cpu.backend.quantize: three launches or few more, and with a hindsight maximum one pass over x."""
-    x = _native(x)
+    x = native(x)
     estimate = None if hindsight is None or how.range != "hindsight" else hindsight.to(x.device)
     # Whether integer codes have a sign is known from the present alone.
     once = estimate is not None and how.form.logarithmic
@@ -76,19 +79,14 @@ def quantize(
         torch.empty((), dtype=each, device=x.device) for each in (torch.float32, torch.bool, torch.float32)
     )
     constants = {name: value for name, value in _constants(how.form).items() if "BITS" not in name}
-    c1, c2 = map(_pattern, how.sawb)
+    c1, c2 = map(pattern, how.sawb)
     constants |= {"SAWB": how.range == "sawb", "C1": c1, "C2": c2, "POW2": how.pow2_scale}
     outputs = partials, estimate, scale, signed, maximum, programs, x.numel()
-    _launch(kernels.choose_scale, 1, *outputs, **constants, CHECKED=not once, BLOCK=STATISTICS_PROGRAMS)
+    launch(kernels.choose_scale, 1, *outputs, **constants, CHECKED=not once, BLOCK=STATISTICS_PROGRAMS)
     codes, fields, found = encode(x, scale, signed, how, stream, 0, dtype, packed, once)
     if once:
         maximum, scale = found, torch.where(found.isfinite(), scale, torch.nan)
     return codes, scale, signed, fields, maximum
-
-
-def _pattern(value: float) -> int:
-    """The bits of a float64: as a number, Triton would round it to float32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def encode(
@@ -104,7 +102,7 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.encode."""
     assert 0 <= sample < SAMPLE_SLOTS
-    x = _native(x)
+    x = native(x)
     device, numel, last, form = x.device, x.numel(), is_channels_last(x), how.form
     codes = torch.empty_like(x, dtype=dtype or form.code_dtype)
     # The two codes of a byte are neighbours in memory: an odd number of channels would pair two pixels.
@@ -125,7 +123,7 @@ def encode(
         tiles = triton.cdiv(numel, TILE)
         each = _tiles_each(tiles)
         counts = (sample, numel, fields.numel(), each)
-        _launch(kernels.encode_flat, triton.cdiv(tiles, each), *tensors, stream, *counts, **options, **_tile(width))
+        launch(kernels.encode_flat, triton.cdiv(tiles, each), *tensors, stream, *counts, **options, **_tile(width))
     if packed and not beside:
         fields = pack(codes, form)
     return codes, fields, maximum.view(torch.float32)
@@ -148,7 +146,7 @@ def _encode_channels_last(tensors: tuple, stream: Tensor, sample: int, options: 
     counts = (sample, pixels, channels // unit, each, chunks, channel_blocks)
     tile = {"UNIT": unit, "PIXELS": together, "ROWS": rows, "QUADS": quads}
     programs = images * chunks * channel_blocks
-    _launch(kernels.encode_channels_last, programs, *tensors, stream, *counts, **options, **tile)
+    launch(kernels.encode_channels_last, programs, *tensors, stream, *counts, **options, **tile)
 
 
 def pack(codes: Tensor, form: Format) -> Tensor:
@@ -178,7 +176,7 @@ def relu_(x: Tensor) -> Tensor:
     mask = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel():
         programs = triton.cdiv(mask.numel(), RELU_ROWS)
-        _launch(kernels.relu, programs, flat, mask, x.numel(), mask.numel(), ROWS=RELU_ROWS)
+        launch(kernels.relu, programs, flat, mask, x.numel(), mask.numel(), ROWS=RELU_ROWS)
     if flat.data_ptr() != x.data_ptr():  # x was not dense
         x.copy_(flat)
     return mask
@@ -190,37 +188,25 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     out = empty(grad.shape, channels_last, grad.dtype, grad.device)
     if grad.numel():
         programs = triton.cdiv(mask.numel(), RELU_ROWS)
-        _launch(kernels.relu_backward, programs, grad, mask, out, grad.numel(), mask.numel(), ROWS=RELU_ROWS)
+        launch(kernels.relu_backward, programs, grad, mask, out, grad.numel(), mask.numel(), ROWS=RELU_ROWS)
     return out
-
-
-def _launch(kernel, programs: int, *arguments, **constants) -> None:
-    """Launch a grid of programs on the device of the first argument. Fusing a * b + c would change its rounding."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
 
 def _launch_tiles(kernel, *arguments, width: int, form: Format) -> None:
     constants = {key: value for key, value in _constants(form).items() if "LIMIT" not in key}
     programs = triton.cdiv(arguments[-2], TILE)
-    _launch(kernel, programs, *arguments, **constants, **_tile(width))
+    launch(kernel, programs, *arguments, **constants, **_tile(width))
 
 
 @functools.cache
 def _constants(form: Format) -> dict:
     return {
-        "LOGARITHMIC": form.logarithmic,
+        "FLOATING": form.floating,
         "BITS": form.bits,
         "FIELD_BITS": form.field_bits,
         "LIMIT": form.limit,
         "UNSIGNED_LIMIT": form.unsigned_limit,
     }
-
-
-def _native(x: Tensor) -> Tensor:
-    """x, dense, in a type that the kernels read; float64 is rounded to float32, as the reference does."""
-    x = dense(x.detach())
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _width(*dtypes: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """What the Triton kernels do to one element or one Philox counter; see luqrun.quant.kernels.cuda.loops.
 
-A code travels through a kernel as an int32 `value`: the code itself for an integer format, the bit pattern of the
-float32 code for a logarithmic one.
+A code travels through a kernel as an int32 `value`: the code itself, or of a logarithmic format the bit pattern of the
+float32 code. FLOATING: see luqrun.quant.formats.Format.
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ def scale_of(clip, limit, POW2: tl.constexpr):
 
 
 @triton.jit
-def scaling(scale, signed, LOGARITHMIC: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr):
+def scaling(scale, signed, FLOATING: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr):
     """(float64 1 / scale, or 0 for a scale of 0 or NaN; the largest |code| of negative elements; of positive ones)."""
     divisor = tl.load(scale).to(tl.float64)
     usable = divisor > 0
     inverse = tl.where(usable, 1.0 / tl.where(usable, divisor, 1.0), 0.0)
-    if LOGARITHMIC:
+    if FLOATING:
         lower, upper = tl.full((), LIMIT, tl.float32), tl.full((), LIMIT, tl.float32)
     else:
         both = tl.load(signed) != 0
@@ -131,18 +131,29 @@ def scaling(scale, signed, LOGARITHMIC: tl.constexpr, LIMIT: tl.constexpr, UNSIG
 
 
 @triton.jit
-def encode(x, word, scales, LOGARITHMIC: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr):
-    """The values of x (float32), the random words being uint32 like x, or None; scales: from `scaling`.
+def shift_of(magnitude, FLOATING: tl.constexpr):
+    """Of a floating-point format: the codes next to a magnitude (float32 >= 0) are multiples of 2^this, int32."""
+    exponent = (magnitude.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.maximum(exponent - (FLOATING - 1), 0)
 
-    |x| * (1 / scale) rounded to float32 is the IEEE quotient, for much less than a division (whose slow path a zero
-    takes): a quotient of two float32 is at least 2^-49 of itself away from where float32 rounds the other way, and
-    the float64 product at most 2^-52 from the quotient. Below 2^-126 this fails; there all codes are 0 anyway.
-    """
-    inverse, lower, upper = scales
-    x = tl.where(tl.abs(x) <= FLOAT32_MAX, x, 0.0)
-    ratio = (tl.abs(x.to(tl.float64)) * inverse).to(tl.float32)
-    if LOGARITHMIC:
-        ratio = tl.minimum(ratio, upper)
+
+@triton.jit
+def to_integer(magnitude, word, ROUNDING: tl.constexpr):
+    """0 <= magnitude < 2^22, float32, to an integer, int32: ties to even, or by the random words."""
+    if ROUNDING == "nearest":
+        # Where a unit is the last place, the addition rounds, ties to even, and the mantissa is the integer.
+        value = (magnitude + TWO_23).to(tl.int32, bitcast=True) - BITS_OF_TWO_23
+    else:
+        floor = magnitude.to(tl.int32)
+        threshold = ((magnitude - floor.to(tl.float32)) * TWO_31).to(tl.int32)
+        value = floor + ((word >> 1).to(tl.int32) < threshold).to(tl.int32)
+    return value
+
+
+@triton.jit
+def rounded(ratio, word, FLOATING: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr):
+    """The values of ratios from 0 to the largest code, float32; the random words being uint32 like them, or None."""
+    if FLOATING == 1:
         bits = ratio.to(tl.int32, bitcast=True)
         # 23 random bits (or one half) added to the mantissa carry into the exponent as often as they should.
         if ROUNDING == "stochastic":
@@ -158,26 +169,46 @@ def encode(x, word, scales, LOGARITHMIC: tl.constexpr, ROUNDING: tl.constexpr, U
         else:
             below = tl.zeros_like(bits)
         value = tl.where(ratio >= 1, power, below)
-        # The sign of x; the addition turns -0 into 0.
+    elif FLOATING > 1:
+        shift = shift_of(ratio, FLOATING)
+        steps = ratio * ((127 - shift) << 23).to(tl.float32, bitcast=True)  # exact: a power of two
+        value = to_integer(steps, word, ROUNDING) << shift
+    else:
+        value = to_integer(ratio, word, ROUNDING)
+    return value
+
+
+@triton.jit
+def encode(x, word, scales, FLOATING: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr):
+    """The values of x (float32), the random words being uint32 like x, or None; scales: from `scaling`.
+
+    |x| * (1 / scale) rounded to float32 is the IEEE quotient, for much less than a division (whose slow path a zero
+    takes): a quotient of two float32 is at least 2^-49 of itself away from where float32 rounds the other way, and
+    the float64 product at most 2^-52 from the quotient. Below 2^-126 this fails; there all codes are 0 anyway.
+    """
+    inverse, lower, upper = scales
+    x = tl.where(tl.abs(x) <= FLOAT32_MAX, x, 0.0)
+    ratio = (tl.abs(x.to(tl.float64)) * inverse).to(tl.float32)
+    limit = upper if FLOATING else tl.where(x < 0, lower, upper)
+    return with_sign(rounded(tl.minimum(ratio, limit), word, FLOATING, ROUNDING, UNDERFLOW), x, FLOATING)
+
+
+@triton.jit
+def with_sign(value, x, FLOATING: tl.constexpr):
+    """Values of magnitudes with the signs of x (float32); never -0."""
+    if FLOATING == 1:
+        # The addition turns -0 into 0.
         signed = (value | (x.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True) + 0.0
         value = signed.to(tl.int32, bitcast=True)
     else:
-        ratio = tl.minimum(ratio, tl.where(x < 0, lower, upper))
-        if ROUNDING == "nearest":
-            # Where a unit is the last place, the addition rounds, ties to even, and the mantissa is the integer.
-            value = (ratio + TWO_23).to(tl.int32, bitcast=True) - BITS_OF_TWO_23
-        else:
-            floor = ratio.to(tl.int32)
-            threshold = ((ratio - floor.to(tl.float32)) * TWO_31).to(tl.int32)
-            value = floor + ((word >> 1).to(tl.int32) < threshold).to(tl.int32)
         value = tl.where(x < 0, -value, value)
     return value
 
 
 @triton.jit
-def value_as(value, LOGARITHMIC: tl.constexpr, dtype: tl.constexpr):
+def value_as(value, FLOATING: tl.constexpr, dtype: tl.constexpr):
     """The codes that `value` stands for, as dtype."""
-    if LOGARITHMIC:
+    if FLOATING == 1:
         number = value.to(tl.float32, bitcast=True)
         codes = number.to(dtype) if dtype.is_floating() else number.to(tl.int32).to(dtype)
     else:
@@ -186,34 +217,41 @@ def value_as(value, LOGARITHMIC: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def value_of(codes, LOGARITHMIC: tl.constexpr):
+def value_of(codes, FLOATING: tl.constexpr):
     """The inverse of `value_as`, for codes of any dtype."""
     number = codes.to(tl.float32)
-    return number.to(tl.int32, bitcast=True) if LOGARITHMIC else number.to(tl.int32)
+    return number.to(tl.int32, bitcast=True) if FLOATING == 1 else number.to(tl.int32)
 
 
 @triton.jit
-def to_field(value, LOGARITHMIC: tl.constexpr, BITS: tl.constexpr):
+def to_field(value, FLOATING: tl.constexpr, BITS: tl.constexpr):
     """Format.to_fields, int32."""
-    if LOGARITHMIC:
+    if FLOATING == 1:
         # The exponent field of 4 * code ends in 1 for code 1, and is 0 for code 0.
         bits = (value.to(tl.float32, bitcast=True) * 4.0).to(tl.uint32, bitcast=True)
         exponent, sign = bits >> 23, (bits >> 31) << (BITS - 1)
         field = ((exponent & ((1 << (BITS - 1)) - 1)) | sign).to(tl.int32)
+    elif FLOATING > 1:
+        magnitude = tl.abs(value)
+        shift = shift_of(magnitude.to(tl.float32), FLOATING)
+        field = ((shift << (FLOATING - 1)) + (magnitude >> shift)) | (tl.where(value < 0, 1, 0) << (BITS - 1))
     else:
         field = value & ((1 << BITS) - 1)
     return field
 
 
 @triton.jit
-def from_field(field, signed, LOGARITHMIC: tl.constexpr, BITS: tl.constexpr):
+def from_field(field, signed, FLOATING: tl.constexpr, BITS: tl.constexpr):
     """Format.from_fields: the values of int32 fields; signed: scalar bool, for integer formats."""
-    sign = field >> (BITS - 1)
-    if LOGARITHMIC:
+    sign, index = field >> (BITS - 1), field & ((1 << (BITS - 1)) - 1)
+    if FLOATING == 1:
         # The exponent 1 of the field 1, and of 2^-126, becomes that of code 1; 0 stays 0.
-        exponent = field & ((1 << (BITS - 1)) - 1)
-        number = ((exponent << 23) | (sign << 31)).to(tl.float32, bitcast=True) * TWO_126
+        number = ((index << 23) | (sign << 31)).to(tl.float32, bitcast=True) * TWO_126
         value = number.to(tl.int32, bitcast=True)
+    elif FLOATING > 1:
+        shift = tl.maximum((index >> (FLOATING - 1)) - 1, 0)
+        magnitude = (index - (shift << (FLOATING - 1))) << shift
+        value = tl.where(sign != 0, -magnitude, magnitude)
     else:
         value = field - (tl.where(signed, sign, 0) << BITS)
     return value

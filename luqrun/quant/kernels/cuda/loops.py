@@ -64,20 +64,20 @@ def _as_bytes(field, FIELD_BITS: tl.constexpr):
 @triton.jit
 def _encode_tile(
     number, word, scales, codes, inside, fields, bytes_inside,
-    LOGARITHMIC: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
+    FLOATING: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
     BITS: tl.constexpr, FIELD_BITS: tl.constexpr,
 ):  # fmt: skip
     """Encode a tile of float32 numbers and store it; codes, fields: pointers to its elements and bytes."""
-    value = encode(number, word, scales, LOGARITHMIC, ROUNDING, UNDERFLOW)
-    tl.store(codes, value_as(value, LOGARITHMIC, codes.dtype.scalar.element_ty), mask=inside)
+    value = encode(number, word, scales, FLOATING, ROUNDING, UNDERFLOW)
+    tl.store(codes, value_as(value, FLOATING, codes.dtype.scalar.element_ty), mask=inside)
     if fields is not None:
-        tl.store(fields, _as_bytes(to_field(value, LOGARITHMIC, BITS), FIELD_BITS), mask=bytes_inside)
+        tl.store(fields, _as_bytes(to_field(value, FLOATING, BITS), FIELD_BITS), mask=bytes_inside)
 
 
 @triton.jit(do_not_specialize=["sample", "tiles"])
 def encode_flat(
     x, codes, fields, maximum, scale, signed, stream, sample, numel, size, tiles,
-    LOGARITHMIC: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
+    FLOATING: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
     BITS: tl.constexpr, FIELD_BITS: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def encode_flat(
     BYTES: tl.constexpr = WIDTH * FIELD_BITS // 8
     first = offset_of(tl.program_id(0), 1) * tiles
     local, local_bytes = _span(ROWS, WIDTH), _span(ROWS, BYTES)
-    scales = scaling(scale, signed, LOGARITHMIC, LIMIT, UNSIGNED_LIMIT)
+    scales = scaling(scale, signed, FLOATING, LIMIT, UNSIGNED_LIMIT)
     largest = tl.zeros((ROWS,), tl.int32)
     if stream is not None:
         name = stream_words(stream, sample)
@@ -104,7 +104,7 @@ def encode_flat(
         bytes_at = fields + start_byte + local_bytes if fields is not None else None
         _encode_tile(
             number, word, scales, codes + start + local, inside, bytes_at, bytes_inside,
-            LOGARITHMIC, ROUNDING, UNDERFLOW, BITS, FIELD_BITS,
+            FLOATING, ROUNDING, UNDERFLOW, BITS, FIELD_BITS,
         )  # fmt: skip
         largest = tl.maximum(largest, tl.max(magnitude_bits(number), axis=1))
     if maximum is not None:
@@ -114,7 +114,7 @@ def encode_flat(
 @triton.jit(do_not_specialize=["sample", "tiles", "chunks", "pixels"])
 def encode_channels_last(
     x, codes, fields, maximum, scale, signed, stream, sample, pixels, channel_units, tiles, chunks, channel_blocks,
-    LOGARITHMIC: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
+    FLOATING: tl.constexpr, ROUNDING: tl.constexpr, UNDERFLOW: tl.constexpr,
     BITS: tl.constexpr, FIELD_BITS: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr,
     UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def encode_channels_last(
     bytes_of_pixel = channels * FIELD_BITS // 8
     # Of the first channel of each quad.
     channel_start = (image * channels + (block * QUADS + row % QUADS) * 4) * pixels
-    scales = scaling(scale, signed, LOGARITHMIC, LIMIT, UNSIGNED_LIMIT)
+    scales = scaling(scale, signed, FLOATING, LIMIT, UNSIGNED_LIMIT)
     name = stream_words(stream, sample)
     largest = tl.zeros((ROWS * QUADS,), tl.int32)
     stop = tl.minimum((chunk + 1) * tiles, tl.cdiv(pixels, PIXELS * ROWS))
@@ -169,7 +169,7 @@ def encode_channels_last(
             word = side_by_side(a[j], b[j], c[j], d[j])
             _encode_tile(
                 numbers[j], word, scales, codes + offsets + channels * j, inside, bytes_at, bytes_inside,
-                LOGARITHMIC, ROUNDING, UNDERFLOW, BITS, FIELD_BITS,
+                FLOATING, ROUNDING, UNDERFLOW, BITS, FIELD_BITS,
             )  # fmt: skip
             largest = tl.maximum(largest, tl.max(magnitude_bits(numbers[j]), axis=1))
     if maximum is not None:
@@ -178,7 +178,7 @@ def encode_channels_last(
 
 @triton.jit
 def pack(
-    codes, fields, numel, size, LOGARITHMIC: tl.constexpr, BITS: tl.constexpr, FIELD_BITS: tl.constexpr,
+    codes, fields, numel, size, FLOATING: tl.constexpr, BITS: tl.constexpr, FIELD_BITS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """fields: uint8, size bytes, of numel codes (floating or integer), in memory order."""
@@ -187,14 +187,14 @@ def pack(
     local, local_bytes = _span(ROWS, WIDTH), _span(ROWS, BYTES)
     start, start_byte = offset_of(pid, ROWS * WIDTH), offset_of(pid, ROWS * BYTES)
     code = tl.load(codes + start + local, mask=local < left_of(numel, start, ROWS * WIDTH), other=0)
-    field = to_field(value_of(code, LOGARITHMIC), LOGARITHMIC, BITS)
+    field = to_field(value_of(code, FLOATING), FLOATING, BITS)
     inside = local_bytes < left_of(size, start_byte, ROWS * BYTES)
     tl.store(fields + start_byte + local_bytes, _as_bytes(field, FIELD_BITS), mask=inside)
 
 
 @triton.jit
 def unpack(
-    fields, codes, signed, numel, size, LOGARITHMIC: tl.constexpr, BITS: tl.constexpr, FIELD_BITS: tl.constexpr,
+    fields, codes, signed, numel, size, FLOATING: tl.constexpr, BITS: tl.constexpr, FIELD_BITS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `pack`; signed: bool ()."""
@@ -206,8 +206,8 @@ def unpack(
     field = tl.load(fields + start_byte + local_bytes, mask=inside, other=0).to(tl.int32)
     if FIELD_BITS == 4:
         field = tl.reshape(tl.join(field & 15, field >> 4), (ROWS, WIDTH))
-    value = from_field(field, tl.load(signed) != 0, LOGARITHMIC, BITS)
-    code = value_as(value, LOGARITHMIC, codes.dtype.element_ty)
+    value = from_field(field, tl.load(signed) != 0, FLOATING, BITS)
+    code = value_as(value, FLOATING, codes.dtype.element_ty)
     tl.store(codes + start + local, code, mask=local < left_of(numel, start, ROWS * WIDTH))
 
 
@@ -267,7 +267,7 @@ def combine_statistics(partials, total, programs, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["programs", "count"])
 def choose_scale(
     partials, estimate, scale, signed, maximum, programs, count,
-    LOGARITHMIC: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr,
+    FLOATING: tl.constexpr, LIMIT: tl.constexpr, UNSIGNED_LIMIT: tl.constexpr,
     SAWB: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, POW2: tl.constexpr, CHECKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +286,7 @@ def choose_scale(
     if estimate is not None:
         given = tl.load(estimate).to(tl.float32)
         clip = tl.where(given > 0, given, largest)
-    both = tl.full((), True, tl.int1) if LOGARITHMIC else negative > 0
+    both = tl.full((), True, tl.int1) if FLOATING else negative > 0
     value = scale_of(clip, tl.where(both, LIMIT, UNSIGNED_LIMIT).to(tl.float64), POW2)
     if CHECKED:
         value = tl.where(tl.abs(largest) <= FLOAT32_MAX, value, float("nan"))
