@@ -40,6 +40,7 @@ class Encoding:
 
     Raises UserError for what does not go together. `key` is all of it as text, which torch's operators can take;
     `Encoding.of` is the inverse. form: the Format. sawb: the two coefficients of the range (formats.SAWB), or zeros.
+    has_tensor_scale: whether blocks have a scale of the whole tensor beside their own.
     """
 
     format: str
@@ -84,6 +85,9 @@ class Encoding:
         # Not fields: what the kernels read in each call.
         object.__setattr__(self, "form", form)
         object.__setattr__(self, "sawb", SAWB[form.bits] if self.range == "sawb" else (0.0, 0.0))
+        # A compiler for any size makes symbols of numbers that it sees compared: here it sees a bool.
+        beside = self.block is not None and (self.scale_format == "e4m3" or self.headroom != 1)
+        object.__setattr__(self, "has_tensor_scale", beside)
         object.__setattr__(self, "key", json.dumps([getattr(self, each.name) for each in fields(self)]))
         _known[self.key] = self
 
@@ -151,7 +155,7 @@ class Encoding:
             )
 
     def __eq__(self, other: object) -> bool:
-        # By one text: a compiler for any size (dynamic=True) makes symbols of the numbers that it sees compared.
+        # By one text, not by numbers: see has_tensor_scale.
         return isinstance(other, Encoding) and self.key == other.key
 
     def __hash__(self):

@@ -110,4 +110,4 @@ def held_in_blocks(how: Encoding, dtype: torch.dtype) -> torch.dtype:
 
 def scale_beside(how: Encoding, tensor_scale: Tensor) -> Tensor | None:
     """The scale that is left beside the blocks' own; None where it is 1."""
-    return tensor_scale if how.scale_format == "e4m3" or how.headroom != 1 else None
+    return tensor_scale if how.has_tensor_scale else None
