@@ -92,10 +92,11 @@ def test_lines_of_every_length(columns):
 def test_images_in_either_memory(groups):
     op, how = ConvOp((1, 1), (0, 0), (1, 1), groups), Encoding("e2m1", rounding="stochastic", block=8)
     tiles = Encoding("e2m1", rounding="stochastic", block=(4, 8))
+    eden = Encoding("e2m1", scale_format="e4m3", eden=True, block=2)
     for memory_format in (torch.contiguous_format, LAST):
         x = normal(5, 4, 3, 2).to(memory_format=memory_format)
         w = normal(8, 12 // groups, 2, 2).to(memory_format=memory_format)
-        for each in (how, tiles):
+        for each in (how, tiles, eden):
             for gemm, operand, tensor in (("fprop", "activation", x), ("wgrad", "gradient", x), ("dgrad", "weight", w)):
                 tensor = op.laid_out(tensor, each)
                 last = is_channels_last(tensor)

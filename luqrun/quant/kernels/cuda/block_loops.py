@@ -222,7 +222,8 @@ def choose_scales(
     """Scales that take sums over a block, in the order of its elements: a thread goes through a block.
 
     chosen: float32, the scale of each block's codes, negative where the finer one of four over six suits it better.
-    kept: the scale that eden makes of it, or None. The rest is as in `encode_blocks`.
+    kept: the scale that eden makes of it, or None. The rest is as in `encode_blocks`; but of eden, which draws scales
+    alone, pixels and channels are theirs.
     """
     block = tl.cast(tl.program_id(0), INDEX) * BLOCKS + tl.arange(0, BLOCKS)
     band, left = block // across, block % across * B
@@ -278,7 +279,7 @@ def choose_scales(
             gain = tl.where(across_codes > 0, exact / tl.where(across_codes > 0, across_codes, 1.0), 1.0)
             known = scale <= FLOAT32_MAX
             wanted = tl.where(known, gain.to(tl.float32) * scale, 0.0)
-            word = words_of_elements(block.to(tl.int64), second_name)
+            word = words_of_elements(_number(block, pixels, channels, LAST), second_name)
             corrected = tl.where(known, to_e4m3(wanted, word, "stochastic"), float("nan"))
             tl.store(kept + block, corrected, mask=band < bands)
         else:

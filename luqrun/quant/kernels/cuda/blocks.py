@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
-from luqrun.quant.kernels.blocks import counts, scales_of_tensor
+from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor
 from luqrun.quant.kernels.cuda import block_loops as kernels
 from luqrun.quant.kernels.cuda.launch import launch, native
 from luqrun.quant.kernels.layout import empty, is_channels_last
@@ -60,10 +60,11 @@ def encode_blocks(
         if how.range == "rms" or how.four_over_six or how.eden:
             chosen = torch.empty(many, dtype=torch.float32, device=device)
             kept = torch.empty_like(chosen) if how.eden else None
+            of_draws = layout_of_scales(x, grid, block)[1:] if how.eden and last else layout
             choice = {"RMS": how.range == "rms", "COMPARED": how.four_over_six, "EDEN": how.eden}
             launch(
                 kernels.choose_scales, triton.cdiv(many, CHOOSERS), x, chosen, kept, *above,
-                stream if draws or how.eden else None, sample, *walk.sizes, *layout,
+                stream if draws or how.eden else None, sample, *walk.sizes, *of_draws,
                 **constants, **choice, **walk.block, BLOCKS=CHOOSERS,
             )  # fmt: skip
         paired = form.field_bits == 4 and walk.is_aligned(2)
