@@ -42,6 +42,10 @@ OTHER_RESULT = [
     "dataset.glyphs.noise=0.2",
     "quant=fp32",
     "quant.gradient.samples=2",
+    "quant=mxfp4",
+    "quant=luq quant.weight.range=absmax quant.weight.block=32",
+    "quant=luq quant.weight.range=absmax quant.weight.block=[16,16]",
+    "quant.wgrad.hadamard=16",
     "quant.skip=[first]",
     "schedule.lr=0.2",
     "schedule.epochs=2",
@@ -53,6 +57,11 @@ OTHER_RESULT = [
     "distributed.batch_norm=sync",
     "distributed.range=global",
 ]
+
+
+KEYS_OF_BLOCKS = {
+    "block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize", "hadamard", "signs",
+}  # fmt: skip
 
 
 def test_run_id_is_readable_and_has_no_clock(monkeypatch):
@@ -70,8 +79,27 @@ def test_run_id_is_the_same_for_what_does_not_change_the_result(override):
 
 
 def test_run_id_differs_for_everything_that_changes_the_result():
-    names = [run_id(tiny(override), {}) for override in OTHER_RESULT]
+    names = [run_id(tiny(*override.split()), {}) for override in OTHER_RESULT]
     assert len({run_id(tiny(), {}), *names}) == len(OTHER_RESULT) + 1
+
+
+def without_null(values):
+    """Nested settings without what is null in the part of a quantizer or a GEMM."""
+    if not isinstance(values, dict):
+        return values
+    return {key: without_null(value) for key, value in values.items() if value is not None or key not in KEYS_OF_BLOCKS}
+
+
+@pytest.mark.parametrize("scheme", ["luq", "radix4_tpr", "fp32", "forward_only", "luq_smp2"])
+def test_keys_of_blocks_that_are_null_are_not_in_the_name_of_a_run_without_them(scheme):
+    config = tiny(f"quant={scheme}")
+    quant = deciding_settings(config)["quant"]
+    assert quant == without_null(asdict(config)["quant"])
+    for part in (quant, *quant.values(), quant["wgrad"]["gradient"] if quant["wgrad"] else {}):
+        assert not (KEYS_OF_BLOCKS & part.keys() if isinstance(part, dict) else ())
+    earlier = asdict(config)
+    earlier["quant"] = without_null(earlier["quant"])  # as its config.yaml was written
+    assert deciding_settings(earlier) == deciding_settings(config)
 
 
 def test_the_fine_tune_s_operands_are_in_the_name_but_for_those_of_fnt_which_earlier_runs_did_not_say():

@@ -173,8 +173,7 @@ def _scatter(blocks: Tensor, like: Tensor, grid: Grid, block: Block) -> Tensor:
     _, outer, down, between, across = blocks.shape
     x = blocks.view(high, wide, outer, down, between, across).permute(2, 3, 0, 4, 5, 1)
     x = x.reshape(outer, down * high, between, across * wide)[:, :rows, :, :columns]
-    # Of a single column reshape takes a view with gaps.
-    return from_memory_order(x.reshape(-1).contiguous(), like.shape, is_channels_last(like))
+    return from_memory_order(x.reshape(-1), like.shape, is_channels_last(like))
 
 
 def _number(value: float, like: Tensor) -> Tensor:

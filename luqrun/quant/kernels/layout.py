@@ -31,7 +31,7 @@ def empty(shape: Sequence[int], channels_last: bool, dtype: torch.dtype, device:
 
 def from_memory_order(flat: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     """The tensor of this shape whose elements in memory order are `flat`: the inverse of in_memory_order."""
-    flat = flat.contiguous()  # a view may have left gaps, and then what is made of it would not be dense
+    flat = flat.contiguous()  # reshape may have taken a view with gaps, as of blocks of a single column
     if not channels_last:
         return flat.view(shape)
     images, channels, height, width = shape
