@@ -57,6 +57,9 @@ MIXED = {
         "smp", TILE, E4M3, Quantizer("e2m1", block=16, scale_format="e4m3", rounding="stochastic", samples=2),
         samples_scope="both",
     ),
+    "samples, rotated": Recipe(
+        "smp", Fprop(E8M0, E8M0), Dgrad(DRAWN, E8M0, Rotation(4)), Wgrad(replace(DRAWN, samples=2), E8M0, Rotation(4))
+    ),
     "rotated, one operand in high precision": Recipe(
         "half", Fprop(None, E8M0, Rotation(8)), Dgrad(DRAWN, None, Rotation(4, "drawn")), Wgrad(None, E4M3, Rotation(2))
     ),
@@ -178,9 +181,11 @@ def test_how_often_an_operand_is_quantized(scheme, expected, monkeypatch):
 
 def test_layers_that_read_one_tensor_share_its_blocks_where_nothing_is_drawn(monkeypatch):
     made, x = counted(monkeypatch), torch.randn(33, 40)
-    for scheme, times in (("mxfp4", 2), ("nvfp4_nvidia", 2), ("tetrajet", 6), ("quartet2", 6)):
+    own_signs = {"dgrad": None, "gradient": None, "wgrad": {"gradient": None, "hadamard": 16, "signs": "drawn"}}
+    cases = ("mxfp4", {}, 2), ("nvfp4_nvidia", {}, 2), ("tetrajet", {}, 6), ("quartet2", {}, 6), ("mxfp4", own_signs, 6)
+    for scheme, changes, times in cases:
         layers = nn.ModuleList([nn.Linear(40, 5) for _ in range(3)])
-        luqrun.quantize_model(layers, luqrun.recipe(scheme), skip=())
+        luqrun.quantize_model(layers, luqrun.recipe(scheme, **changes), skip=())
         made.clear()
         for layer in layers:
             layer(x)

@@ -14,7 +14,7 @@ from luqrun.quant.convert import set_step
 from luqrun.quant.gemms import ConvOp
 from luqrun.quant.grids import Lines
 from luqrun.quant.kernels.layout import is_channels_last
-from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.kernels.philox import make_stream, of_gemm, random_words
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Dgrad, Fprop, Recipe, Wgrad
 from luqrun.quant.rotation import SIZES, Rotation, rotate, signs_of, unrotate
@@ -130,14 +130,14 @@ def test_drawn_signs_are_others_for_each_seed_layer_step_micro_step_and_gemm():
 
 
 def test_drawn_signs_are_no_bits_of_an_operands_own_draw():
-    stream = make_stream(5, 3, 0, 2)
-    signs, drawn = signs_of(Rotation(128, "drawn"), stream, "dgrad"), []
+    signs = signs_of(Rotation(128, "drawn"), make_stream(5, 3, 0, 2), "dgrad")
     for operand in range(3):
-        own = stream.clone()
-        own[2] = operand
-        drawn.append(signs_of(Rotation(128, "drawn"), own, "dgrad"))
-    assert all(torch.equal(signs, each) for each in drawn)  # the operand is not read
-    assert torch.equal(stream, make_stream(5, 3, 0, 2))
+        own = make_stream(5, 3, operand, 2)
+        for name in (own, of_gemm(own, "dgrad")):
+            assert not torch.equal(signs, (random_words(name, 0, 128) & 1).float() * 2 - 1)
+        before = own.clone()
+        assert torch.equal(signs, signs_of(Rotation(128, "drawn"), own, "dgrad"))  # the operand is not read
+        assert torch.equal(own, before)
 
 
 def weight_gradients(recipe, steps, x, g):
