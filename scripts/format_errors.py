@@ -19,13 +19,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
 
     from luqrun.bench import format_errors
-    from luqrun.cli.overrides import with_companions
-    from luqrun.cli.validation import to_config, validate
-    from luqrun.config import Config, conf_dir
+    from luqrun.bench.settings import config_of
     from luqrun.errors import UserError
     from luqrun.quant.recipe import Recipe
     from luqrun.tasks import build_task
@@ -33,11 +29,8 @@ def main() -> None:
     from luqrun.train import setup
     from luqrun.train.schedules import build_optimizer
 
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = to_config(compose("config", with_companions(["quant=fp32", *options.overrides])))
-        validate(config)
+        config = config_of(["quant=fp32", *options.overrides])
         task = build_task(config)
     except UserError as error:
         raise SystemExit(f"luqrun: {error}") from None

@@ -16,24 +16,17 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
 
     from luqrun.bench import activation_errors, gradient_noise
-    from luqrun.cli.overrides import with_companions
-    from luqrun.cli.validation import to_config, validate
-    from luqrun.config import Config, conf_dir
+    from luqrun.bench.settings import config_of
     from luqrun.errors import UserError
     from luqrun.quant.recipe import Recipe
     from luqrun.tasks import build_task
     from luqrun.tasks.loader import train_loader
     from luqrun.train import setup
 
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = to_config(compose("config", with_companions(options.overrides)))
-        validate(config)
+        config = config_of(options.overrides)
         task = build_task(config)
         recipe = Recipe.from_config(config.quant)
         model = setup.build(config, recipe, task, torch.device("cpu")).train()

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from luqrun.bench.format_errors import MXFP4, NVFP4, STOCHASTIC
 from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
 from luqrun.bench.workloads import TextWorkload, Workload
@@ -30,12 +31,12 @@ E3M0 = Quantizer("e3m0", "absmax", "stochastic")
 E3M0_HINDSIGHT = Quantizer("e3m0", "hindsight", "stochastic")
 INT4 = Quantizer("int4", "sawb", "nearest")
 BLOCKS = {
-    "mxfp4": {"block": 32},
-    "mxfp4 stochastic": {"block": 32, "rounding": "stochastic"},
-    "nvfp4": {"block": 16, "scale_format": "e4m3"},
-    "nvfp4 stochastic": {"block": 16, "scale_format": "e4m3", "rounding": "stochastic"},
-    "nvfp4 four over six": {"block": 16, "scale_format": "e4m3", "four_over_six": "mse"},
-    "nvfp4 eden": {"block": 16, "scale_format": "e4m3", "eden": True},
+    "mxfp4": MXFP4,
+    "mxfp4 stochastic": {**MXFP4, **STOCHASTIC},
+    "nvfp4": NVFP4,
+    "nvfp4 stochastic": {**NVFP4, **STOCHASTIC},
+    "nvfp4 four over six": {**NVFP4, "four_over_six": "mse"},
+    "nvfp4 eden": {**NVFP4, "eden": True},
 }
 SGD = ScheduleConfig(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
@@ -145,7 +146,7 @@ def block_encoders(x: Tensor) -> list[Contender]:
         grid = grid_of(quantize.encoding, lines)
         return lambda: quantize.run_blocks(x, stream, grid, x.dtype, packed=True)
 
-    found = [Contender(name, run(Quantizer("e2m1", **keys))) for name, keys in BLOCKS.items()]
+    found = [Contender(name, run(Quantizer(**keys))) for name, keys in BLOCKS.items()]
     found += [
         Contender(f"hadamard {size}", lambda size=size: ops.hadamard(x, lines.grid, lines.axis, size, None))
         for size in (16, 128)

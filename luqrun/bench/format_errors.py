@@ -99,10 +99,10 @@ def _errors(name: str, label: str, quantizer: Quantizer, x: Tensor) -> Errors:
         # Of each element the spread of its draws: what the mean error would have if it were zero in truth.
         spread = torch.stack(values).var(0).sum().sqrt().item() / x.numel() / math.sqrt(draws)
         z = sum(towards) / draws / spread if spread else None
-    return Errors(name, label, 1e3 * mse.item(), gain.item(), z, clipped, _bits(quantizer, x))
+    return Errors(name, label, 1e3 * mse.item(), gain.item(), z, clipped, _bits(quantizer))
 
 
-def _bits(quantizer: Quantizer, x: Tensor) -> float:
+def _bits(quantizer: Quantizer) -> float:
     if quantizer.block is None:
         return quantizer.form.bits
     sides = quantizer.encoding.tile or (1, quantizer.block)

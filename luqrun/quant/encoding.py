@@ -34,9 +34,9 @@ class Encoding:
     the tensor. scale_format: of the blocks' scales, e8m0 (powers of two), e4m3 with a float32 scale of the tensor on
     top, or fp32. scale_rounding: of e8m0's exponent, floor, rceil, ceil, even or down (scale_formats.exponent_rule).
     four_over_six: mse or mae, by which error a block's maximum lands on `largest` or on two thirds of it (Cook et al.,
-    2025). headroom: what elements are multiplied by once their scale is known, and the values divided by
-    (3/4: Tseng et al., 2025). eden: the
-    block's scale is corrected to leave no bias along the block, and rounded stochastically (MS-EDEN, in Quartet II).
+    2025). headroom: what elements are multiplied by once their scale is known, and the values divided by (3/4: Tseng et
+    al., 2025). eden: the block's scale is corrected to leave no bias along the block, and rounded stochastically
+    (MS-EDEN, in Quartet II).
 
     Raises UserError for what does not go together. `key` is all of it as text, which torch's operators can take;
     `Encoding.of` is the inverse. form: the Format. sawb: the two coefficients of the range (formats.SAWB), or zeros.

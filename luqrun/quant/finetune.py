@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from luqrun.errors import UserError, check_choice
-from luqrun.quant.recipe import GEMMS, OPERANDS, Recipe
+from luqrun.quant.recipe import OPERANDS_OF, Recipe
 
 # By GEMM, the operands in high precision. fnt: the LUQ paper's, 5.2, weights alone stay quantized. forward_high: of
 # NVIDIA's NVFP4 training (arXiv 2509.25149, appendix D). qaf: of Chmiel et al. 2025 (arXiv 2505.19115), where it is not
@@ -55,8 +55,8 @@ def phase_operands(phase: bool | str | Mapping[str, Sequence[str]]) -> Mapping[s
 def check_operands(key: str, operands: Mapping[str, Sequence[str]]) -> None:
     """Raise UserError, below the name `key`, for what is no GEMM, no list, or no operand of its GEMM."""
     for gemm, names in operands.items():
-        check_choice(key, gemm, GEMMS)
-        allowed = [name for name in GEMMS[gemm]._fields if name in OPERANDS]
+        check_choice(key, gemm, OPERANDS_OF)
+        allowed = OPERANDS_OF[gemm]
         if not isinstance(names, list | tuple | set | frozenset):
             raise UserError(f"{key}.{gemm}={names!r} must be a list of operands; allowed: {', '.join(allowed)}")
         for name in names:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luqrun.quant.gemms import ConvOp, LinearOp
+from luqrun.quant.grids import Grid
 from luqrun.quant.health import health, health_of_blocks
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
@@ -64,7 +65,12 @@ class Plan:
         stream = self._stream(gemm, operand, quantizer, again)
         share = None if operand == "weight" else self.share
         if quantizer.block is not None:
-            return self._quantize_blocks(gemm, operand, x, dtype, packed, again, share)
+            how, (x, layout, grid) = quantizer.encoding, self._in_blocks(gemm, operand, x, quantizer)
+            found = quantizer.run_blocks(x, stream, grid, held_in_blocks(how, dtype), packed, share)
+            if not again and self.health is not None:
+                self.health[operand] = health_of_blocks(x, found, quantizer, grid)
+            stored = Stored((found.fields, found.scales, found.tensor_scale), how, *layout, gemm, operand)
+            return Operand((found.values,), scale_beside(how, found.tensor_scale)), stored
         dtype = held_by(quantizer.form, dtype)
         codes, scale, signed, fields, maximum = quantizer.run(
             x, stream, self.hindsight.get(operand), dtype, packed, share
@@ -76,18 +82,11 @@ class Plan:
         stored = Stored((fields, scale, signed), quantizer.encoding, x.shape, is_channels_last(x))
         return Operand((codes,), scale, signed), stored
 
-    def _quantize_blocks(self, gemm, operand, x, dtype, packed, again, share) -> tuple[Operand, Stored]:
-        quantizer = getattr(getattr(self, gemm), operand)
-        stream, how = self._stream(gemm, operand, quantizer, again), quantizer.encoding
-        x = self.op.laid_out(x, how)
+    def _in_blocks(self, gemm: str, operand: str, x: Tensor, quantizer: Quantizer) -> tuple[Tensor, tuple, Grid]:
+        """x in memory that blocks can lie in, its shape and whether it is channels_last, and where they lie."""
+        x = self.op.laid_out(x, quantizer.encoding)
         layout = x.shape, is_channels_last(x)
-        grid = self.op.grid(gemm, operand, *layout, how)
-        found = quantizer.run_blocks(x, stream, grid, held_in_blocks(how, dtype), packed, share)
-        if not again and self.health is not None:
-            self.health[operand] = health_of_blocks(x, found, quantizer, grid)
-        kept = (found.fields, found.scales, found.tensor_scale)
-        scale = scale_beside(how, found.tensor_scale)
-        return Operand((found.values,), scale), Stored(kept, how, *layout, gemm, operand)
+        return x, layout, self.op.grid(gemm, operand, *layout, quantizer.encoding)
 
     def _stream(self, gemm: str, operand: str, quantizer: Quantizer, again: bool) -> Tensor:
         stream = self.streams[operand]
@@ -180,8 +179,7 @@ class Plan:
         stream = self._stream(gemm, "gradient", quantizer, again)
         g = self._rotated(gemm, "gradient", g)
         if quantizer.block is not None:
-            g = self.op.laid_out(g, quantizer.encoding)
-            grid = self.op.grid(gemm, "gradient", g.shape, is_channels_last(g), quantizer.encoding)
+            g, _, grid = self._in_blocks(gemm, "gradient", g, quantizer)
             total = total.to(torch.float32, copy=True)
             for sample in range(1, quantizer.samples):
                 total += quantizer.run_blocks(g, stream, grid, torch.float32, share=self.share, sample=sample).values

@@ -39,7 +39,7 @@ class QuantizedTensor:
     """codes * scale. codes: form.code_dtype, the shape of the source; scale: 0-dim float32; signed: 0-dim bool.
 
     In blocks, scale has the source's shape with the number of blocks in place of the axis (of a tile: the two axes)
-    that they lie along, block says how many elements share one, and values are codes * scale * tensor_scale, 0-dim
+    that they lie along, grid says which elements share one, and values are codes * scale * tensor_scale, 0-dim
     float32; the first product is exact but for fp32 scales. A NaN or Inf in the source makes its scale NaN, and with it
     every value that shares it.
     """
@@ -280,14 +280,14 @@ class Quantizer:
         share: Callable[[Tensor], Tensor] | None = None,
         sample: int = 0,
     ) -> Blocks:
-        """Encode x in the blocks of a grid over its memory. share: as in `measure`, for the scale of the tensor."""
+        """Encode x in the blocks of a grid over its memory, its values as `dtype` (operands.held_in_blocks: one that
+        holds them exactly). share: as in `measure`, for the scale of the tensor."""
         x = x.detach()
         if self.scale_format == "e4m3":
             statistics = ops.statistics(x, False)
             maximum = (statistics if share is None else share(statistics))[0].float()
         else:
             maximum = x.new_empty((), dtype=torch.float32)  # not read
-        dtype = torch.float32 if self.scale_format == "fp32" else dtype  # others are exact in bf16 too
         found = ops.encode_blocks(x, self.encoding.key, grid.sizes, grid.block, maximum, stream, sample, dtype, packed)
         return Blocks(*found)
 

@@ -18,16 +18,16 @@ SAMPLES_SCOPES = ("wgrad", "both")
 SKIP = ("first", "last", "shortcut")
 
 
+OF_PAIR = property(lambda pair: pair[:2], doc="The quantizers of both operands.")  # a named tuple inherits nothing
+
+
 class Fprop(NamedTuple):
     """The operands of the output, W a (Eq. 1)."""
 
     activation: Quantizer | None = None
     weight: Quantizer | None = None
     hadamard: Rotation | None = None
-
-    @property
-    def operands(self) -> tuple[Quantizer | None, ...]:
-        return self[:2]
+    operands = OF_PAIR
 
 
 class Dgrad(NamedTuple):
@@ -36,10 +36,7 @@ class Dgrad(NamedTuple):
     gradient: Quantizer | None = None
     weight: Quantizer | None = None
     hadamard: Rotation | None = None
-
-    @property
-    def operands(self) -> tuple[Quantizer | None, ...]:
-        return self[:2]
+    operands = OF_PAIR
 
 
 class Wgrad(NamedTuple):
@@ -48,10 +45,7 @@ class Wgrad(NamedTuple):
     gradient: Quantizer | None = None
     activation: Quantizer | None = None
     hadamard: Rotation | None = None
-
-    @property
-    def operands(self) -> tuple[Quantizer | None, ...]:
-        return self[:2]
+    operands = OF_PAIR
 
 
 GEMMS = {"fprop": Fprop, "dgrad": Dgrad, "wgrad": Wgrad}

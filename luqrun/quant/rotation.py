@@ -15,7 +15,7 @@ from luqrun.errors import UserError, check_choice
 from luqrun.quant.grids import Lines
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import from_memory_order, in_memory_order, is_channels_last
-from luqrun.quant.kernels.philox import EVALUATION_STEP, OPERAND, make_stream, of_gemm, random_words
+from luqrun.quant.kernels.philox import EVALUATION_STEP, OPERAND, STEP, of_gemm
 
 SIGNS = ("none", "fixed", "drawn")
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,11 +50,12 @@ def signs_of(rotation: Rotation, stream: Tensor, gemm: str) -> Tensor | None:
     if rotation.signs == "none":
         return None
     if rotation.signs == "fixed":
-        own = make_stream(0, operand=NUMBER, step=EVALUATION_STEP).to(stream.device)
+        own = torch.zeros_like(stream)  # a tensor of Python values would be a copy that the host waits for
+        own[STEP] = EVALUATION_STEP
     else:
         own = of_gemm(stream, gemm)
-        own[OPERAND] = NUMBER
-    return (random_words(own, 0, rotation.size) & 1).float() * 2 - 1
+    own[OPERAND] = NUMBER
+    return ops.signs(own, rotation.size)
 
 
 def rotate(x: Tensor, lines: Lines, rotation: Rotation, signs: Tensor | None) -> Tensor:

@@ -77,6 +77,11 @@ def draw_e4m3(x: Tensor, words: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.nan, (floor + up) * step)
 
 
+def dtype_of(scale_format: str) -> torch.dtype:
+    """What scales are kept as."""
+    return torch.float32 if scale_format == "fp32" else torch.uint8
+
+
 def to_bytes(scale: Tensor, scale_format: str) -> Tensor:
     """Scales (float32, of e8m0 or e4m3) as uint8; of fp32, themselves."""
     if scale_format == "fp32":

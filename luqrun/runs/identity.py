@@ -101,9 +101,7 @@ def deciding_settings(config: Config | dict) -> dict:
     tune = parts["finetune"]
     if isinstance(tune.get("high_precision"), dict):
         tune["high_precision"] = _in_one_order(tune["high_precision"])
-        if tune["high_precision"] == _in_one_order(
-            asdict(HighPrecisionConfig())
-        ):  # FNT, which earlier runs did not say
+        if tune["high_precision"] == _in_one_order(asdict(HighPrecisionConfig())):  # FNT: earlier runs did not say it
             tune.pop("high_precision")
     if tune.get("epochs") == 0:
         values["finetune"] = {"epochs": 0}

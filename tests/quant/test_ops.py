@@ -19,7 +19,7 @@ from luqrun.quant.convert import set_step
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.grids import Lines, grid_of
-from luqrun.quant.kernels import ops
+from luqrun.quant.kernels import blocks, ops
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.philox import make_stream
@@ -55,7 +55,7 @@ def check_dynamic(operator, *arguments):
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
         "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "hadamard",
-        "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
+        "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
     }  # fmt: skip
 
 
@@ -125,6 +125,12 @@ def test_blocks_and_rotations(how):
         _, fields, scales, _ = ops.encode_blocks(*arguments, True)
         check(OPERATORS.decode_blocks, fields, scales, x.shape, last, how.key, grid, block, dtype)
         check(OPERATORS.hadamard, x, grid, lines.axis, 2 ** (number + 1), (None, torch.ones(4), None)[number])
+
+
+@pytest.mark.parametrize("size", [2, 16, 256])
+def test_signs(size):
+    check(OPERATORS.signs, STREAM, size)
+    assert torch.equal(ops.signs(STREAM, size), blocks.signs(STREAM, size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ from torch import Tensor
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import pack as pack_fields
 from luqrun.quant.formats import unpack as unpack_fields
-from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order, is_channels_last
+from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order, is_channels_last, pixels_of
 from luqrun.quant.kernels.philox import SCALE_SAMPLES, random_words
 from luqrun.quant.kernels.reference import float_magnitude, log_magnitude, stochastic_round
 from luqrun.quant.scale_formats import (
@@ -41,6 +41,11 @@ def counts(grid: Grid, block: Block) -> tuple[int, int, int, int]:
     """How many blocks there are along each axis of the grid."""
     outer, rows, between, columns = grid
     return outer, -(-rows // block[0]), between, -(-columns // block[1])
+
+
+def stored_as(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels of a device write values as; torch makes other types of it."""
+    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
 def encode_blocks(
@@ -132,6 +137,11 @@ def hadamard(x: Tensor, grid: Grid, axis: int, size: int, signs: Tensor | None) 
     return from_memory_order(rotated.reshape(-1), x.shape, is_channels_last(x))
 
 
+def signs(stream: Tensor, size: int) -> Tensor:
+    """float32 (size,) of +-1: the lowest bits of the random words of a draw's first sample."""
+    return (random_words(stream, 0, size) & 1).float() * 2 - 1
+
+
 def _draws(x: Tensor, stream: Tensor, sample: int, grid: Grid, block: Block) -> Tensor:
     """The random words of x's elements, numbered in row-major order, in blocks."""
     words = random_words(stream.to(x.device), sample, x.numel()).view(x.shape)
@@ -142,10 +152,11 @@ def _draws(x: Tensor, stream: Tensor, sample: int, grid: Grid, block: Block) -> 
 def layout_of_scales(x: Tensor, grid: Grid, block: Block) -> tuple[int, int, int]:
     """(images, pixels, channels) as which the scales of a channels_last x lie in memory; zeros of a contiguous x, whose
     scales lie in the order in which their draws are numbered."""
-    if not is_channels_last(x):
+    images, pixels, _ = pixels_of(x)
+    if images == 0:
         return 0, 0, 0
     many = counts(grid, block)
-    images, pixels = x.shape[0] if grid[1] == 1 else many[0] * many[1], x.shape[2] * x.shape[3]
+    images = images if grid[1] == 1 else many[0] * many[1]
     return images, pixels, math.prod(many) // max(images * pixels, 1)
 
 

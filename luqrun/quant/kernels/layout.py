@@ -23,6 +23,12 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if is_channels_last(x) else x.contiguous()
 
 
+def pixels_of(x: Tensor) -> tuple[int, int, int]:
+    """(images, pixels of one, channels) of a channels_last x; zeros of others."""
+    images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
+    return images, height * width, channels
+
+
 def empty(shape: Sequence[int], channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor in contiguous or channels_last memory."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -28,6 +28,7 @@ from luqrun.quant.kernels import (
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.layout import dense, empty
 from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
+from luqrun.quant.scale_formats import dtype_of
 
 _library = torch.library.Library("luqrun", "DEF")
 
@@ -169,7 +170,7 @@ class encode_blocks:
 
     def fake(x, encoding, grid, block, maximum, stream, sample, dtype, packed):
         scales = math.prod(blocks.counts(grid, block))
-        kind = torch.float32 if Encoding.of(encoding).scale_format == "fp32" else torch.uint8
+        kind = dtype_of(Encoding.of(encoding).scale_format)
         return (
             *_coded(x, encoding, dtype, packed),
             x.new_empty(scales, dtype=kind),
@@ -199,6 +200,15 @@ class hadamard:
 
     def fake(x, grid, axis, size, signs):
         return torch.empty_like(dense(x), dtype=torch.float32)
+
+
+@_operator("signs(Tensor stream, int size) -> Tensor")
+class signs:
+    def run(stream, size):
+        return rotation_kernels(stream.device.type).signs(stream, size)
+
+    def fake(stream, size):
+        return stream.new_empty(size, dtype=torch.float32)
 
 
 @_operator("relu_(Tensor(a!) x) -> Tensor")

@@ -20,8 +20,9 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels.cpu import blocks, driver, loops, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
+from luqrun.quant.kernels.cpu.driver import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
-from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+from luqrun.quant.kernels.layout import dense, empty, pixels_of
 
 KINDS = {
     torch.int8: driver.INT8,
@@ -36,7 +37,7 @@ _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
-hadamard = rotation.hadamard
+hadamard, signs = rotation.hadamard, rotation.signs
 
 
 def describe() -> str:
@@ -46,16 +47,9 @@ def describe() -> str:
     return f"numba {numba.__version__}, {driver.threads_for(sys.maxsize)} thread(s)"
 
 
-def _loadable(x: Tensor) -> Tensor:
-    """x as dense float32 or bf16."""
-    x = dense(x.detach())
-    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
-
-
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
     """The layout that numba_quantize.quantize takes."""
-    images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
-    return int(x.dtype == torch.bfloat16), images, height * width, channels
+    return int(x.dtype == torch.bfloat16), *pixels_of(x)
 
 
 @functools.cache
@@ -75,7 +69,7 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     """See reference.statistics."""
     if x.numel() == 0 or (unless is not None and unless.item() > 0):
         return torch.zeros(4, dtype=torch.float64, device="cpu")
-    x, found = _loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
+    x, found = loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
     how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
     address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
     numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
@@ -94,7 +88,7 @@ def quantize(
 
     hindsight: the estimate of the maximum, 0-dim, or None.
     """
-    x, numbers = _loadable(x), (*how.sawb, 0.0 if hindsight is None else hindsight.item())
+    x, numbers = loadable(x), (*how.sawb, 0.0 if hindsight is None else hindsight.item())
     scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
     addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
     steps = _how(how, RANGES[how.range], how.range == "sawb", 0)
@@ -118,7 +112,7 @@ def encode(
     results = torch.tensor(given, dtype=torch.float64, device="cpu")
     addresses = results.data_ptr(), (0, 0, 0)
     steps, dtype = _how(how, GIVEN, observe, sample), dtype or how.form.code_dtype
-    codes, fields = _encode(_loadable(x), addresses, how.form, stream, steps, (0.0, 0.0, 0.0), dtype, packed)
+    codes, fields = _encode(loadable(x), addresses, how.form, stream, steps, (0.0, 0.0, 0.0), dtype, packed)
     return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
 
 

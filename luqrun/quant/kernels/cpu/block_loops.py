@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, prange
 
+from luqrun.quant.kernels.blocks import RMS_CLIP
 from luqrun.quant.kernels.cpu import block_rows, rows
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FLOAT32_MAX, FP32
 from luqrun.quant.kernels.cpu.driver import CHUNK, ROW, driver, floats, halves, pointer, uint8s, uint32s
@@ -16,7 +17,6 @@ from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_word
 from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, row_loop
 
 PANEL = 2048  # elements that are worked on together
-RMS_CLIP = 2.92247856  # see luqrun.quant.kernels.blocks
 
 
 @driver
@@ -53,7 +53,7 @@ def _load_panel(x, half, start, stride, high, run, elements, panel, raw):
     """`high` runs of memory, a stride apart, into the panel."""
     if half:
         block_rows.gather(halves(x, elements), raw, start, stride, high, run)
-        block_rows.patterns(raw, panel.view(np.int32), high * run)
+        rows.patterns(raw[: high * run], panel.view(np.int32))
     else:
         block_rows.gather(floats(x, elements), panel, start, stride, high, run)
 
@@ -77,7 +77,7 @@ def _code_panel(panel, scales, words, high, count, wide, by, expanded, out, how,
     elif how[3] == E8M0:
         block_rows.inverse_powers(scales, by, count)
     else:
-        block_rows.products_of(scales, numbers[1], by, count)
+        block_rows.scale_by(scales, numbers[1], by, count)
     block_rows.expand(by, expanded, high, count, wide)
     block_rows.code_row(
         panel[:size], expanded, words, out, numbers[0], f32(1) / numbers[1], how[0], how[3] != FP32, how[1]
@@ -88,7 +88,7 @@ def _code_panel(panel, scales, words, high, count, wide, by, expanded, out, how,
 @row_loop()
 def _decode_panel(codes, scales, unit, high, count, wide, by, expanded, out):
     """Codes times scales."""
-    block_rows.products_of(scales, unit, by, count)
+    block_rows.scale_by(scales, unit, by, count)
     block_rows.expand(by, expanded, high, count, wide)
     block_rows.multiply(codes, expanded, out, high * count * wide)
 
@@ -113,10 +113,10 @@ def _choose_finer(panel, words, high, count, wide, space, of_blocks, sums, how, 
     _code_panel(panel, finer, words, high, count, wide, by, expanded, others, how, numbers)
     size = high * count * wide
     _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], size)
+    block_rows.scale_by(decoded, numbers[5], decoded, size)
     block_rows.errors(panel, decoded, sums[0], high, count, wide, how[6])
     _decode_panel(others, finer, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], size)
+    block_rows.scale_by(decoded, numbers[5], decoded, size)
     block_rows.errors(panel, decoded, sums[1], high, count, wide, how[6])
     for j in range(count):
         if sums[1][j] < sums[0][j]:
@@ -133,7 +133,7 @@ def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
     codes, _, expanded, decoded = space
     scales, _, _, by = of_blocks
     _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], high * count * wide)
+    block_rows.scale_by(decoded, numbers[5], decoded, high * count * wide)
     block_rows.products(panel, panel, sums[0], high, count, wide)
     block_rows.products(panel, decoded, sums[1], high, count, wide)
     for j in range(count):
@@ -191,7 +191,7 @@ def encode_blocks(
                 _load_panel(x, half, start, stride, high, run, elements, panel, raw)
                 _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
                 if numbers[3] != f32(1):
-                    block_rows.scale_by(panel, numbers[3], high * run)
+                    block_rows.scale_by(panel, numbers[3], panel, high * run)
                 if how[3] == E8M0:
                     block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
                 elif how[3] == E4M3:
@@ -248,7 +248,7 @@ def decode_blocks(elements, fields, scales, values, half, grid, block, kind, tab
             run = min(columns, (left + count) * block[1]) - left * block[1]
             kept = scales + (4 if kind == FP32 else 1) * first
             block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
-            block_rows.scale_by(by, unit, count)
+            block_rows.scale_by(by, unit, by, count)
             block_rows.expand(by, expanded, 1, count, block[1])
             source = uint8s(fields + start, run)
             out = exact[:run] if half else floats(values + 4 * start, run)

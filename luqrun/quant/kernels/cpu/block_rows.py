@@ -192,22 +192,9 @@ def multiply(x, y, out, count):
 
 
 @row_loop()
-def scale_by(x, factor, count):
+def scale_by(x, factor, out, count):
     for j in range(count):
-        x[j] = x[j] * factor
-
-
-@row_loop()
-def patterns(halves, out, count):
-    """float32 bit patterns of bf16's."""
-    for j in range(count):
-        out[j] = i32(u32(halves[j]) << u32(16))
-
-
-@row_loop()
-def products_of(scales, unit, out, count):
-    for j in range(count):
-        out[j] = scales[j] * unit
+        out[j] = x[j] * factor
 
 
 @row_loop()

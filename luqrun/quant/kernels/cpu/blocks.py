@@ -11,18 +11,18 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
-from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor
+from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor, stored_as
 from luqrun.quant.kernels.cpu import block_loops, loops
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FP32, MAE, MSE
-from luqrun.quant.kernels.cpu.driver import INT8
+from luqrun.quant.kernels.cpu.driver import INT8, loadable
 from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC, f32
-from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+from luqrun.quant.kernels.layout import empty, is_channels_last, pixels_of
 from luqrun.quant.kernels.philox import SCALE_SAMPLES
+from luqrun.quant.scale_formats import dtype_of
 
 KINDS = {"e8m0": E8M0, "e4m3": E4M3, "fp32": FP32}
 COMPARED = {None: 0, "mse": MSE, "mae": MAE}
 NO_MANTISSA = 64  # larger than any exponent: every spacing is 1
-BYTES = (4, int(False), INT8, int(False))  # loops' form of codes that are 4-bit fields themselves
 
 
 def quantizes_blocks(how: Encoding) -> bool:
@@ -42,23 +42,20 @@ def encode_blocks(
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels.blocks.encode_blocks."""
-    x, grid = dense(x.detach()), tuple(map(int, grid))
-    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
-    block = min(block[0], max(grid[1], 1)), min(block[1], max(grid[3], 1))
+    x, grid = loadable(x), tuple(map(int, grid))
     many = math.prod(counts(grid, block))
     encode_scale, tensor_scale = scales_of_tensor(maximum, how) if how.scale_format == "e4m3" else (_ONE, _ONE)
-    stored = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    stored = stored_as(dtype)
     values = torch.empty_like(x, dtype=stored)
-    kind = torch.float32 if how.scale_format == "fp32" else torch.uint8
-    scales = torch.empty(many, dtype=kind, device="cpu")
+    scales = torch.empty(many, dtype=dtype_of(how.scale_format), device="cpu")
     fields = torch.empty(x.numel() if packed else 0, dtype=torch.uint8, device="cpu")
     draws, first, second = how.rounding == "stochastic", _NONE, _NONE
     if draws and is_channels_last(x):
-        first = _words(x.numel(), _layout(x), stream, sample)
+        first = words_of(x.numel(), pixels_of(x), stream, sample)
     if how.eden:
-        second = _words(many, layout_of_scales(x, grid, block), stream, SCALE_SAMPLES + sample)
+        second = words_of(many, layout_of_scales(x, grid, block), stream, SCALE_SAMPLES + sample)
     elif how.four_over_six and draws:
-        second = _words(x.numel(), _layout(x), stream, SCALE_SAMPLES + sample)
+        second = words_of(x.numel(), pixels_of(x), stream, SCALE_SAMPLES + sample)
     if x.numel():
         numbers = (*_numbers(how), f32(encode_scale.item()), f32(tensor_scale.item()))
         drawn, names = (first.data_ptr(), second.data_ptr()), (stream.data_ptr(), sample)
@@ -83,11 +80,10 @@ def decode_blocks(
     dtype: torch.dtype,
 ) -> Tensor:
     """See kernels.blocks.decode_blocks."""
-    stored = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    stored = stored_as(dtype)
     values = empty(shape, channels_last, stored, fields.device)
     if values.numel():
-        grid = tuple(map(int, grid))
-        sizes, side = _merged(grid, (min(block[0], grid[1]), min(block[1], grid[3])))
+        sizes, side = _merged(tuple(map(int, grid)), block)
         flat = fields
         if how.form.field_bits == 4:
             flat = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
@@ -105,19 +101,14 @@ _FIELDS = (4, 1, INT8, 0)  # loops' form of fields that are their own codes
 
 
 def _merged(grid: tuple[int, ...], block: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """The same blocks in a grid with longer runs, where blocks of one row do not straddle rows."""
+    """The same blocks, none larger than the grid, in one with longer runs where blocks of one row straddle none."""
+    block = min(block[0], grid[1]), min(block[1], grid[3])
     if block[0] == 1 and grid[3] % block[1] == 0:
         return (1, 1, 1, math.prod(grid)), block
     return grid, block
 
 
-def _layout(x: Tensor) -> tuple[int, int, int]:
-    """Images, pixels, channels of a channels_last x; zeros of others."""
-    images, channels, height, width = x.shape if is_channels_last(x) else (0, 0, 0, 0)
-    return images, height * width, channels
-
-
-def _words(count: int, layout: tuple[int, int, int], stream: Tensor, sample: int) -> Tensor:
+def words_of(count: int, layout: tuple[int, int, int], stream: Tensor, sample: int) -> Tensor:
     """Of so many elements in memory order (see block_loops.words); int32, with some room at the end."""
     out = torch.empty((count + 7) // 4 * 4, dtype=torch.int32, device="cpu")
     if count:

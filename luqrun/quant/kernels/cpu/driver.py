@@ -22,11 +22,13 @@ from llvmlite import ir
 from numba import carray, typeof
 from numba import types as nb
 from numba.extending import intrinsic
+from torch import Tensor
 
 from luqrun.internals.of_numba import cgutils, event, threading_layer
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.process import share_openmp
 from luqrun.quant.kernels.cpu.rows import f32, row_loop
+from luqrun.quant.kernels.layout import dense
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +212,12 @@ def accumulate(target, source, count):
     while at < count:
         _add1(target + 4 * at, source + 4 * at)
         at += 1
+
+
+def loadable(x: Tensor) -> Tensor:
+    """x as dense float32 or bf16, which the loops read."""
+    x = dense(x.detach())
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
 @row_loop()

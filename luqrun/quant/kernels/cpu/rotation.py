@@ -10,6 +10,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from luqrun.quant.kernels.cpu.blocks import words_of
 from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
 from luqrun.quant.kernels.cpu.rows import f32, row_loop, u64
 from luqrun.quant.kernels.layout import dense
@@ -92,6 +93,11 @@ def rotate(elements, x, out, outer, length, inner, size, stages, signs, factor):
             target[at : at + count] = source[at : at + count]
 
 
+def signs(stream: Tensor, size: int) -> Tensor:
+    """See kernels.blocks.signs."""
+    return (words_of(size, (0, 0, 0), stream, 0)[:size] & 1).float() * 2 - 1
+
+
 def hadamard(x: Tensor, grid: Sequence[int], axis: int, size: int, signs: Tensor | None) -> Tensor:
     """See kernels.blocks.hadamard."""
     x, sizes = dense(x.detach()).float(), tuple(map(int, grid))
@@ -99,7 +105,7 @@ def hadamard(x: Tensor, grid: Sequence[int], axis: int, size: int, signs: Tensor
     signs = torch.ones(size, device="cpu") if signs is None else signs.contiguous()
     if x.numel():
         lines = math.prod(sizes[:axis]), sizes[axis], math.prod(sizes[axis + 1 :])
-        factor = f32(torch.tensor(size**-0.5, dtype=torch.float32).item())
+        factor = f32(size**-0.5)
         stages = size.bit_length() - 1
         rotate(x.numel(), x.data_ptr(), out.data_ptr(), *lines, size, stages, signs.data_ptr(), factor)
     return out

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
-from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor
+from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor, stored_as
 from luqrun.quant.kernels.cuda import block_loops as kernels
 from luqrun.quant.kernels.cuda.launch import launch, native
 from luqrun.quant.kernels.layout import empty, is_channels_last
-from luqrun.quant.scale_formats import float32
+from luqrun.quant.scale_formats import dtype_of, float32
 
 TILE = 2048  # elements of a tile, or one block where that is larger
 LARGEST = 4096  # elements of a block, at most: a tile has to fit in registers
@@ -48,8 +48,8 @@ def encode_blocks(
     encode_scale = tensor_scale = None
     if how.scale_format == "e4m3":
         encode_scale, tensor_scale = scales_of_tensor(maximum.to(device), how)
-    values = torch.empty_like(x, dtype=_stored_as(dtype))
-    scales = torch.empty(many, dtype=torch.float32 if how.scale_format == "fp32" else torch.uint8, device=device)
+    values = torch.empty_like(x, dtype=stored_as(dtype))
+    scales = torch.empty(many, dtype=dtype_of(how.scale_format), device=device)
     fields = torch.empty(form.field_bytes(numel) if packed else 0, dtype=torch.uint8, device=device)
     if numel:
         last, stream, walk = is_channels_last(x), stream.to(device), _Walk(grid, block, numel)
@@ -98,7 +98,7 @@ def decode_blocks(
     dtype: torch.dtype,
 ) -> Tensor:
     """See kernels.blocks.decode_blocks."""
-    values, form = empty(shape, channels_last, _stored_as(dtype), fields.device), how.form
+    values, form = empty(shape, channels_last, stored_as(dtype), fields.device), how.form
     if values.numel():
         walk = _Walk(grid, block, values.numel())
         launch(
@@ -146,11 +146,6 @@ class _Walk:
         wide, columns = self.block["B"], self.sizes[3]
         starts = self.lines == 1 or columns % elements == 0
         return wide == self.tile["WIDE"] and starts and self.tile["COUNT"] * wide % elements == 0
-
-
-def _stored_as(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels write; torch makes other types of it."""
-    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
 @functools.cache
