@@ -59,7 +59,7 @@ def signs_of(rotation: Rotation, stream: Tensor, gemm: str) -> Tensor | None:
 
 
 def rotate(x: Tensor, lines: Lines, rotation: Rotation, signs: Tensor | None) -> Tensor:
-    """x as float32 with groups along `lines` rotated; the elements that are left over at the end stay as they are."""
+    """x as float32 with groups along `lines` rotated; what is left over at the end is rotated in smaller ones."""
     return ops.hadamard(x.detach(), lines.grid, lines.axis, rotation.size, signs)
 
 
@@ -68,7 +68,6 @@ def unrotate(x: Tensor, lines: Lines, rotation: Rotation, signs: Tensor | None) 
     turned = ops.hadamard(x, lines.grid, lines.axis, rotation.size, None)
     if signs is None:
         return turned
-    whole = lines.length // rotation.size
-    along = torch.cat([signs.repeat(whole), signs.new_ones(lines.length - whole * rotation.size)])
+    along = signs.repeat(-(-lines.length // rotation.size))[: lines.length]
     flat = in_memory_order(turned).reshape(tuple(lines)) * along[:, None]
     return from_memory_order(flat.reshape(-1), turned.shape, is_channels_last(turned))

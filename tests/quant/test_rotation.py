@@ -54,19 +54,30 @@ def test_it_is_sylvesters_matrix_by_the_root_of_its_size_along_any_axis(size):
     signs = (torch.randn(size) > 0).float() * 2 - 1
     for axis in range(3):
         shape = [3, 2, 5]
-        shape[axis] = 2 * size + 1
+        sizes = [size, *(size >> halvings for halvings in range(size.bit_length()))]  # of what is left over, smaller ones
+        shape[axis] = sum(sizes)
         x = torch.randn(shape)
         found = rotate(x, Lines.along(shape, axis), Rotation(size), signs)
-        groups, rest = x.movedim(axis, -1).double().split([2 * size, 1], -1)
-        turned = (groups.unflatten(-1, (2, size)) * signs) @ matrix / size**0.5
-        expected = torch.cat([turned.flatten(-2), rest], -1).movedim(-1, axis)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-        assert torch.equal(found.select(axis, -1), x.select(axis, -1))  # what is left over
+        along = signs.repeat(3)[: shape[axis]]
+        groups = (x.movedim(axis, -1).double() * along).split(sizes, -1)
+        turned = [group @ sylvester(group.shape[-1]) / group.shape[-1] ** 0.5 for group in groups]
+        torch.testing.assert_close(found.movedim(axis, -1).double(), torch.cat(turned, -1), rtol=0, atol=1e-5)
         torch.testing.assert_close(found.norm(), x.norm())
 
 
-def test_fewer_elements_than_a_group_stay_as_they_are():
-    for x in (torch.randn(3, 15), torch.randn(0, 16), torch.randn(3, 0)):
+def test_fewer_elements_than_a_group_are_rotated_in_groups_of_powers_of_two():
+    x, signs = torch.randn(3, 15), torch.ones(16)
+    signs[::3] = -1
+    found = rotate(x, Lines.along(x.shape, 1), Rotation(16), signs)
+    for first, size in ((0, 8), (8, 4), (12, 2)):
+        part = x[:, first : first + size]
+        own = rotate(part, Lines.along(part.shape, 1), Rotation(size), signs[first : first + size])
+        assert torch.equal(found[:, first : first + size], own)
+    assert torch.equal(found[:, 14], x[:, 14] * signs[14])
+
+
+def test_nothing_is_nothing():
+    for x in (torch.randn(0, 16), torch.randn(3, 0)):
         assert torch.equal(rotate(x, Lines.along(x.shape, 1), Rotation(16), None), x)
 
 

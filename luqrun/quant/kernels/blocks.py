@@ -117,24 +117,31 @@ def hadamard(x: Tensor, grid: Grid, axis: int, size: int, signs: Tensor | None) 
     """x, float32, with groups of `size` along an axis (1 or 3) of the grid rotated: (x * signs) H / sqrt(size).
 
     H: Sylvester's matrix of a power of two; signs: float32 (size,) of +-1, or None. What is left over at the end of
-    the axis, fewer than `size` elements, stays as it is. Sums in the order of the fast transform, so that every
-    backend gives the same bits.
+    the axis, fewer than `size` elements, is rotated in groups of half the size, and so on down to one element, which
+    its sign alone is left for. Sums in the order of the fast transform, so that every backend gives the same bits.
     """
     x = dense(x.detach()).float()
     flat = in_memory_order(x).reshape(tuple(grid)).movedim(axis, -1)
-    whole = flat.shape[-1] // size * size
-    head, tail = flat[..., :whole], flat[..., whole:]
-    groups = head.reshape(*head.shape[:-1], whole // size, size)
-    groups = groups if signs is None else groups * signs
-    span = 1
+    if signs is not None:
+        flat = flat * signs.repeat(-(-flat.shape[-1] // size))[: flat.shape[-1]]
+    rotated, rest = [], flat
+    while rest.shape[-1]:
+        whole = rest.shape[-1] // size * size
+        rotated.append(_rotate(rest[..., :whole], size))
+        rest, size = rest[..., whole:], size // 2
+    flat = torch.cat(rotated, -1) if rotated else flat
+    return from_memory_order(flat.movedim(-1, axis).reshape(-1), x.shape, is_channels_last(x))
+
+
+def _rotate(x: Tensor, size: int) -> Tensor:
+    """Groups of `size` along the last axis of x, which they fill, without signs."""
+    groups, span = x.unflatten(-1, (x.shape[-1] // size, size)), 1
     while span < size:
         pairs = groups.unflatten(-1, (size // (2 * span), 2, span))
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         groups = torch.stack([first + second, first - second], -2).flatten(-3)
         span *= 2
-    groups = groups * torch.tensor(size**-0.5, dtype=torch.float32)
-    rotated = torch.cat([groups.flatten(-2), tail], -1).movedim(-1, axis)
-    return from_memory_order(rotated.reshape(-1), x.shape, is_channels_last(x))
+    return groups.flatten(-2) * torch.tensor(size**-0.5, dtype=torch.float32)
 
 
 def signs(stream: Tensor, size: int) -> Tensor:

@@ -28,9 +28,10 @@ def _stage(x, y, half):
 
 
 @row_loop()
-def _rotate_group(x, out, start, size, stages, signs, factor, one, other):
+def _rotate_group(x, out, start, size, stages, signs, shift, factor, one, other):
+    """`size` elements, with the signs from number `shift` on."""
     for j in range(u64(size)):
-        one[j] = x[u64(start) + j] * signs[j]
+        one[j] = x[u64(start) + j] * signs[u64(shift) + j]
     for stage in range(stages):
         if stage % 2 == 0:
             _stage(one, other, size // 2)
@@ -42,12 +43,12 @@ def _rotate_group(x, out, start, size, stages, signs, factor, one, other):
 
 
 @row_loop()
-def _rotate_rows(x, out, start, stride, count, size, signs, factor, panel):
-    """`size` rows, a stride apart, of `count` columns."""
+def _rotate_rows(x, out, start, stride, count, size, signs, shift, factor, panel):
+    """`size` rows, a stride apart, of `count` columns, with the signs from number `shift` on."""
     for i in range(u64(size)):
         at = u64(start) + i * u64(stride)
         for j in range(u64(count)):
-            panel[i * u64(count) + j] = x[at + j] * signs[i]
+            panel[i * u64(count) + j] = x[at + j] * signs[u64(shift) + i]
     span = u64(1)
     while span < u64(size):
         for pair in range(u64(size) // u64(2)):
@@ -64,33 +65,47 @@ def _rotate_rows(x, out, start, stride, count, size, signs, factor, panel):
             out[at + j] = panel[i * u64(count) + j] * factor
 
 
+@row_loop()
+def _rotate_line(x, out, start, length, size, stages, signs, one, other):
+    """A line in memory: groups of `size`, then of half of it, down to one."""
+    at, part = 0, size
+    while at < length:
+        factor = f32(1 / math.sqrt(part))
+        while length - at >= part:
+            _rotate_group(x, out, start + at, part, stages, signs, at % size, factor, one, other)
+            at += part
+        part, stages = part // 2, stages - 1
+
+
+@row_loop()
+def _rotate_strip(x, out, start, stride, count, length, size, signs, panel):
+    """`count` neighbouring lines across memory."""
+    at, part = 0, size
+    while at < length:
+        factor = f32(1 / math.sqrt(part))
+        while length - at >= part:
+            _rotate_rows(x, out, start + at * stride, stride, count, part, signs, at % size, factor, panel)
+            at += part
+        part //= 2
+
+
 @driver
-def rotate(elements, x, out, outer, length, inner, size, stages, signs, factor):
-    """out (float32) is x with groups of `size` along the middle of (outer, length, inner) rotated; x, out and signs are
-    addresses. What is left over at the end of the axis is copied."""
+def rotate(elements, x, out, outer, length, inner, size, stages, signs):
+    """out (float32) is x with groups of `size` (2^stages) along the middle of (outer, length, inner) rotated; x, out and
+    signs are addresses."""
     source, target, sign = floats(x, elements), floats(out, elements), floats(signs, size)
-    groups = length // size
     if inner == 1:
         each = max(1, CHUNK // max(1, length))
         for task in prange((outer + each - 1) // each):
             one, other = np.empty(size, np.float32), np.empty(size, np.float32)
             for line in range(task * each, min(outer, (task + 1) * each)):
-                for group in range(groups):
-                    start = line * length + group * size
-                    _rotate_group(source, target, start, size, stages, sign, factor, one, other)
-                for at in range(line * length + groups * size, (line + 1) * length):
-                    target[at] = source[at]
+                _rotate_line(source, target, line * length, length, size, stages, sign, one, other)
         return
     strips = (inner + COLUMNS - 1) // COLUMNS
     for task in prange(outer * strips):
         panel, line, first = np.empty(size * COLUMNS, np.float32), task // strips, task % strips * COLUMNS
-        count = min(COLUMNS, inner - first)
-        for group in range(groups):
-            start = (line * length + group * size) * inner + first
-            _rotate_rows(source, target, start, inner, count, size, sign, factor, panel)
-        for row in range(groups * size, length):
-            at = (line * length + row) * inner + first
-            target[at : at + count] = source[at : at + count]
+        count, start = min(COLUMNS, inner - first), line * length * inner + first
+        _rotate_strip(source, target, start, inner, count, length, size, sign, panel)
 
 
 def signs(stream: Tensor, size: int) -> Tensor:
@@ -105,7 +120,5 @@ def hadamard(x: Tensor, grid: Sequence[int], axis: int, size: int, signs: Tensor
     signs = torch.ones(size, device="cpu") if signs is None else signs.contiguous()
     if x.numel():
         lines = math.prod(sizes[:axis]), sizes[axis], math.prod(sizes[axis + 1 :])
-        factor = f32(size**-0.5)
-        stages = size.bit_length() - 1
-        rotate(x.numel(), x.data_ptr(), out.data_ptr(), *lines, size, stages, signs.data_ptr(), factor)
+        rotate(x.numel(), x.data_ptr(), out.data_ptr(), *lines, size, size.bit_length() - 1, signs.data_ptr())
     return out
