@@ -54,7 +54,10 @@ def test_it_is_sylvesters_matrix_by_the_root_of_its_size_along_any_axis(size):
     signs = (torch.randn(size) > 0).float() * 2 - 1
     for axis in range(3):
         shape = [3, 2, 5]
-        sizes = [size, *(size >> halvings for halvings in range(size.bit_length()))]  # of what is left over, smaller ones
+        sizes = [
+            size,
+            *(size >> halvings for halvings in range(size.bit_length())),
+        ]  # of what is left over, smaller ones
         shape[axis] = sum(sizes)
         x = torch.randn(shape)
         found = rotate(x, Lines.along(shape, axis), Rotation(size), signs)

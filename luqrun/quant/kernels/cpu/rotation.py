@@ -91,8 +91,8 @@ def _rotate_strip(x, out, start, stride, count, length, size, signs, panel):
 
 @driver
 def rotate(elements, x, out, outer, length, inner, size, stages, signs):
-    """out (float32) is x with groups of `size` (2^stages) along the middle of (outer, length, inner) rotated; x, out and
-    signs are addresses."""
+    """out (float32) is x with groups of `size` (2^stages) along the middle of (outer, length, inner) rotated. They are
+    addresses, as signs is."""
     source, target, sign = floats(x, elements), floats(out, elements), floats(signs, size)
     if inner == 1:
         each = max(1, CHUNK // max(1, length))
