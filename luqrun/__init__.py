@@ -20,6 +20,7 @@ _HOMES = {
     "quantize_model": "luqrun.quant.convert",
     "set_step": "luqrun.quant.convert",
     "set_finetune": "luqrun.quant.convert",
+    "keep_memory": "luqrun.runtime.memory",
     "UserError": "luqrun.errors",
 }
 __all__ = [*_HOMES, "__version__"]

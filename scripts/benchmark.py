@@ -8,9 +8,11 @@ python scripts/benchmark.py --out DIR --only encode,memory      the rest of DIR'
 import argparse
 from pathlib import Path
 
+from luqrun.runtime.memory import keep_memory
 from luqrun.runtime.openmp import limit_spinning
 
 limit_spinning()  # before torch loads its OpenMP
+keep_memory()  # as the command line does
 
 
 def main() -> None:

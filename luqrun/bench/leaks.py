@@ -30,7 +30,7 @@ def measure() -> dict[str, int]:
     """
     import torch
 
-    from luqrun.runtime.devices import give_back_memory
+    from luqrun.runtime.memory import give_back_memory
 
     before, threads, handles = _resident(), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
     give_back_memory()

@@ -16,6 +16,7 @@ from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
 from luqrun.bench.workloads import TEXT, TextWorkload, Workload
+from luqrun.runtime.memory import KEPT, MMAP_THRESHOLD, TOP_PAD
 from luqrun.train.profiling import by_kind
 
 # (what, against): the ratios that are told of a case, as far as both took part.
@@ -63,8 +64,17 @@ MEMORY_MODELS = {"cpu": ("resnet18",), "cuda": ("resnet50", "vit_b_16")}
 EAGER = ("fp32", "bf16", "luq fp32", "luq bf16")
 EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny", *TEXT)  # measured briefly
 ALONE = "resnet8"  # measured with one thread, too
-# glibc keeps freed blocks of up to 32 MiB in its heap, where holes add up; a fixed threshold gives them back.
-ALLOCATORS = {"resident": {}, "resident, blocks given back": {"MALLOC_MMAP_THRESHOLD_": str(2**18)}}
+# glibc keeps freed blocks of up to 32 MiB in its heap, where holes add up; a fixed threshold gives them back, and the
+# command line keeps all (luqrun.runtime.memory).
+ALLOCATORS = {
+    "resident": {},
+    "resident, blocks given back": {"MALLOC_MMAP_THRESHOLD_": str(2**18)},
+    "resident, memory kept": {
+        "MALLOC_MMAP_THRESHOLD_": str(KEPT[MMAP_THRESHOLD]),
+        "MALLOC_TRIM_THRESHOLD_": str(2**62),
+        "MALLOC_TOP_PAD_": str(KEPT[TOP_PAD]),
+    },
+}
 
 
 @dataclass(frozen=True)

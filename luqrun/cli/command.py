@@ -40,6 +40,7 @@ from luqrun.runs.metric import Metric
 from luqrun.runs.reading import CONFIG, SUMMARY, metric_of
 from luqrun.runs.twins import adopt, find_twin
 from luqrun.runtime import process_group
+from luqrun.runtime.memory import keep_memory
 from luqrun.runtime.openmp import limit_spinning
 from luqrun.runtime.signals import Requests, Stopped, call_earlier_handler, handled
 from luqrun.runtime.slurm import join_ranks, planned_ranks
@@ -50,6 +51,7 @@ log = logging.getLogger("luqrun")
 def main() -> None:
     """The `luqrun` command."""
     limit_spinning()  # before torch loads its OpenMP
+    keep_memory()
     atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
     logging.raiseExceptions = False  # run.log on a full disk: the error is told once, not at each line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, and here it becomes one line

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 
 from luqrun.errors import UserError
 from luqrun.runtime import process_group
+from luqrun.runtime.memory import give_back_memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,10 +60,3 @@ def peak_memory(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def give_back_memory() -> None:
-    """Return memory that is free, but still the process', to the system: glibc keeps hundreds of megabytes."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
