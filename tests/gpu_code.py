@@ -122,6 +122,7 @@ CASES = {
     "decode mxfp4": lambda: decode_blocks(-1, "e8m0"),
     "decode nvfp4": lambda: decode_blocks(0, "e4m3"),
     "relu": lambda: cuda.relu_(tensor(2**16)),
+    "relu6": lambda: cuda.relu_(tensor(2**16), 6.0),
     "relu backward": lambda: cuda.relu_backward(tensor(2**20), bits, False),
 }
 # One of each kernel of blocks.

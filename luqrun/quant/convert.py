@@ -28,7 +28,7 @@ from luqrun.quant.draws import rename_copies
 from luqrun.quant.finetune import Phase, phase_operands
 from luqrun.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from luqrun.quant.recipe import Recipe
-from luqrun.quant.relu import MaskedReLU
+from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ TWINS = {
     nn.MultiheadAttention: QuantMultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
 }
+# What stands between layers, and what takes its place: it keeps a bit an element, for its output is not what the next
+# layer keeps any more.
+NEIGHBOURS = {nn.ReLU: MaskedReLU, nn.ReLU6: MaskedReLU6}
 LAST_SHARE = re.compile(r"last (\d{1,2})%")
 SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution
 
@@ -49,9 +52,9 @@ def quantize_model(
     """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
 
     Parameters, hooks and state_dict keys stay (a hindsight range adds buffers), and so do the layer objects, whoever
-    holds them. A ReLU then keeps one bit an element for its backward pass (relu.MaskedReLU), in any part of the
-    model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they draw
-    alike. Returns the model, or its replacement where the model itself is a layer.
+    holds them. A ReLU or ReLU6 then keeps one bit an element for its backward pass (luqrun.quant.relu), in any part of
+    the model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they
+    draw alike. Returns the model, or its replacement where the model itself is a layer.
 
     skip: layers to leave, instead of recipe.skip; `()` quantizes every layer. `first` are the layers that the input
     reaches through no other layer, `last` those whose output reaches the model's through no other: several where a
@@ -112,8 +115,8 @@ def quantize_model(
 def _adapt_neighbours(model: nn.Module) -> None:
     """Adapt what stands around quantized layers."""
     for module in model.modules():
-        if type(module) is nn.ReLU:
-            module.__class__ = MaskedReLU  # its output is not what the next layer keeps any more
+        if type(module) in NEIGHBOURS and "forward" not in vars(module):
+            module.__class__ = NEIGHBOURS[type(module)]
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
         if isinstance(module, nn.TransformerEncoder):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import MODULES, backend_for
 from luqrun.quant.recipe import Recipe
-from luqrun.quant.relu import MaskedReLU
+from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 from luqrun.runtime import process_group
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def compile_training_kernels(model: nn.Module, recipe: Recipe, device: torch.dev
     layers = [layer for _, layer in quantized_layers(model)]
     if device.type == "cpu" and layers:
         convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
-        rectifies = any(isinstance(module, MaskedReLU) for module in model.modules())
+        rectifies = any(isinstance(module, MaskedReLU | MaskedReLU6) for module in model.modules())
         compile_kernels(lambda: _train_tiny_network(recipe, convolves, rectifies), no_bar)
 
 

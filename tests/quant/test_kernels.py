@@ -199,10 +199,12 @@ def test_packing_of_sizes_around_rows_and_tasks():
 
 
 RELU_EDGES = [0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 2.0**-149, -(2.0**-149), 3e38, -3e38, 1.0, -1.0]
+RELU_EDGES += [6.0, -6.0, 5.96875, 6.03125]  # neighbours of 6 in bf16
 
 
+@pytest.mark.parametrize("most", [None, 6.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_relu_and_its_backward(dtype):
+def test_relu_and_its_backward(dtype, most):
     images = normal(3, 5, 7, 5)
     for values in (
         *(normal(size) for size in SIZES),
@@ -213,13 +215,13 @@ def test_relu_and_its_backward(dtype):
         images.to(memory_format=LAST),
         images.transpose(0, 1).contiguous()[1:],
     ):
-        x = values.to(dtype)
+        x = (2 * values).to(dtype)
         expected, found = x.clone(), x.clone()
-        mask = cpu.relu_(found)
-        assert_identical(mask, reference.relu_(expected))
+        mask = cpu.relu_(found, most)
+        assert_identical(mask, reference.relu_(expected, most))
         assert torch.equal(found.isnan(), x.isnan())
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(found, torch.relu(x), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, x.clamp(0, most), rtol=0, atol=0, equal_nan=True)
         grad, last = normal(*x.shape, seed=2).to(dtype), is_channels_last(x)
         for each in (
             (grad, grad.to(memory_format=LAST) if x.dim() == 4 else grad, grad[..., :1].expand(x.shape))
@@ -230,7 +232,8 @@ def test_relu_and_its_backward(dtype):
             assert_identical(
                 backward, reference.relu_backward(each.to(memory_format=LAST) if last else each, mask, last)
             )
-            assert torch.equal(backward, torch.where(x <= 0, 0, each))
+            beyond = x >= most if most else torch.zeros_like(x, dtype=torch.bool)
+            assert torch.equal(backward, torch.where((x <= 0) | beyond, 0, each))
 
 
 def test_relu_leaves_its_neighbours_alone():

@@ -303,13 +303,14 @@ def test_packing_takes_the_order_of_memory():
 
 
 @pytest.mark.parametrize("name", [name for name in INPUTS if name != "expanded"])
-def test_relu_and_its_backward(name, monkeypatch):
+@pytest.mark.parametrize("most", [None, 0.5])
+def test_relu_and_its_backward(name, most, monkeypatch):
     monkeypatch.setattr(cuda, "RELU_ROWS", 64)
     x = INPUTS[name]
     dense = x.clone(memory_format=LAST if is_channels_last(x) else torch.contiguous_format)
     expected, found = dense.clone(), dense.to(DEVICE)
-    mask = cuda.relu_(found)
-    assert_same(mask, reference.relu_(expected))
+    mask = cuda.relu_(found, most)
+    assert_same(mask, reference.relu_(expected, most))
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert not found.signbit().logical_and(found == 0).any()
     grad = normal(*x.shape, seed=2).to(x.dtype)

@@ -137,6 +137,7 @@ def test_signs(size):
 def test_relu(dtype):
     for x in (normal(33), normal(2, 3, 4, 5), normal(2, 3, 4, 5).to(memory_format=LAST), normal(0), normal(1)[0]):
         check(OPERATORS.relu_, x.to(dtype))
+        check(OPERATORS.relu_, x.to(dtype), 6.0)
         mask = cpu.relu_(x.to(dtype))
         for last in (False, True) if x.dim() == 4 else (False,):
             check(OPERATORS.relu_backward, x.to(dtype), mask, last)

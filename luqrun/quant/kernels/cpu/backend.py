@@ -161,13 +161,21 @@ def unpack(
     return codes.to(dtype)
 
 
-def relu_(x: Tensor) -> Tensor:
+def relu_(x: Tensor, most: float | None = None) -> Tensor:
     """See reference.relu_; float32 and bf16."""
     assert x.dtype in (torch.float32, torch.bfloat16)
     assert dense(x) is x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
-    loops.rectify(x.numel(), x.data_ptr(), int(x.dtype == torch.bfloat16), mask.data_ptr())
+    half = int(x.dtype == torch.bfloat16)
+    loops.rectify(x.numel(), x.data_ptr(), half, mask.data_ptr(), _pattern(math.nan if most is None else most, half))
     return mask
+
+
+@functools.cache
+def _pattern(value: float, half: int) -> int:
+    """The bits of a float32, or of a bf16."""
+    dtype, bits = (torch.bfloat16, torch.int16) if half else (torch.float32, torch.int32)
+    return torch.tensor(value, dtype=dtype, device="cpu").view(bits).item()
 
 
 def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:

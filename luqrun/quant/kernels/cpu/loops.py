@@ -56,17 +56,18 @@ def unpack(elements, fields, codes, signed, form):
 
 
 @driver
-def rectify(elements, x, half, mask):
-    """x <- max(x, 0) in place, and a bit of the mask for each element that is not <= 0."""
+def rectify(elements, x, half, mask, most):
+    """x <- min(max(x, 0), most) in place, and a bit of the mask for each element between. most: its bit pattern, or one
+    above infinity's."""
     for task in prange((elements + CHUNK - 1) // CHUNK):
         keep = np.zeros(ROW, np.uint8)
         for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
             count = min(ROW, elements - first)
             bits = uint8s(mask + first // 8, (count + 7) // 8)
             if half:
-                rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF))
+                rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
             else:
-                rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF))
+                rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
 
 
 @driver

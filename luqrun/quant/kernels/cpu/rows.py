@@ -233,14 +233,17 @@ def split(packed, fields):
 
 
 @row_loop()
-def rectify(bits, keep, mask, infinity, sign):
+def rectify(bits, keep, mask, infinity, sign, most):
+    """most: the pattern of the largest value, from which on the mask has no bit; or above infinity's."""
     for j in range(bits.size):
         # Positive, or NaN of either sign.
         pattern = i32(bits[j])
-        positive = (pattern > i32(0)) & (pattern <= sign)
+        positive = (pattern > i32(0)) & (pattern < most)
         keep[j] = u8(positive | (i32(pattern & sign) > infinity))
     for j in range(bits.size):
-        bits[j] = bits[j] if keep[j] != u8(0) else 0
+        pattern = i32(bits[j])
+        beyond = most if (pattern >= most) & (pattern <= infinity) else i32(0)
+        bits[j] = bits[j] if keep[j] != u8(0) else beyond
     keep[bits.size :] = 0
     eight = keep.view(np.uint64)
     for j in range(mask.size):

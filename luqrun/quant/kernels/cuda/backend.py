@@ -170,13 +170,13 @@ def unpack(
     return codes
 
 
-def relu_(x: Tensor) -> Tensor:
+def relu_(x: Tensor, most: float | None = None) -> Tensor:
     """See reference.relu_."""
     flat = in_memory_order(x)
     mask = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel():
         programs = triton.cdiv(mask.numel(), RELU_ROWS)
-        launch(kernels.relu, programs, flat, mask, x.numel(), mask.numel(), ROWS=RELU_ROWS)
+        launch(kernels.relu, programs, flat, mask, x.numel(), mask.numel(), MOST=most, ROWS=RELU_ROWS)
     if flat.data_ptr() != x.data_ptr():  # x was not dense
         x.copy_(flat)
     return mask

@@ -296,16 +296,21 @@ def choose_scale(
 
 
 @triton.jit
-def relu(x, mask, numel, size, ROWS: tl.constexpr):
-    """x <- max(x, 0) in place, for numel floating elements; mask: uint8, size bytes, see reference.relu_."""
+def relu(x, mask, numel, size, MOST: tl.constexpr, ROWS: tl.constexpr):
+    """x <- max(x, 0) in place, for numel floating elements; mask (uint8, size bytes), MOST: see reference.relu_."""
     pid = tl.program_id(0)
     start, start_byte = offset_of(pid, ROWS * 8), offset_of(pid, ROWS)
     local, row = _span(ROWS, 8), tl.arange(0, ROWS)
     inside = local < left_of(numel, start, ROWS * 8)
     number = tl.load(x + start + local, mask=inside, other=0)
     # Not x > 0, which a NaN is not.
-    keep = ~(number <= 0) if number.dtype == tl.float64 else ~(number.to(tl.float32) <= 0)
-    tl.store(x + start + local, tl.where(keep, number, 0), mask=inside)
+    wide = number if number.dtype == tl.float64 else number.to(tl.float32)
+    keep = ~(wide <= 0)
+    value = tl.where(keep, wide, 0)
+    if MOST is not None:
+        below = ~(wide >= MOST)
+        value, keep = tl.where(below, value, MOST), keep & below
+    tl.store(x + start + local, value.to(number.dtype), mask=inside)
     byte = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
     tl.store(mask + start_byte + row, byte.to(tl.uint8), mask=row < left_of(size, start_byte, ROWS))
 
