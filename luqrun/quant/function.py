@@ -9,6 +9,7 @@ half a byte an element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,6 +21,7 @@ from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops
 from luqrun.quant.operands import Operand, rescale
 from luqrun.quant.plan import Plan
+from luqrun.quant.routes import fastest
 from luqrun.quant.sharing import forget
 
 
@@ -35,28 +37,58 @@ def _in_given_types(x: Operand) -> AbstractContextManager:
 
 
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
-    if a.has_int8() and w.has_int8() and op.int8_pays(w.codes.shape)[0]:
+    def in_floats() -> Tensor:
+        compute = float_dtype(dtype)
+        with _in_given_types(a):
+            return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
+
+    def in_integers() -> Tensor:
         return op.int8_fprop(a.codes, w.codes, a.scale * w.scale, float_dtype(dtype), a.signed)
-    compute = float_dtype(dtype)
-    with _in_given_types(a):
-        return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
+
+    pays = a.has_int8() and w.has_int8() and op.int8_pays(w.codes.shape, dtype)[0]
+    return _route("fprop", op, (a.draws[0].shape, w.draws[0].shape), pays, in_integers, in_floats)
+
+
+def _route(
+    gemm: str,
+    op: LinearOp | ConvOp,
+    shapes: tuple,
+    pays: bool,
+    in_integers: Callable[[], Tensor],
+    in_floats: Callable[[], Tensor],
+) -> Tensor:
+    """pays: see `int8_pays`."""
+    if pays and op.groups > 1:
+        return fastest((gemm, op, *shapes), {"int8": in_integers, "floating point": in_floats})
+    return in_integers() if pays else in_floats()
 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if g.has_int8() and w.has_int8() and len(g.draws) == 1 and op.int8_pays(w.codes.shape)[1]:
+    def in_floats() -> Tensor:
+        compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
+        exact = g.scale is not None and w.scale is not None
+        with _in_given_types(g):
+            return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape, exact), g, w)
+
+    def in_integers() -> Tensor:
         return op.int8_dgrad(g.codes, w.codes, g.scale * w.scale, float_dtype(dtype), g.signed, a_shape)
-    compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
-    with _in_given_types(g):
-        return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape), g, w)
+
+    pays = g.has_int8() and w.has_int8() and len(g.draws) == 1 and op.int8_pays(w.codes.shape, dtype)[1]
+    return _route("dgrad", op, (a_shape, w.draws[0].shape), pays, in_integers, in_floats)
 
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if g.has_int8() and a.has_int8() and op.int8_pays(w_shape)[2]:
+    def in_floats() -> Tensor:
+        # A sum of samples that bf16 does not hold comes as float32.
+        compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
+        with _in_given_types(g):
+            return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
+
+    def in_integers() -> Tensor:
         return rescale(op.int8_wgrad(g.draws, a.codes, w_shape), g, a)
-    # A sum of samples that bf16 does not hold comes as float32.
-    compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
-    with _in_given_types(g):
-        return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
+
+    pays = g.has_int8() and a.has_int8() and op.int8_pays(w_shape, dtype)[2]
+    return _route("wgrad", op, (a.draws[0].shape, w_shape, len(g.draws)), pays, in_integers, in_floats)
 
 
 def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +98,7 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
 
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
-    codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
+    codes = code_dtype(activation, op.int8_pays(weight.shape, dtype)[0], dtype)
     a, _ = plan.quantize("fprop", "activation", activation, codes)
     w, _ = plan.quantize("fprop", "weight", weight, codes)
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
@@ -80,7 +112,7 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
-        codes = code_dtype(activation, op.int8_pays(weight.shape)[0], dtype)
+        codes = code_dtype(activation, op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
         a, stored_a = plan.quantize_forward("activation", activation, codes, need_a)
         w, stored_w = plan.quantize_forward("weight", weight, codes, need_w)
@@ -112,7 +144,7 @@ class QuantizedGemm(torch.autograd.Function):
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype
         a_shape, (w_shape, w_dtype) = saved[-1].shape if compiling else ctx.a_shape, ctx.like_w
-        _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape)
+        _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape, dtype)
         codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None

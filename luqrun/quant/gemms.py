@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luqrun.internals.of_torch import with_shape
+from luqrun.internals.of_torch import is_watched, with_shape
 from luqrun.quant import kernels
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.grids import Grid, Lines, grid_of
@@ -26,6 +27,7 @@ ONE, NONE = (1, 1), (0, 0)
 # Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
 # 6035, oneDNN 3.12): the pixels that count are taken first.
 FEW_CHANNELS = 16
+FEW_GROUPS = 8  # of a convolution that may be faster as a whole one in int8, with zeros between the groups
 LONGEST = int8.CHUNK_ROWS  # terms of a sum that int32 holds whatever the int8 codes
 
 
@@ -73,6 +75,8 @@ class _Contractions:
 class LinearOp(_Contractions):
     """a (..., in) and w (out, in) -> (..., out). signed, in the integer GEMMs: whether a's or g's codes have a sign."""
 
+    groups: ClassVar[int] = 1
+
     def laid_out(self, x: Tensor, how: Encoding | None) -> Tensor:
         return x.contiguous()
 
@@ -91,14 +95,14 @@ class LinearOp(_Contractions):
     def fprop(self, a: Tensor, w: Tensor) -> Tensor:
         return F.linear(a, w)
 
-    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int], exact: bool = False) -> Tensor:
         return g @ w
 
     def wgrad(self, g: Tensor, a: Tensor, w_shape: Sequence[int]) -> Tensor:
         return _rows(g).t() @ _rows(a)
 
-    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
-        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
+    def int8_pays(self, w_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad, with results of `dtype`: whether the integer one is to be taken."""
         return w_shape[1] <= LONGEST, w_shape[0] <= LONGEST, True
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
@@ -163,7 +167,12 @@ class ConvOp(_Contractions):
     def fprop(self, a: Tensor, w: Tensor) -> Tensor:
         return F.conv2d(a, w, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int]) -> Tensor:
+    def dgrad(self, g: Tensor, w: Tensor, a_shape: Sequence[int], exact: bool = False) -> Tensor:
+        """exact: g and w are codes, of which any algorithm makes the same sums."""
+        if exact and g.is_cpu and self.groups > 1:  # where it takes less time, by up to four fifths
+            how = self.stride, self.padding, self.dilation, False, NONE, self.groups
+            a = empty(a_shape, _format(g, w), g.dtype, g.device)  # only its shape counts
+            return torch.ops.aten.convolution_backward(g, a, w, None, *how, (True, False, False))[0]
         ends = zip(a_shape[2:], g.shape[2:], w.shape[2:], self.stride, self.padding, self.dilation, strict=True)
         left_over = [
             size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
@@ -182,14 +191,30 @@ class ConvOp(_Contractions):
         how = stride, padding, self.dilation, False, NONE, self.groups
         return torch.ops.aten.convolution_backward(g, a, w, None, *how, (False, True, False))[1]
 
-    def int8_pays(self, w_shape: Sequence[int]) -> tuple[bool, bool, bool]:
-        """Of fprop, dgrad and wgrad: whether the integer one is to be taken."""
+    def int8_pays(self, w_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[bool, bool, bool]:
+        """Of fprop, dgrad and wgrad, with results of `dtype`: whether the integer one is to be taken, or tried where
+        there are a few groups."""
         out_channels, in_channels, *kernel = w_shape
         taps = kernel[0] * kernel[1]
-        whole = self.groups == 1
-        return whole and in_channels * taps <= LONGEST, whole and out_channels * taps <= LONGEST, whole
+        taken = self.groups == 1 or (self.groups <= FEW_GROUPS and dtype == torch.float32 and not is_watched())
+        return taken and in_channels * self.groups * taps <= LONGEST, taken and out_channels * taps <= LONGEST, taken
+
+    def _whole(self) -> ConvOp:
+        return replace(self, groups=1)
+
+    def _spread(self, w: Tensor) -> Tensor:
+        """The weight of the whole convolution: zeros where input and output channel are of different groups."""
+        out_channels, in_channels, *kernel = w.shape
+        whole = w.new_zeros(self.groups, out_channels // self.groups, *kernel, self.groups, in_channels)
+        parts = w.permute(0, 2, 3, 1).unflatten(0, (self.groups, -1))
+        for group, part in enumerate(parts):
+            whole[group, ..., group, :] = part
+        whole = whole.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)
+        return whole if is_channels_last(w) else whole.contiguous()
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
+        if self.groups > 1:
+            return self._whole().int8_fprop(a, self._spread(w), scale, dtype, signed)
         (height, width), (rows, columns) = a.shape[2:], w.shape[2:]
         too_low = height + 2 * self.padding[0] <= self.dilation[0] * (rows - 1)
         too_narrow = width + 2 * self.padding[1] <= self.dilation[1] * (columns - 1)
@@ -201,6 +226,8 @@ class ConvOp(_Contractions):
     def int8_dgrad(
         self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
     ) -> Tensor:
+        if self.groups > 1:
+            return self._whole().int8_dgrad(g, self._spread(w), scale, dtype, signed, a_shape)
         if self.stride != ONE:
             matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
             return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w))
@@ -212,6 +239,12 @@ class ConvOp(_Contractions):
         return ops.int8_conv(g, turned, scale, *how, dtype, _format(g, w), signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
+        if self.groups > 1:
+            out_channels, in_channels, *kernel = w_shape
+            whole = self._whole().int8_wgrad(grads, a, (out_channels, in_channels * self.groups, *kernel))
+            parts = whole.permute(0, 2, 3, 1).unflatten(0, (self.groups, -1)).unflatten(-1, (self.groups, -1))
+            own = [parts[group, ..., group, :] for group in range(self.groups)]
+            return torch.cat(own).permute(0, 3, 1, 2)
         return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)
 
 

@@ -10,7 +10,7 @@ from layers import E3M0, INT4, LUQ, quantize
 from torch import nn
 
 import luqrun
-from luqrun.quant import gemms, kernels
+from luqrun.quant import function, gemms, kernels
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.cpu import int8
@@ -32,7 +32,8 @@ LAYERS = {
     "dilated": (lambda: nn.Conv2d(4, 8, 3, dilation=2, padding=1), (2, 4, 9, 10)),
     "tall": (lambda: nn.Conv2d(4, 8, (5, 1), padding=(2, 0)), (2, 4, 9, 10)),
     "groups": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), (2, 8, 9, 10)),
-    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 9, 10)),
+    "strided groups": (lambda: nn.Conv2d(6, 12, 3, 2, padding=1, groups=3), (2, 6, 9, 10)),
+    "depthwise": (lambda: nn.Conv2d(9, 9, 3, padding=1, groups=9), (2, 9, 9, 10)),
     "pointwise": (lambda: nn.Conv2d(8, 16, 1), (3, 8, 9, 10)),
     "pointwise, strided": (lambda: nn.Conv2d(8, 16, 1, stride=2), (3, 8, 9, 10)),
     "more padding than kernel": (lambda: nn.Conv2d(8, 4, (1, 3), padding=(1, 3)), (2, 8, 9, 10)),
@@ -112,7 +113,7 @@ def test_int8_is_what_runs(monkeypatch, dense):
         ("linear", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
         ("3 x 3", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
         ("strided", ["int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"]),
-        ("groups", []),
+        ("depthwise", []),
     ):
         make, shape = LAYERS[name]
         for wanted in (False, True):
@@ -120,6 +121,27 @@ def test_int8_is_what_runs(monkeypatch, dense):
             dense(wanted)
             trained(quantize(make()), torch.randn(shape), gradient_like)
             assert used == ([] if wanted else expected)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["groups", "strided groups"])
+def test_a_few_groups_are_tried_in_int8_and_in_floats_and_give_the_same(name, last, monkeypatch, dense):
+    dense(False)
+    make, shape = LAYERS[name]
+    layer, x = quantize(make()), torch.randn(shape)
+    x, seen, found = x.to(memory_format=LAST) if last else x, [], []
+    for taken in ("int8", "floating point"):
+
+        def take(key, routes, taken=taken):
+            seen.append((key[0], *routes))
+            return routes[taken]()
+
+        monkeypatch.setattr(function, "fastest", take)
+        found.append(trained(layer, x, gradient_like))
+    assert set(seen) == {(gemm, "int8", "floating point") for gemm in ("fprop", "dgrad", "wgrad")}
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
 
 
 def test_formats_without_kernels_or_int8_units_are_named(dense):

@@ -1,0 +1,58 @@
+"""The choice between exact ways of one GEMM."""
+
+import pytest
+import torch
+
+from luqrun.quant import routes
+from luqrun.quant.routes import TRIES, fastest
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A clock that routes move, and no memory of earlier choices."""
+    now = [0.0]
+    monkeypatch.setattr(routes.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(routes, "_chosen", {})
+    return now
+
+
+def route(clock, seconds, value, calls=None):
+    times = iter(seconds)
+
+    def run():
+        clock[0] += next(times)
+        if calls is not None:
+            calls.append(value)
+        return torch.full((3,), float(value))
+
+    return run
+
+
+def test_the_fastest_is_taken_from_its_second_call_on(clock):
+    calls = []
+    made = {
+        "slow": route(clock, [2.0] * 9, 1, calls),
+        "uneven": route(clock, [9.0, 1.0] + [9.0] * 9, 1, calls),  # the best of its times counts
+    }
+    for _ in range(3):
+        assert fastest("key", made).tolist() == [1.0] * 3
+    assert len(calls) == 2 * TRIES + 2
+    assert clock[0] == 2.0 * TRIES + 9.0 * (TRIES - 1) + 1.0 + 18.0
+
+
+def test_a_way_that_is_not_exact_is_not_taken(clock):
+    made = {"exact": route(clock, [5.0] * 9, 1), "fast": route(clock, [1.0] * 9, 2)}
+    for _ in range(3):
+        assert fastest("key", made).tolist() == [1.0] * 3
+
+
+def test_each_key_and_number_of_threads_has_a_choice_of_its_own(clock, monkeypatch):
+    calls = []
+    made = {"one": route(clock, [1.0] * 99, 1, calls), "other": route(clock, [2.0] * 99, 1, calls)}
+    for key, threads in (("a", 1), ("b", 1), ("a", 2)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        calls.clear()
+        fastest(key, made)
+        assert len(calls) == 2 * TRIES
+        fastest(key, made)
+        assert len(calls) == 2 * TRIES + 1
