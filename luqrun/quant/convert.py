@@ -7,6 +7,7 @@ import numbers
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -217,6 +218,20 @@ def set_finetune(model: nn.Module, phase: bool | str | Mapping[str, Sequence[str
     phases = {key: None if operands is None else Phase.of(recipe, operands) for key, recipe in recipes.items()}
     for layer in layers:
         layer.finetune = phases[id(layer.recipe)]
+
+
+@contextmanager
+def unchanged_weights(model: nn.Module) -> Iterator[None]:
+    """In here the weights do not change, as in an evaluation or between the micro-batches of a step: a quantized layer
+    quantizes its own once, where that gives the same codes each time, and holds them (1.5 bytes a weight of 4 bits)."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    for layer in layers:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
 
 
 def set_shared_ranges(model: nn.Module, on: bool) -> None:

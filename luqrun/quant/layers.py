@@ -42,7 +42,8 @@ class QuantLayer(nn.Module):
     Draws: `streams`, a row an operand, name the next forward whose gradient is wanted, in training or evaluation mode;
     each one advances their micro_step, and `set_step` restarts it. Other forwards always draw the same (of recipes with
     a stochastic forward). finetune: what the recipe becomes in the last phase of a training; None outside of it.
-    health: a dict to be filled by the next training pass, or None. shares_ranges: in training, ranges of activations
+    health: a dict to be filled by the next training pass, or None. kept: a dict for what is made of weights that do not
+    change (convert.unchanged_weights), or None. shares_ranges: in training, ranges of activations
     and gradients are those of all processes. computed: whether it ever did, outside of compiled code; in a list, which
     replicas share.
     """
@@ -52,6 +53,7 @@ class QuantLayer(nn.Module):
     copies: CopyGroup
     finetune: Phase | None
     health: dict | None
+    kept: dict | None
     shares_ranges: bool
     computed: list[bool]
 
@@ -61,7 +63,8 @@ class QuantLayer(nn.Module):
         layer = cls.__new__(cls)
         layer.__dict__ = dict(module.__dict__)
         layer.__dict__["_buffers"] = dict(module._buffers)
-        layer.recipe, layer.finetune, layer.health, layer.shares_ranges = recipe, None, None, False
+        layer.recipe, layer.finetune, layer.health, layer.kept = recipe, None, None, None
+        layer.shares_ranges = False
         layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
         layer._prepare_device()
@@ -147,6 +150,7 @@ class QuantLayer(nn.Module):
             health=self.health if learning and not compiling else None,
             keep=torch.is_grad_enabled(),
             reader=0 if compiling else id(self),
+            kept=None if compiling else self.kept,
             share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
         )
 

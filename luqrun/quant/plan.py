@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.grids import Grid
@@ -30,7 +30,8 @@ class Plan:
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
-    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). share: what makes a tensor's statistics
+    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
+    weights that do not change is kept, or None. share: what makes a tensor's statistics
     those of all processes (Quantizer.measure), for operands that are not the same in all of them.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     health: dict | None = None
     keep: bool = True
     reader: int = 0
+    kept: dict | None = None
     share: Callable[[Tensor], Tensor] | None = None
 
     def quantize(
@@ -125,16 +127,23 @@ class Plan:
     def quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
         """x for fprop, and with `keep` what the backward pass takes of it for its second GEMM.
 
-        Where several layers read one activation, the first of them quantizes it for all.
+        Where several layers read one activation, the first of them quantizes it for all; and weights that do not change
+        are quantized once.
         """
         first, second = getattr(self.fprop, operand), getattr(getattr(self, SECOND[operand]), operand)
         alone = self.share is not None or self.health is not None  # what belongs to this layer is done in it
         needed = (first, second) if keep else (first,)
         rotations = self._rotation("fprop"), self._rotation(SECOND[operand])
-        alone = alone or any(each is not None and each.signs == "drawn" for each in rotations)
-        if operand == "activation" and not alone and all(each is not None and each.repeats for each in needed):
-            key = (self.op, first, second, rotations, dtype, keep)
+        repeats = all(each is None or each.signs != "drawn" for each in rotations)
+        repeats = repeats and all(each is not None and each.repeats for each in needed)
+        key = (self.op, first, second, rotations, dtype, keep)
+        if operand == "activation" and repeats and not alone:
             return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, dtype, keep))
+        if operand == "weight" and repeats and self.kept is not None and self.health is None and _is_parameter(x):
+            key = (*key, x.data_ptr(), x.shape, x.stride())
+            if key not in self.kept:
+                self.kept[key] = self._quantize_forward(operand, x, dtype, keep)
+            return self.kept[key]
         return self._quantize_forward(operand, x, dtype, keep)
 
     def _quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
@@ -197,6 +206,11 @@ class Plan:
                 total += codes
             draws = (total,)
         return Operand(draws, scale / quantizer.samples, signed)
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether x is a parameter or part of one, and not computed from some, in memory that others may get next."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def exponent_counts(x: Tensor) -> Tensor:

@@ -49,11 +49,11 @@ def evaluate(run: Run, split: str = VAL) -> dict[str, float]:
     started = time.perf_counter()
     run.model.eval()
     setup.share_buffers(run.model)
-    config, examples = run.config.dataset, getattr(run.task.data, split)
-    loader = eval_loader(examples, config, process_group.rank(), process_group.world_size())
-    everywhere = math.ceil(len(examples) / config.batch_size) // process_group.world_size()
+    config, examples = run.config, getattr(run.task.data, split)
+    loader = eval_loader(examples, config.dataset, process_group.rank(), process_group.world_size())
+    everywhere = math.ceil(len(examples) / config.dataset.batch_size) // process_group.world_size()
     predictions = []
-    with closing(iter(loader)) as batches:
+    with closing(iter(loader)) as batches, setup.unchanging(run.model, config.compile):
         for number in tqdm(range(len(loader)), "evaluation", disable=run.no_bar, leave=False):
             with run.requests.reading(run.save_checkpoint):
                 batch = next(batches)

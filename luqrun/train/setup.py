@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from luqrun.config import Config
 from luqrun.internals.of_torch import allow_recompilations, of_any_size
-from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges
+from luqrun.quant.convert import quantize_model, quantized_layers, set_shared_ranges, unchanged_weights
 from luqrun.quant.finetune import Phase
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
@@ -31,6 +31,11 @@ def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> n
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # channels_last halves the convolutions' backward pass on the CPU and is what tensor cores want.
     return model.to(device, memory_format=torch.channels_last)
+
+
+def unchanging(model: nn.Module, off: bool) -> AbstractContextManager:
+    """In here weights do not change. off: nobody need know, as where a compiled network's layers remember nothing."""
+    return nullcontext() if off else unchanged_weights(model)
 
 
 def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> None:

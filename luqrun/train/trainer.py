@@ -259,8 +259,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         weights = [self.task.weight(batch) for batch in micro_batches]
         total = self._total_weight(sum(weights))
-        passes = []
-        with setup.eager(self.config.compile and record_health):  # what a layer records, a compiled one cannot
+        passes, once = [], setup.unchanging(self.model, self.config.compile or len(micro_batches) == 1)
+        with once, setup.eager(self.config.compile and record_health):  # what a layer records, a compiled one cannot
             for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
                 with setup.synchronizing(self.network, number == len(micro_batches)):
                     passes.append(self._forward_and_backward(batch, weight, total))
