@@ -149,9 +149,9 @@ def test_fine_tune_quantizes_weights_only_and_is_evaluated_with_both(tmp_path, m
         ("train", "train", *activation): layers * steps,
         ("train", "train", *gradient): layers * steps,
         ("train", "finetune", *weight): layers * 2 * steps,
-        ("evaluate", "train", *weight): layers * val_batches,
+        ("evaluate", "train", *weight): layers,  # once, in whatever many batches
         ("evaluate", "train", *activation): layers * val_batches,
-        ("evaluate", "finetune", *weight): layers * 2 * val_batches,
+        ("evaluate", "finetune", *weight): layers * 2,
         ("evaluate", "finetune", *activation): layers * 2 * val_batches,
     }
 
