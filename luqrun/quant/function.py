@@ -30,6 +30,12 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+def _computed_in(dtype: torch.dtype, *operands: Operand) -> torch.dtype:
+    """What a floating-point GEMM with results of `dtype` runs in: where bf16 would round codes, such as sums of samples
+    or blocks with scales in fp32, it is fp32."""
+    return torch.float32 if any(each.is_wide() for each in operands) else float_dtype(dtype)
+
+
 def _in_given_types(x: Operand) -> AbstractContextManager:
     """Within, torch multiplies what it is given as it is: autocast would make fp32 bf16."""
     device_type = x.draws[0].device.type
@@ -38,7 +44,7 @@ def _in_given_types(x: Operand) -> AbstractContextManager:
 
 def fprop(op: LinearOp | ConvOp, a: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
     def in_floats() -> Tensor:
-        compute = float_dtype(dtype)
+        compute = _computed_in(dtype, a, w)
         with _in_given_types(a):
             return rescale(op.fprop(a.as_float(compute), w.as_float(compute)), a, w)
 
@@ -65,7 +71,7 @@ def _route(
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     def in_floats() -> Tensor:
-        compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
+        compute = _computed_in(dtype, g, w)
         exact = g.scale is not None and w.scale is not None
         with _in_given_types(g):
             return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape, exact), g, w)
@@ -79,8 +85,7 @@ def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     def in_floats() -> Tensor:
-        # A sum of samples that bf16 does not hold comes as float32.
-        compute = torch.float32 if g.dtype == torch.float32 else float_dtype(dtype)
+        compute = _computed_in(dtype, g, a)
         with _in_given_types(g):
             return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
 
@@ -98,7 +103,7 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
 
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
-    codes = code_dtype(activation, op.int8_pays(weight.shape, dtype)[0], dtype)
+    codes = code_dtype(activation, plan.fits_int8("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
     a, _ = plan.quantize("fprop", "activation", activation, codes)
     w, _ = plan.quantize("fprop", "weight", weight, codes)
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
@@ -112,7 +117,7 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
-        codes = code_dtype(activation, op.int8_pays(weight.shape, dtype)[0], dtype)
+        codes = code_dtype(activation, plan.fits_int8("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
         a, stored_a = plan.quantize_forward("activation", activation, codes, need_a)
         w, stored_w = plan.quantize_forward("weight", weight, codes, need_w)
@@ -145,6 +150,7 @@ class QuantizedGemm(torch.autograd.Function):
         dtype = grad_output.dtype
         a_shape, (w_shape, w_dtype) = saved[-1].shape if compiling else ctx.a_shape, ctx.like_w
         _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape, dtype)
+        int8_dgrad, int8_wgrad = int8_dgrad and ctx.plan.fits_int8("dgrad"), int8_wgrad and ctx.plan.fits_int8("wgrad")
         codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None

@@ -38,6 +38,10 @@ class Operand(NamedTuple):
     def has_int8(self) -> bool:
         return self.scale is not None and self.dtype == torch.int8
 
+    def is_wide(self) -> bool:
+        """Whether these are codes, or codes in blocks, that bf16 would round."""
+        return self.scale is not None and self.dtype == torch.float32
+
     def as_float(self, dtype: torch.dtype) -> Tensor:
         """The values as `dtype`, all draws summed."""
         first, *others = self.draws
@@ -109,5 +113,6 @@ def held_in_blocks(how: Encoding, dtype: torch.dtype) -> torch.dtype:
 
 
 def scale_beside(how: Encoding, tensor_scale: Tensor) -> Tensor | None:
-    """The scale that is left beside the blocks' own; None where it is 1."""
-    return tensor_scale if how.has_tensor_scale else None
+    """The scale that is left beside the blocks' own; None where it is 1, unless it says that these are codes
+    (Operand.is_wide)."""
+    return tensor_scale if how.has_tensor_scale or how.scale_format == "fp32" else None

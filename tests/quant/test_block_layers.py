@@ -114,6 +114,18 @@ def test_under_autocast_results_alone_are_rounded(name, scheme):
         check(layer, x, recipe_of(scheme), bf16=True)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv, groups"])
+def test_what_bf16_would_round_is_multiplied_in_fp32(name):
+    fine = Quantizer("e2m1", block=16, scale_format="fp32")
+    recipe = Recipe.of("fp32 scales", fine, fine, fine)
+    for layer, x in inputs(name):
+        exact = trained(layer, x, recipe)
+        found = trained(layer, x.bfloat16().float(), recipe, bf16=True, g=exact[3].bfloat16().float())
+        expected = trained(layer, x.bfloat16().float(), recipe, g=exact[3].bfloat16().float())
+        for one, other in zip(found[:3], expected[:3], strict=True):
+            assert torch.equal(one.bfloat16(), other.bfloat16())
+
+
 # Which operands are one quantization, and which are two
 
 

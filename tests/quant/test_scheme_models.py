@@ -108,8 +108,7 @@ def test_a_step_is_a_function_of_its_number(scheme, kind):
     assert same(first, step(saved, x, 3))
     recipe = luqrun.recipe(scheme)
     drawn = any(not each.repeats for each in recipe.quantizers("gradient"))
-    # Signs are drawn too; but no contraction of these convolutions has the 32 elements that quartet rotates.
-    drawn |= kind == "encoder" and recipe.dgrad.hadamard is not None
+    drawn |= recipe.dgrad.hadamard is not None  # with signs, which are drawn too
     assert same(first, step(model, x, 4)) != drawn
 
 
