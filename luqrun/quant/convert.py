@@ -63,7 +63,7 @@ def quantize_model(
     network for text it is the first one. torch.fx traces the forward for it (and the modules' attributes are
     restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
-    which. `last 15%` is that share of the layers, the last in the order in which they are registered.
+    which. `last 15%` is that share of the layers that other entries leave, the last in the order of registration.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no
@@ -154,7 +154,7 @@ def _skipped(
 ) -> set[str]:
     """The names that the entries of `skip` mean; a pattern may name one of `others`, which is then not told."""
     left, names, ends = set(), list(found), None
-    for entry in skip:
+    for entry in sorted(skip, key=lambda entry: bool(LAST_SHARE.fullmatch(entry))):  # a share is of what others leave
         if entry in ("first", "last"):
             ends = ends or _ends(model, found, others, example)
             matched = ends.first if entry == "first" else ends.last
@@ -162,7 +162,8 @@ def _skipped(
         elif entry == "shortcut":
             matched = [name for name in names if fnmatchcase(name, SHORTCUT)]
         elif share := LAST_SHARE.fullmatch(entry):
-            matched = names[len(names) - round(len(names) * int(share[1]) / 100) :]
+            others_leave = [name for name in names if name not in left]
+            matched = others_leave[len(others_leave) - round(len(others_leave) * int(share[1]) / 100) :]
             log.info("skip: %s is %s", entry, ", ".join(matched) or "no layer")
         else:
             matched = [name for name in (*names, *others) if fnmatchcase(name, entry)]
@@ -235,8 +236,15 @@ def unchanged_weights(model: nn.Module) -> Iterator[None]:
 
 
 def set_shared_ranges(model: nn.Module, on: bool) -> None:
-    """Of several processes: activations and gradients get the range of all processes' parts of the batch."""
+    """Of several processes: activations and gradients get the range of all processes' parts of the batch. Raises
+    UserError for range=signed_max, of which processes share nothing."""
     for _, layer in quantized_layers(model):
+        for operand in ("activation", "gradient") if on else ():
+            if any(each.range == "signed_max" for each in layer.recipe.quantizers(operand)):
+                raise UserError(
+                    f"quant.{operand}.range=signed_max cannot be that of all processes; allowed with it: "
+                    "distributed.range=rank"
+                )
         layer.shares_ranges = on
 
 

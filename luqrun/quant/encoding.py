@@ -67,9 +67,13 @@ class Encoding:
                 default = "nearest" if self.rounding == "nearest" else "stochastic"
                 object.__setattr__(self, "underflow", default)
         elif not form.logarithmic:
-            raise UserError(f"underflow={self.underflow} is for logarithmic formats; with format={form.name}, omit it")
+            raise UserError(
+                f"underflow={self.underflow} is for logarithmic formats; with format={form.name}, set it to null"
+            )
         else:
             check_choice("underflow", self.underflow, UNDERFLOWS)
+        if self.rounding == "stochastic_log" and self.underflow != "stochastic":
+            raise UserError(f"underflow={self.underflow} does not go with rounding=stochastic_log; allowed: stochastic")
         if self.range == "sawb" and (form.logarithmic or form.mantissa_bits or form.bits not in SAWB):
             allowed = ", ".join(f"int{bits}" for bits in SAWB)
             raise UserError(f"range=sawb has no coefficients for format={form.name}; allowed formats: {allowed}")
@@ -95,7 +99,7 @@ class Encoding:
         if not form.logarithmic and not form.mantissa_bits:
             raise UserError(
                 f"largest={self.largest} is for logarithmic formats and floating-point ones; with format={form.name}, "
-                "omit it"
+                "set it to null"
             )
         if form.logarithmic:
             least, limit, most = 1, form.limit, form.limit * form.radix
@@ -140,7 +144,7 @@ class Encoding:
             object.__setattr__(self, "scale_rounding", rounding)
         elif self.scale_rounding is not None:
             raise UserError(
-                f"scale_rounding={self.scale_rounding} is for scale_format=e8m0; with {scale_format}, omit it"
+                f"scale_rounding={self.scale_rounding} is for scale_format=e8m0; with {scale_format}, set it to null"
             )
         for key in ("four_over_six", "eden"):
             if getattr(self, key) and (scale_format != "e4m3" or not form.mantissa_bits):

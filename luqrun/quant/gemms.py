@@ -1,7 +1,7 @@
 """The GEMMs of linear layers and convolutions: in floating point, and in integers where the units are faster.
 
 fprop: a x w; dgrad: g x w; wgrad: g x a. The floating-point ones take what torch's take. The integer ones take int8
-codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for groups.
+codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for many groups.
 """
 
 from __future__ import annotations

@@ -150,6 +150,7 @@ class Recipe:
             rotation = Rotation.from_keys(f"quant.{gemm}", changes.get("hadamard"), changes.get("signs"))
             gemms[gemm] = pair(*made, rotation)
         _check_samples(plain["gradient"], keys, gemms)
+        _check_acts(gemms)
         return cls(name=keys.get("name", "unnamed"), skip=tuple(skip), **gemms)
 
     def quantizers(self, operand: str) -> list[Quantizer]:
@@ -187,6 +188,12 @@ class Recipe:
             for each in self.quantizers(operand):
                 wide = [f"{each.format} takes {each.form.bits} bits"] if 4 < each.form.bits < 8 else []
                 found += [f"{operand}: {text}" for text in (*wide, *each.encoding.biases)]
+        for gemm, operands in OPERANDS_OF.items():
+            pair = getattr(self, gemm)
+            drawn = pair.hadamard is not None and pair.hadamard.signs == "drawn"
+            for operand, each in zip(operands, pair.operands, strict=True):
+                if each is not None and each.eden and not drawn:
+                    found.append(f"{operand}: eden is biased in {gemm} without a rotation by drawn signs")
         return list(dict.fromkeys(found))
 
     @property
@@ -245,6 +252,23 @@ def _check_samples(plain: Mapping | None, keys: Mapping, gemms: Mapping) -> None
                 f"quant.gradient.samples={samples} does not reach {gemm}, whose gradient {own}: "
                 f"quant.{gemm}.gradient.samples is for that one, quant.gradient.samples=1 for none"
             )
+
+
+def _check_acts(gemms: Mapping[str, Fprop | Dgrad | Wgrad]) -> None:
+    """Raise UserError for keys that would do nothing: a rotation of what is not quantized, or requantize without
+    anything that fprop made."""
+    for gemm, pair in gemms.items():
+        if pair.hadamard is not None and pair.operands == (None, None):
+            raise UserError(
+                f"quant.{gemm}.hadamard={pair.hadamard.size} rotates for quantizers, of which {gemm} has none; "
+                "set it to null"
+            )
+        for operand, each in zip(OPERANDS_OF[gemm], pair.operands, strict=True):
+            if each is not None and each.requantize and getattr(gemms["fprop"], operand) is None:
+                raise UserError(
+                    f"quant.{gemm}.{operand}.requantize=true takes what fprop made of the {operand}, which it does not "
+                    "quantize; allowed: false"
+                )
 
 
 def _build(key: str, operand: str, keys: Mapping) -> Quantizer:

@@ -31,11 +31,12 @@ DRAWS = 1 << 15
 def run(config: Config, folder: RunFolder) -> dict:
     """Measure each operand's quantizer, of the first GEMM that has one, in three of its bins; write summary.json.
 
-    Raises UserError for a recipe without quantizers.
+    Raises UserError for a recipe without quantizers, or with some that have no bins.
     """
     recipe = Recipe.from_config(config.quant)
     if not recipe.quantizes:
         raise UserError(f"job=rounding: quant={recipe.name} quantizes nothing; choose another quant=")
+    _check(recipe)
     folder.update_run(device="cpu", kernel_backend=kernels.describe("cpu"))
     quantizers = [getattr(recipe, operand) for operand in OPERANDS if getattr(recipe, operand) is not None]
     compile_kernels(lambda: [quantizer.quantize(torch.ones(4)) for quantizer in quantizers], no_bar=None)
@@ -52,6 +53,19 @@ def run(config: Config, folder: RunFolder) -> dict:
     folder.update_run(status="finished", end=now())
     folder.write_json(SUMMARY, summary)
     return summary
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise UserError for quantizers without bins of their own: the scale of a block depends on all of it, and rounding
+    in the logarithm has no closed form here."""
+    for operand in OPERANDS:
+        quantizer = getattr(recipe, operand)
+        if quantizer is not None and (quantizer.block is not None or quantizer.rounding == "stochastic_log"):
+            key, value = ("block", quantizer.block) if quantizer.block is not None else ("rounding", quantizer.rounding)
+            raise UserError(
+                f"job=rounding measures a quantizer in its bins, which quant.{operand}.{key}={value} has not; "
+                "scripts/format_errors.py measures errors and bias of whole tensors"
+            )
 
 
 def bins(quantizer: Quantizer) -> list[tuple[int, int]]:

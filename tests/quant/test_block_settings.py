@@ -58,7 +58,7 @@ REFUSED = [  # keys beside format=e2m1 and block=32, the key that is named with 
     ({"largest": 12.5}, "largest=12.5", "3 to 12"),
     ({"largest": float("nan")}, "largest=nan", "3 to 12"),
     ({"largest": 6.1, "rounding": "stochastic"}, "largest=6.1", "without draws"),
-    ({"format": "int4", "largest": 7}, "largest=7", "omit it"),
+    ({"format": "int4", "largest": 7}, "largest=7", "set it to null"),
     ({"pow2_scale": True}, "pow2_scale", "scale_format=e8m0"),
     ({"format": "e3m0_radix4"}, "format=e3m0_radix4", "e2m1, int4, e3m0"),
     ({"format": "e3m0_xi"}, "format=e3m0_xi", "e2m1, int4, e3m0"),
@@ -98,7 +98,11 @@ def test_a_mistake_is_one_line_that_names_the_key_and_what_is_allowed(keys, name
         ("luq", {"gradient": {"block": 32}}, None),
         ("luq", {"weight": {"block": 32}}, r"quant\.weight\.range=sawb is of a whole tensor"),
         ("luq_hindsight", {"gradient": {"block": 32}}, r"quant\.gradient\.range=hindsight is of a whole tensor"),
-        ("nvfp4", {"gradient": {"scale_rounding": "floor"}}, r"quant\.gradient\.scale_rounding=floor.*e4m3, omit it"),
+        (
+            "nvfp4",
+            {"gradient": {"scale_rounding": "floor"}},
+            r"quant\.gradient\.scale_rounding=floor.*e4m3, set it to null",
+        ),
     ],
     ids=str,
 )
@@ -219,8 +223,11 @@ def test_which_stochastic_blocks_are_called_biased(keys, biased):
 
 
 def test_the_caveats_of_recipes():
-    clean = ("luq", "mxfp4", "mxfp4_rht_sr", "tetrajet", "quartet", "nvfp4", "nvfp4_46", "quartet2", "fp32")
+    clean = ("luq", "mxfp4", "mxfp4_rht_sr", "tetrajet", "quartet", "quartet_sr", "nvfp4", "nvfp4_46", "quartet2")
     assert not any(luqrun.recipe(name).caveats for name in clean)
+    for change in ({"hadamard": None, "signs": None}, {"signs": "none"}, {"signs": "fixed"}):
+        told = "eden is biased in dgrad without a rotation by drawn signs"
+        assert luqrun.recipe("quartet2", dgrad=change).caveats == [f"gradient: {told}", f"weight: {told}"]
     assert [text.partition(":")[0] for text in luqrun.recipe("nvfp4_nvidia").caveats] == ["gradient"]
     assert [text.partition(":")[0] for text in luqrun.recipe("fp4_all_the_way").caveats] == ["activation", "gradient"]
     for name, bias in (("luq_xi", "shrinks by about a tenth"), ("luq_supplement", "clips negative elements")):

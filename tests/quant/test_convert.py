@@ -11,7 +11,7 @@ from torch import nn
 import luqrun
 from luqrun.errors import UserError
 from luqrun.quant.attention import QuantMultiheadAttention
-from luqrun.quant.convert import quantize_model, quantized_layers, set_finetune
+from luqrun.quant.convert import quantize_model, quantized_layers, set_finetune, set_shared_ranges
 from luqrun.quant.layers import QuantConv2d, QuantLinear
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
@@ -74,6 +74,33 @@ def test_skip(skip, expected):
     output = model(torch.randn(2, 3, 6, 6))
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (("last 50%",), "012"),
+        (("last", "last 50%"), "012"),
+        (("last 50%", "first", "last"), "12"),
+        (("first", "last", "last 10%"), "1234"),
+        (("last 99%",), ""),
+    ],
+)
+def test_a_share_is_of_the_layers_that_other_entries_leave(skip, left):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not left else "error")
+        assert swapped(quantize_model(model, LUQ, skip=skip)) == set(left)
+
+
+@pytest.mark.parametrize("operand", ["activation", "gradient"])
+def test_a_signed_maximum_is_not_shared_by_processes(operand):
+    chosen = {operand: Quantizer("e3m0", "signed_max")}
+    model = quantize_model(nn.Linear(4, 4), Recipe.of("mine", **chosen), skip=())
+    with pytest.raises(UserError, match=rf"quant\.{operand}\.range=signed_max.*distributed\.range=rank"):
+        set_shared_ranges(model, True)
+    set_shared_ranges(model, False)
+    set_shared_ranges(quantize_model(nn.Linear(4, 4), Recipe.of("mine", weight=chosen[operand]), skip=()), True)
 
 
 def test_skip_of_the_recipe_is_used_unless_overridden():

@@ -249,6 +249,10 @@ def test_nearest_does_not_depend_on_the_seed():
         ({"format": "int4", "rounding": "floor"}, r"rounding=floor.*nearest, stochastic"),
         ({"format": "e3m0", "underflow": "zero"}, r"underflow=zero.*flush, nearest, stochastic"),
         ({"format": "int4", "underflow": "flush"}, r"underflow=flush.*int4"),
+        (
+            {"format": "e3m0_xi", "rounding": "stochastic_log", "underflow": "flush"},
+            r"underflow=flush.*stochastic_log; allowed: stochastic",
+        ),
         ({"format": "e3m0", "range": "sawb"}, r"range=sawb.*e3m0.*int4"),
         ({"format": "int6", "range": "sawb"}, r"range=sawb.*int6.*int4"),
         ({"format": "e3m0", "rounding": "stochastic", "samples": 0}, r"samples=0.*at least 1"),

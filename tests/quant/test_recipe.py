@@ -221,3 +221,10 @@ model = luqrun.quantize_model(nn.Sequential(nn.Linear(2, 2)), luqrun.recipe("luq
 def test_a_wrong_type_is_named_with_its_key(overrides, key):
     with pytest.raises(UserError, match=key):
         luqrun.recipe("luq", **overrides)
+
+
+@pytest.mark.parametrize(("gemm", "operand"), [("dgrad", "weight"), ("wgrad", "activation")])
+def test_requantize_needs_what_fprop_made(gemm, operand):
+    named = rf"quant\.{gemm}\.{operand}\.requantize=true takes what fprop made of the {operand}.*allowed: false$"
+    with pytest.raises(UserError, match=named):
+        luqrun.recipe("mxfp4_rht_sr", **{gemm: {operand: {"requantize": True}}})

@@ -230,6 +230,10 @@ def test_a_gemm_in_high_precision_is_not_rotated():
         ({"dgrad": {"signs": "drawn"}}, r" quant\.dgrad\.signs=drawn is of a rotation: set quant\.dgrad\.hadamard too"),
         ({"dgrad": {"hadamard": 16, "signs": "random"}}, r" quant\.dgrad\.signs=random.*none, fixed, drawn"),
         ({"hadamard": 16}, r"quant\.hadamard is not a key"),
+        (
+            {"activation": None, "weight": None, "fprop": {"hadamard": 16}},
+            r" quant\.fprop\.hadamard=16 rotates for quantizers, of which fprop has none; set it to null$",
+        ),
         ({"weight": {"hadamard": 16}}, r"quant\.weight\.hadamard.*no key"),
         (
             {"gradient": {"range": "hindsight"}, "wgrad": {"hadamard": 16}},

@@ -31,6 +31,9 @@ def verdict(values, text, name="fig2", row=None, **more):
     return finding(a_table(name, values, **more), text, row).verdict
 
 
+EMBEDDED_ALONE = {"mxfp4_rht", "mxfp4_rht_sr", "quartet", "quartet_sr"}  # of the table of formats
+
+
 def test_every_claim_is_about_cells_that_exist():
     for table in sorted({claim.table for claim in CLAIMS}):
         for scale in ("cifar", "cifar100", "embedded", "paper"):
@@ -38,6 +41,8 @@ def test_every_claim_is_about_cells_that_exist():
             for claim in CLAIMS:
                 for row, column in claim.cells if claim.table == table else ():
                     if (None, column) == (row, "biased_log"):  # of table 2 at the small scale
+                        continue
+                    if scale == "cifar" and claim.table == "formats" and column in EMBEDDED_ALONE:
                         continue
                     rows = [row] if row else {row for row, _ in cells}
                     assert {(each, column) for each in rows} <= cells, (claim.text, scale)

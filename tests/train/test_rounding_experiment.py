@@ -168,6 +168,20 @@ def test_what_does_not_matter_to_it_is_not_in_its_name():
     assert len({name, *(run_id(other, {}) for other in others)}) == 4
 
 
+@pytest.mark.parametrize(
+    ("quant", "key"),
+    [
+        ("mxfp4", "quant.weight.block=32"),
+        ("nvfp4_nvidia", r"quant.weight.block=\(16, 16\)"),
+        ("luq_xi", "quant.gradient.rounding=stochastic_log"),
+    ],
+)
+def test_quantizers_without_bins_are_refused(tmp_path, quant, key):
+    with pytest.raises(UserError, match=f"job=rounding.*{key} has not; scripts/format_errors.py measures"):
+        run(tmp_path / "run", f"quant={quant}")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_recipe_without_quantizers_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"job=rounding.*quant=fp32 quantizes nothing"):
         run(tmp_path / "run", "quant=fp32")
