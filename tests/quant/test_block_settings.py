@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line_that_names_the_key_and_what_is_allowed(keys, name
         (
             "nvfp4",
             {"gradient": {"scale_rounding": "floor"}},
-            r"quant\.gradient\.scale_rounding=floor.*e4m3, set it to null",
+            r"quant\.gradient\.scale_rounding=floor.*e4m3, set it",
         ),
     ],
     ids=str,
