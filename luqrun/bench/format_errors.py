@@ -39,6 +39,8 @@ QUANTIZERS = {
     "nvfp4, four over six, 16/17, stochastic": {**NVFP4, "four_over_six": "mse", "largest": SAFE, **STOCHASTIC},
     "nvfp4, MS-EDEN": {**NVFP4, "eden": True, "largest": SAFE / 0.93},
 }
+# Of 2^(floor(f + u + s) - f) the mean over f and u from 0 to 1: f the fraction of the logarithm, s = ln(4/3) - 1/2.
+XI_GAIN = 0.898
 # Mean squared errors on N(0, 1) that Quartet II (arXiv 2601.22813) published, 1e-3.
 PUBLISHED = {
     "nvfp4": 9.0,
@@ -56,7 +58,10 @@ class Errors:
     """Of one tensor and quantizer. mse: of the mean square, 1e-3. gain: <x, Q(x)> / <x, x>, 1 where nothing shrinks.
     z: of the mean error towards larger magnitudes over the draws, in standard deviations; None where no element is
     drawn (of MS-EDEN the scales are: it is unbiased over the rotations before it). clipped: the share beyond the
-    largest value of its scale. bits: of an element, scales included."""
+    largest value of its scale. bits: of an element, scales included. values: those that one scale has. closed_gain:
+    what follows from the rule alone, 1 of what is drawn without a bias, and of Xi et al.'s rounding the mean over
+    log-uniform magnitudes.
+    """
 
     tensor: str
     quantizer: str
@@ -65,6 +70,8 @@ class Errors:
     z: float | None
     clipped: float
     bits: float
+    values: int
+    closed_gain: float | None
 
 
 def format_errors(tensors: dict[str, Tensor]) -> Iterator[Errors]:
@@ -99,7 +106,17 @@ def _errors(name: str, label: str, quantizer: Quantizer, x: Tensor) -> Errors:
         # Of each element the spread of its draws: what the mean error would have if it were zero in truth.
         spread = torch.stack(values).var(0).sum().sqrt().item() / x.numel() / math.sqrt(draws)
         z = sum(towards) / draws / spread if spread else None
-    return Errors(name, label, 1e3 * mse.item(), gain.item(), z, clipped, _bits(quantizer))
+    values = len(quantizer.form.levels())
+    return Errors(
+        name, label, 1e3 * mse.item(), gain.item(), z, clipped, _bits(quantizer), values, closed_gain(quantizer)
+    )
+
+
+def closed_gain(quantizer: Quantizer) -> float | None:
+    """The mean of Q(x) / x that follows from the rule; None where it depends on the numbers."""
+    if quantizer.rounding == "stochastic_log":
+        return XI_GAIN
+    return 1.0 if quantizer.is_stochastic and not quantizer.encoding.biases else None
 
 
 def _bits(quantizer: Quantizer) -> float:
@@ -150,10 +167,12 @@ def markdown(found: Sequence[Errors]) -> str:
         published = tensor == "N(0, 1)"
         head = [
             "quantizer",
+            "values",
             "bits",
             "MSE, 1e-3",
             *(["published"] if published else []),
             "gain",
+            "closed form",
             "z of the bias",
             "clipped",
         ]
@@ -161,7 +180,8 @@ def markdown(found: Sequence[Errors]) -> str:
         for each in rows:
             known = [f"{PUBLISHED[each.quantizer]:.1f}" if each.quantizer in PUBLISHED else ""] if published else []
             z = "" if each.z is None else f"{each.z:+.1f}"
-            cells = [each.quantizer, f"{each.bits:g}", f"{each.mse:.2f}", *known, f"{each.gain:.4f}", z]
-            lines.append([*cells, f"{100 * each.clipped:.2f} %"])
+            closed = "" if each.closed_gain is None else f"{each.closed_gain:g}"
+            cells = [each.quantizer, str(each.values), f"{each.bits:g}", f"{each.mse:.2f}", *known]
+            lines.append([*cells, f"{each.gain:.4f}", closed, z, f"{100 * each.clipped:.2f} %"])
         parts.append(f"**{tensor}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
