@@ -58,6 +58,9 @@ def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> N
 
 def _log_finetune(config: Config, recipe: Recipe) -> None:
     name, operands = config.finetune.name, vars(config.finetune.high_precision)
+    if not any(operands.values()):
+        log.info("fine-tune %s: everything stays as quant=%s has it", name, config.quant.name)
+        return
     if Phase.of(recipe, operands).training == recipe:
         what = f"finetune={name} changes nothing of quant={config.quant.name}"
         log.warning("%s: the recipe quantizes no operand that finetune.high_precision names", what)

@@ -184,6 +184,7 @@ def test_the_log_says_what_the_fine_tune_has_in_high_precision(tmp_path, caplog)
         (own, "fnt1: high precision in wgrad (gradient, activation)"),
     ):
         assert said(*overrides) == [("INFO", f"fine-tune {parts}; evaluated with the recipe's weights and activations")]
+    assert said("finetune=longer2") == [("INFO", "fine-tune longer2: everything stays as quant=luq has it")]
     assert said() == said("finetune=fnt1", "quant=fp32") == []
     ((level, text),) = said("finetune=forward_high1", "quant=backward_only")
     assert level == "WARNING"
