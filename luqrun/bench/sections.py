@@ -15,7 +15,7 @@ from luqrun.bench.contenders import Training, block_encoders, encoders, layer_pa
 from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
-from luqrun.bench.workloads import TEXT, TextWorkload, Workload
+from luqrun.bench.workloads import SMALL_TEXT, TEXT, TextWorkload, Workload
 from luqrun.runtime.memory import KEPT, MMAP_THRESHOLD, TOP_PAD
 from luqrun.train.profiling import by_kind
 
@@ -49,10 +49,11 @@ IMAGES = {
     "resnet18": (3, 32, 10),
     **dict.fromkeys(("resnet50", "vit_b_16"), (3, 224, 1000)),
 }
-TOKENS = {"transformer_tiny": (22, 10_000), "minilm": (256, 30_522)}  # of a sentence or window; in the vocabulary
+# of a sentence or window; in the vocabulary
+TOKENS = {"transformer_tiny": (22, 10_000), "transformer_base": (32, 40_000), "minilm": (256, 30_522)}
 SMALL = [model for model, (_, pixels, _) in IMAGES.items() if pixels == 20]
 MODELS = {
-    "cpu": ("resnet8", "resnet18", "resnext8", "mobilenet_tiny", "vit_tiny", *TEXT),
+    "cpu": ("resnet8", "resnet18", "resnext8", "mobilenet_tiny", "vit_tiny", *SMALL_TEXT),
     "cuda": ("resnet50", "vit_b_16"),
 }
 FORMAT_MODELS = ("resnet18", "vit_tiny")
@@ -62,7 +63,7 @@ SCHEMES = (
 )
 MEMORY_MODELS = {"cpu": ("resnet18",), "cuda": ("resnet50", "vit_b_16")}
 EAGER = ("fp32", "bf16", "luq fp32", "luq bf16")
-EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny", *TEXT)  # measured briefly
+EAGER_ONLY = ("resnext8", "mobilenet_tiny", "vit_tiny", *SMALL_TEXT)  # measured briefly
 ALONE = "resnet8"  # measured with one thread, too
 # glibc keeps freed blocks of up to 32 MiB in its heap, where holes add up; a fixed threshold gives them back, and the
 # command line keeps all (luqrun.runtime.memory).
@@ -104,7 +105,7 @@ FULL = Sizes(
     },
     batches={
         **{"resnet18": 32, "resnet50": 256, "vit_b_16": 256, **dict.fromkeys(SMALL, 128)},
-        **{"transformer_tiny": 93, "minilm": 16},
+        **{"transformer_tiny": 93, "transformer_base": 768, "minilm": 16},
     },
     compiled=("resnet8", "resnet18", "resnet50", "vit_b_16"),
     rounds={"encode": 40, "layer": 20, "gemm": 10, "step": 20},
@@ -191,7 +192,7 @@ def _wanted(model: str, device: torch.device, sizes: Sizes) -> list[str]:
 
 def _steps(model: str, device: torch.device, sizes: Sizes, names: Iterable[str]) -> tuple[dict, list[dict]]:
     """The record and the ratios of these contenders."""
-    workload, known = _workload(model, sizes), steps(device)
+    workload, known = workload_of(model, sizes), steps(device)
     contenders = [Contender(name, Training(workload, device, **known[name][0]), known[name][1]) for name in names]
     # After a step of its own, as in a training: another network's would leave it cold caches.
     timings = interleave(contenders, sizes.rounds["step"], device, settle=1)
@@ -215,7 +216,7 @@ def memory(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Itera
     """Bytes kept for the backward pass, the most that a step has allocated, and on a CPU the most that was resident."""
     on_gpu = device.type == "cuda"
     for model in _chosen(MEMORY_MODELS[device.type], models):
-        workload = _workload(model, sizes)
+        workload = workload_of(model, sizes)
         peaks, kept, without = {}, {}, {}
         resident = {how: {} for how in ([] if on_gpu else ALLOCATORS)}
 
@@ -237,13 +238,7 @@ def memory(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Itera
             torch.compiler.reset()
         ratios = _memory_ratios(peaks, kept, resident)
         how = "torch.cuda.max_memory_allocated" if on_gpu else "allocations that torch.profiler recorded"
-        record = {
-            "workload": {**vars(workload), "shape": workload.shape},
-            "how": how,
-            "peak": peaks,
-            "kept": kept,
-            "resident": resident,
-        }
+        record = {"workload": _described(workload), "how": how, "peak": peaks, "kept": kept, "resident": resident}
         yield model, {**record, "left_out": without}, ratios
 
 
@@ -274,7 +269,7 @@ def formats(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Iter
     names = [name for name in timings.rounds if name != "clone"]
     yield "encode", {"elements": x.numel(), **timings.as_record()}, _ratios(timings, [(n, "clone") for n in names])
     for model in _chosen(FORMAT_MODELS, models):
-        workload = _workload(model, sizes)
+        workload = workload_of(model, sizes)
         schemes = {"fp32": "plain", **{scheme: scheme for scheme in SCHEMES}}
         contenders = [Contender(name, Training(workload, device, each, False)) for name, each in schemes.items()]
         timings = interleave(contenders, sizes.rounds["step"] // 2, device, settle=1)
@@ -289,7 +284,7 @@ def _chosen(known: tuple[str, ...], wanted: tuple[str, ...]) -> list[str]:
     return [model for model in known if not wanted or model in wanted]
 
 
-def _workload(model: str, sizes: Sizes) -> Workload | TextWorkload:
+def workload_of(model: str, sizes: Sizes) -> Workload | TextWorkload:
     if model in TEXT:
         return TEXT[model](model, sizes.batches[model], *TOKENS[model])
     channels, size, classes = IMAGES[model]

@@ -112,4 +112,5 @@ class Questions(TextWorkload):
         return F.cross_entropy(outputs.flatten(0, 1).float(), ends.flatten())
 
 
-TEXT = {"transformer_tiny": Translation, "minilm": Questions}
+TEXT = {"transformer_tiny": Translation, "transformer_base": Translation, "minilm": Questions}
+SMALL_TEXT = ("transformer_tiny", "minilm")  # for a CPU
