@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for an H100 that need not be there, or those of blocks for another compute capability
+"""Compile the Triton kernels for an H100 that need not be there, or each of them once for another compute capability
 that the command line names (100: B200), and print what came out as JSON.
 
 A script of its own: in the test process Triton interprets. Tensors are without data and may be of any size.
@@ -125,8 +125,11 @@ CASES = {
     "relu6": lambda: cuda.relu_(tensor(2**16), 6.0),
     "relu backward": lambda: cuda.relu_backward(tensor(2**20), bits, False),
 }
-# One of each kernel of blocks.
-ON_OTHERS = ("mxfp4", "odd fp32", "four over six", "decode nvfp4")
+# Each kernel.
+ON_OTHERS = (
+    *("gradient image", "odd image", "activation", "sawb", "moments", "unpack", "relu", "relu backward"),
+    *("mxfp4", "odd fp32", "four over six", "decode nvfp4"),
+)
 
 if __name__ == "__main__":
     capability = int((*sys.argv[1:], 90)[0])
