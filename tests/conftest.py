@@ -37,6 +37,7 @@ LONGEST = (
     "cli/test_sweeps.py",
     "bench/test_contenders.py",
     "bench/test_run.py",
+    "bench/test_gpu_check.py",
     "train/test_trainer.py",
     "train/test_tracking.py",
     "tasks/test_translation.py",
