@@ -13,9 +13,19 @@ import torch
 from torch import nn
 
 from luqrun.bench import picture, report, sections, workloads
-from luqrun.bench.contenders import encoders, steps
+from luqrun.bench.contenders import block_encoders, encoders, steps
 from luqrun.bench.run import RECORD, REPORT, add, driver_version, run
-from luqrun.bench.sections import MEMORY_MODELS, MODELS, QUICK, SECTIONS, STEP_PAIRS, _fastest, _kinds
+from luqrun.bench.sections import (
+    FORMAT_MODELS,
+    MEMORY_MODELS,
+    MODELS,
+    QUICK,
+    SCHEMES,
+    SECTIONS,
+    STEP_PAIRS,
+    _fastest,
+    _kinds,
+)
 from luqrun.bench.timing import Contender, Timings, interleave
 from luqrun.errors import UserError
 from luqrun.runs.folder import provenance
@@ -196,6 +206,13 @@ def test_every_requirement_can_be_measured(each):
     if each.section == "encode":
         names = {contender.name for contender in encoders(torch.randn(8))[0]}
         assert {name.removesuffix(", bytes/s") for name in (each.name, each.against)} <= names
+        return
+    if each.section == "formats":
+        known = (
+            [contender.name for contender in block_encoders(torch.randn(2, 32))] if each.case == "encode" else SCHEMES
+        )
+        assert each.case in ("encode", *FORMAT_MODELS)
+        assert each.name in known
         return
     assert each.case in {"step": MODELS, "memory": MEMORY_MODELS}[each.section][each.device]
     pair = tuple(
