@@ -23,7 +23,9 @@ REPEATABLE = ("mxfp4", "nvfp4", "nvfp4_46", "nvfp4_nvidia")
 REFUSED = {
     "mxfp4_rht_sr": r"weight=e2m1.*stochastic.*rounding=nearest",
     "tetrajet": r"weight=e2m1.*stochastic.*rounding=nearest",
+    "mxfp4_rht": r"quant\.dgrad\.signs=drawn; allowed: none, fixed",
     "quartet": r"quant\.dgrad\.signs=drawn; allowed: none, fixed",
+    "quartet_sr": r"weight=e2m1.*stochastic.*rounding=nearest",
     "quartet2": r"eden",
     "fp4_all_the_way": r"activation=e2m1.*stochastic.*rounding=nearest",
 }
