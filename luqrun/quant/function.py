@@ -30,10 +30,11 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _computed_in(dtype: torch.dtype, *operands: Operand) -> torch.dtype:
-    """What a floating-point GEMM with results of `dtype` runs in: where bf16 would round codes, such as sums of samples
-    or blocks with scales in fp32, it is fp32."""
-    return torch.float32 if any(each.is_wide() for each in operands) else float_dtype(dtype)
+def _computed_in(dtype: torch.dtype, first: Operand, other: Operand, gradient: bool = False) -> torch.dtype:
+    """What a floating-point GEMM with results of `dtype` runs in: fp32 where bf16 would round blocks, or where the
+    first is a gradient and float32, such as a sum of samples."""
+    wide = first.is_wide() or other.is_wide() or (gradient and first.dtype == torch.float32)
+    return torch.float32 if wide else float_dtype(dtype)
 
 
 def _in_given_types(x: Operand) -> AbstractContextManager:
@@ -71,7 +72,7 @@ def _route(
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     def in_floats() -> Tensor:
-        compute = _computed_in(dtype, g, w)
+        compute = _computed_in(dtype, g, w, gradient=True)
         exact = g.scale is not None and w.scale is not None
         with _in_given_types(g):
             return rescale(op.dgrad(g.as_float(compute), w.as_float(compute), a_shape, exact), g, w)
@@ -85,7 +86,7 @@ def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...
 
 def wgrad(op: LinearOp | ConvOp, g: Operand, a: Operand, w_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     def in_floats() -> Tensor:
-        compute = _computed_in(dtype, g, a)
+        compute = _computed_in(dtype, g, a, gradient=True)
         with _in_given_types(g):
             return rescale(op.wgrad(g.as_float(compute), a.as_float(compute), w_shape), g, a)
 
@@ -103,7 +104,7 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
 
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
-    codes = code_dtype(activation, plan.fits_int8("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
+    codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
     a, _ = plan.quantize("fprop", "activation", activation, codes)
     w, _ = plan.quantize("fprop", "weight", weight, codes)
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
@@ -117,7 +118,7 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
-        codes = code_dtype(activation, plan.fits_int8("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
+        codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
         a, stored_a = plan.quantize_forward("activation", activation, codes, need_a)
         w, stored_w = plan.quantize_forward("weight", weight, codes, need_w)
@@ -150,7 +151,8 @@ class QuantizedGemm(torch.autograd.Function):
         dtype = grad_output.dtype
         a_shape, (w_shape, w_dtype) = saved[-1].shape if compiling else ctx.a_shape, ctx.like_w
         _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape, dtype)
-        int8_dgrad, int8_wgrad = int8_dgrad and ctx.plan.fits_int8("dgrad"), int8_wgrad and ctx.plan.fits_int8("wgrad")
+        int8_dgrad = int8_dgrad and not ctx.plan.has_blocks("dgrad")
+        int8_wgrad = int8_wgrad and not ctx.plan.has_blocks("wgrad")
         codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None

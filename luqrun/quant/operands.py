@@ -39,8 +39,8 @@ class Operand(NamedTuple):
         return self.scale is not None and self.dtype == torch.int8
 
     def is_wide(self) -> bool:
-        """Whether these are codes, or codes in blocks, that bf16 would round."""
-        return self.scale is not None and self.dtype == torch.float32
+        """Whether these are codes times the scales of their blocks that bf16 would round; codes alone it never does."""
+        return self.scale is not None and self.signed is None and self.dtype == torch.float32
 
     def as_float(self, dtype: torch.dtype) -> Tensor:
         """The values as `dtype`, all draws summed."""
@@ -113,6 +113,6 @@ def held_in_blocks(how: Encoding, dtype: torch.dtype) -> torch.dtype:
 
 
 def scale_beside(how: Encoding, tensor_scale: Tensor) -> Tensor | None:
-    """The scale that is left beside the blocks' own; None where it is 1, unless it says that these are codes
-    (Operand.is_wide)."""
+    """The scale that is left beside the blocks' own; None where it is 1, unless it tells them from a high-precision
+    tensor (Operand.is_wide)."""
     return tensor_scale if how.has_tensor_scale or how.scale_format == "fp32" else None

@@ -84,10 +84,9 @@ class Plan:
         stored = Stored((fields, scale, signed), quantizer.encoding, x.shape, is_channels_last(x))
         return Operand((codes,), scale, signed), stored
 
-    def fits_int8(self, gemm: str) -> bool:
-        """Whether both operands of a GEMM are codes that int8 holds."""
-        pair = getattr(self, gemm).operands
-        return all(each is not None and each.block is None and each.form.code_dtype == torch.int8 for each in pair)
+    def has_blocks(self, gemm: str) -> bool:
+        """Whether an operand of a GEMM is in blocks, which int8 does not hold."""
+        return any(each is not None and each.block is not None for each in getattr(self, gemm).operands)
 
     def _in_blocks(self, gemm: str, operand: str, x: Tensor, quantizer: Quantizer) -> tuple[Tensor, tuple, Grid]:
         """x in memory that blocks can lie in, its shape and whether it is channels_last, and where they lie."""

@@ -144,6 +144,16 @@ def test_a_few_groups_are_tried_in_int8_and_in_floats_and_give_the_same(name, la
         assert one.stride() == other.stride()
 
 
+def test_codes_that_int8_does_not_hold_are_multiplied_in_fp32_under_bf16(monkeypatch, dense):
+    """As a gradient comes where int8 units would be taken if its codes fitted: bf16 would round the product twice."""
+    dense(False)
+    seen, real = [], LinearOp.dgrad
+    monkeypatch.setattr(LinearOp, "dgrad", lambda op, g, *rest: seen.append(g.dtype) or real(op, g, *rest))
+    make, shape = LAYERS["linear"]
+    trained(quantize(make(), luqrun.recipe("radix4_tpr")), torch.randn(shape), gradient_like, bf16=True)
+    assert seen == [torch.float32]
+
+
 def test_formats_without_kernels_or_int8_units_are_named(dense):
     dense(False)
     plain = gemms.describe("cpu")
