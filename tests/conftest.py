@@ -19,8 +19,10 @@ import torch
 from shell import Shell
 
 from luqrun.quant.kernels import own_process
+from luqrun.quant.kernels.cpu import process
 
 own_process()  # the kernels are those of the command line
+process.claim()  # before a test's module loads one of them
 
 # Before anything imports triton or torchvision: without a GPU, the Triton kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -7,9 +7,17 @@ import importlib
 import numba
 from numba.core import cgutils, event
 from numba.core.dispatcher import Dispatcher
+from numba.core.registry import cpu_target
 
-__all__ = ["Dispatcher", "cgutils", "event", "is_there", "threading_layer"]
+__all__ = ["Dispatcher", "cgutils", "compiled_for", "event", "is_there", "threading_layer"]
 _POOLS = {"tbb": "numba.np.ufunc.tbbpool", "omp": "numba.np.ufunc.omppool", "workqueue": "numba.np.ufunc.workqueue"}
+
+
+def compiled_for() -> tuple[str, str]:
+    """The CPU's name and features under which numba's cache keeps what this process compiles. The first function that
+    is decorated fixes the features, whatever numba.config says later."""
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return name, features
 
 
 def is_there(layer: str) -> bool:

@@ -55,3 +55,10 @@ def test_a_compilation_is_announced_with_its_dispatcher():
         function(2)  # compiled already
     assert told == [function, function]
     assert isinstance(function, of_numba.Dispatcher)
+
+
+def test_the_first_function_fixes_the_features(monkeypatch):
+    njit(lambda x: x)
+    name, features = of_numba.compiled_for()
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2")
+    assert of_numba.compiled_for() == (name, features)

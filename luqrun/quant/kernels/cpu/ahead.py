@@ -22,9 +22,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numba
-
-from luqrun.internals.of_numba import Dispatcher, event
+from luqrun.internals.of_numba import Dispatcher, compiled_for, event
 from luqrun.quant.kernels.cpu.driver import Version
 
 log = logging.getLogger(__name__)
@@ -160,8 +158,7 @@ def _shares(versions: Sequence[Version]) -> list[list[Version]]:
 def _start(versions: Sequence[Version]) -> subprocess.Popen:
     """A process that compiles these, in a group of its own: Ctrl-C is this one's to answer."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
-    if numba.config.CPU_FEATURES is not None:  # the cache keeps code for each of them apart
-        environment["NUMBA_CPU_FEATURES"] = numba.config.CPU_FEATURES
+    environment["NUMBA_CPU_NAME"], environment["NUMBA_CPU_FEATURES"] = compiled_for()
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", "from luqrun.quant.kernels.cpu import ahead; ahead.work()"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,

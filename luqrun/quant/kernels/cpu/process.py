@@ -28,7 +28,7 @@ def claim() -> None:
     """Choose for all of numba in this process, unless the user has: OpenMP's threads, and all of AVX-512's width.
 
     On Intel's CPUs LLVM leaves half of each AVX-512 register unused, as the first ones that had them clocked down. All
-    of it takes 0.6 of the time. It counts for what is decorated from now on.
+    of it takes 0.6 of the time. It counts where numba has decorated nothing yet.
     """
     share_openmp()
     if numba.config.THREADING_LAYER == "default" and is_there("omp"):
