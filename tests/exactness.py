@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from luqrun.quant.gemms import FEW_GROUPS, ConvOp, LinearOp
-from luqrun.quant.kernels.cpu import int8, int8_products
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
 
 LAST = torch.channels_last
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65)
 LIMITS = (7, 15, 63, 64, 127)  # INT4's codes with and without a sign, E3M0's, INT8's
 EXACT_FLOATS = 1 << 24
-ROUTES = "patches", "direct", "floating point"
+ROUTES = "tiles", "patches", "direct", "floating point"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Tally:
         for unit, kind in sorted(self.shapes):
             key = unit, kind
             lines.append(f"| {unit} | {kind} | {self.shapes[key]} | {self.gemms[key]} | {self.wrong[key]} |")
-        for proofs in (int8.proven_direct, int8_products.proven):
+        for proofs in (int8_library.proven_direct, int8_products.proven):
             verdicts = list(proofs.verdicts.values())
             lines.append(f"{proofs.unit}: not taken for {verdicts.count(False)} of {len(verdicts)} kinds of work")
         return "\n".join(lines)
@@ -160,12 +160,20 @@ def compare(case: Case, tally: Tally) -> None:
     if grouped:
         assert not any(case.op.int8_pays(case.w))
     units = set()
-    for route in ROUTES[2:] if grouped else ROUTES:
-        used = []
-        spy = partial(_spied, used, int8._conv_directly)
+    for route in ROUTES[3:] if grouped else ROUTES:
+        used, tiled = [], set()
+        spy = partial(_spied, used, int8_library._conv_directly)
+
+        def taken(gemm, x, geometry, rest, library, tiles, route=route, tiled=tiled):
+            if route != "tiles":
+                return library()
+            tiled.add("dgrad" if tiled and gemm == "fprop" else gemm)  # that of a stride of 1 is a convolution
+            return tiles()
+
         with (
-            mock.patch.object(int8, "_conv_directly", spy),
-            mock.patch.object(int8, "prefers_direct", lambda *_, route=route: route == "direct"),
+            mock.patch.object(int8, "_by_the_fastest", taken),
+            mock.patch.object(int8_library, "_conv_directly", spy),
+            mock.patch.object(int8_library, "prefers_direct", lambda *_, route=route: route == "direct"),
         ):
             found = computed(case, route, *operands)
         direct = iter(used)  # of fprop, and of dgrad where that is a convolution
@@ -178,13 +186,15 @@ def compare(case: Case, tally: Tally) -> None:
             elif name == "wgrad":
                 unit, right = "patches", (whole * (1 + case.seed % 2)).float()
             else:
-                convolved = int8.has_direct_conv() and (name == "fprop" or getattr(case.op, "stride", (1, 1)) == (1, 1))
+                convolved = int8_library.has_direct_conv() and (
+                    name == "fprop" or getattr(case.op, "stride", (1, 1)) == (1, 1)
+                )
                 unit = "oneDNN's convolution" if route == "direct" and convolved and next(direct) else "patches"
                 right = (whole.float() * torch.tensor(0.0137)).to(case.dtype)
-            key = unit, case.kind
+            key = "blocks of ours" if name in tiled else unit, case.kind
             units.add(key)
             tally.gemms[key] += 1
             if value.dtype != right.dtype or not torch.equal(value, right):
                 tally.wrong[key] += 1
-                tally.failures.append(f"{name} by {unit}: {case}")
+                tally.failures.append(f"{name} by {key[0]}: {case}")
     tally.shapes.update(units)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.cpu import int8, int8_library
 
 # kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
 GEOMETRIES = {
@@ -65,7 +65,7 @@ def operands(geometry, low=-127, largest=7):
 def for_onednn(geometry):
     """Whether the direct convolution is asked for these: not for what it may do outside its memory."""
     kernel, stride, _, dilation, *_ = geometry
-    return dilation == (1, 1) and stride[0] <= kernel[0] and stride[1] <= kernel[1] and int8.has_direct_conv()
+    return dilation == (1, 1) and stride[0] <= kernel[0] and stride[1] <= kernel[1] and int8_library.has_direct_conv()
 
 
 def matrix_of(w):
@@ -88,12 +88,21 @@ def assert_exact(found, product, scale, dtype=torch.float32):
 
 
 def results_of(monkeypatch, name):
-    """A list of what the function of int8 returned, which grows with each call."""
-    results, function = [], getattr(int8, name)
+    """A list of what the function of int8_library returned, which grows with each call."""
+    results, function = [], getattr(int8_library, name)
 
     def call(*arguments):
         results.append(function(*arguments))
         return results[-1]
 
-    monkeypatch.setattr(int8, name, call)
+    monkeypatch.setattr(int8_library, name, call)
     return results
+
+
+def take(monkeypatch, way):
+    """Let the int8 GEMMs be made by the libraries, or where these can by blocks of our own ("tiles"), untimed."""
+
+    def taken(gemm, x, geometry, rest, library, tiles):
+        return tiles() if way == "tiles" else library()
+
+    monkeypatch.setattr(int8, "_by_the_fastest", taken)

@@ -20,7 +20,7 @@ from luqrun.quant import kernels
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.grids import Grid, Lines, grid_of
 from luqrun.quant.kernels import backend_for, ops
-from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.layout import dense, empty, is_channels_last
 
 ONE, NONE = (1, 1), (0, 0)
@@ -47,7 +47,7 @@ def describe(device_type: str, encodings: Iterable[Encoding] = ()) -> str:
     which of `encodings` have others."""
     units, exceptions = "floating point", []
     if use_int8(device_type):
-        units = "int8" if int8.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
+        units = "int8" if int8_library.has_direct_conv() else "int8, without oneDNN's convolution (slower)"
     for how in encodings:
         name, blocks = how.form.name, how.block is not None
         known = kernels.has_block_kernels(device_type, how) if blocks else kernels.has_kernels(how.form, how.rounding)

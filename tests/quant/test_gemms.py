@@ -13,7 +13,7 @@ import luqrun
 from luqrun.quant import function, gemms, kernels
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
-from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
@@ -242,7 +242,7 @@ def test_large_convolutions_take_the_direct_route(name, route, dense, monkeypatc
     make, shape = LAYERS[name]
     layer, x = quantize(make()), torch.randn(shape)
     expected = trained(layer, x, gradient_like)
-    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
+    monkeypatch.setattr(int8_library, "prefers_direct", lambda patches, channels: True)
     found = trained(layer, x, gradient_like)
     assert torch.equal(found[0], expected[0])
     for left, right in zip(found, expected, strict=True):

@@ -18,23 +18,25 @@ from int8_inputs import (
     matrix_of,
     operands,
     results_of,
+    take,
 )
 from kernel_inputs import LAST
 
 from luqrun.errors import UserError
-from luqrun.quant.kernels.cpu import int8, int8_products
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
 
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 
 
-@pytest.fixture(params=["patches", "many chunks", "direct"])
+@pytest.fixture(params=["patches", "many chunks", "direct", "tiles"])
 def route(request, monkeypatch):
-    """Through patches at once, through blocks of a few rows of them, or through oneDNN's convolution."""
+    """Through patches at once, through blocks of a few rows of them, through oneDNN's convolution, or without them."""
+    take(monkeypatch, request.param)
     direct = request.param == "direct"
-    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: direct)
+    monkeypatch.setattr(int8_library, "prefers_direct", lambda patches, channels: direct)
     if request.param == "many chunks":
-        monkeypatch.setattr(int8, "CHUNK_BYTES", 300)
-        monkeypatch.setattr(int8, "PRODUCT_BYTES", 300)
+        monkeypatch.setattr(int8_library, "CHUNK_BYTES", 300)
+        monkeypatch.setattr(int8_library, "PRODUCT_BYTES", 300)
     taken = results_of(monkeypatch, "_conv_directly")
     yield taken
     if not direct:
@@ -45,7 +47,7 @@ def route(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv(geometry, dtype, route):
     # Weights beyond 63 saturate in oneDNN on a CPU without VNNI; then it is not taken.
-    scale, direct = torch.tensor(0.0123), int8.prefers_direct(None, 0)
+    scale, direct = torch.tensor(0.0123), int8_library.prefers_direct(None, 0)
     for (low, largest), a_last, w_last, channels_last in product(
         ((-127, 7), (0, 7), (-127, 127)), *[(False, True)] * 3
     ):
@@ -58,14 +60,16 @@ def test_conv(geometry, dtype, route):
         assert_exact(found, expected, scale, dtype)
         assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
         if direct and largest == 7:
-            assert route == [for_onednn(geometry)] or not int8.has_direct_conv()
+            assert route == [for_onednn(geometry)] or not int8_library.has_direct_conv()
 
 
 @geometries
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("product_bytes", [300, int8.PRODUCT_BYTES])
-def test_conv_dgrad(geometry, dtype, product_bytes, monkeypatch):
-    monkeypatch.setattr(int8, "PRODUCT_BYTES", product_bytes)
+@pytest.mark.parametrize("way", ["products", "few products", "tiles"])
+def test_conv_dgrad(geometry, dtype, way, monkeypatch):
+    take(monkeypatch, way)
+    if way == "few products":
+        monkeypatch.setattr(int8_library, "PRODUCT_BYTES", 300)
     kernel, stride, padding, dilation, *_ = geometry
     a, w = operands(geometry, largest=127)
     g, scale = codes(*exact(a, w, geometry).shape, seed=2), torch.tensor(0.0123)
@@ -81,9 +85,9 @@ def test_conv_dgrad(geometry, dtype, product_bytes, monkeypatch):
 
 
 @geometries
-@pytest.mark.parametrize("narrow", [0, int8.NARROW], ids=["patches", "lines"])
+@pytest.mark.parametrize("narrow", [0, int8_library.NARROW], ids=["patches", "lines"])
 def test_conv_wgrad(geometry, narrow, route, monkeypatch):
-    monkeypatch.setattr(int8, "NARROW", narrow)
+    monkeypatch.setattr(int8_library, "NARROW", narrow)
     a, w = operands(geometry)
     size = exact(a, w, geometry).shape
     grads = [codes(*size, seed=seed) for seed in (2, 3, 4)]
@@ -123,7 +127,7 @@ def test_weights_of_zeros_and_of_the_least_code(route):
 @pytest.mark.parametrize("size", [(8, 0, 16, 16), (8, 3, 0, 16), (0, 3, 16, 16)])
 @pytest.mark.parametrize("channels", [0, 2])
 def test_nothing_to_multiply(size, channels, monkeypatch):
-    monkeypatch.setattr(int8, "has_amx", lambda: True)
+    monkeypatch.setattr(int8_library, "has_amx", lambda: True)
     a, matrix = torch.ones(size, dtype=torch.int8), torch.ones(9 * size[1], channels, dtype=torch.int8)
     how = (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, False, torch.tensor(True)
     found = int8.conv(a, matrix, torch.tensor(0.5), *how)

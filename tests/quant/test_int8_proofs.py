@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from int8_inputs import GEOMETRIES, assert_exact, codes, conv, exact, operands
+from int8_inputs import GEOMETRIES, assert_exact, codes, conv, exact, operands, take
 
-from luqrun.quant.kernels.cpu import int8, int8_direct, int8_products
+from luqrun.quant.kernels.cpu import int8, int8_direct, int8_library, int8_products
 from luqrun.quant.kernels.cpu.proofs import Proofs, random_codes
 
 REAL_INT_MM = torch._int_mm
@@ -16,7 +16,8 @@ REAL_INT_MM = torch._int_mm
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process(monkeypatch):
-    for proofs in (int8.proven_direct, int8_products.proven):
+    take(monkeypatch, "libraries")
+    for proofs in (int8_library.proven_direct, int8_products.proven):
         monkeypatch.setattr(proofs, "verdicts", {})
 
 
@@ -70,8 +71,8 @@ def convolution(monkeypatch):
 
         monkeypatch.setattr(int8_direct, "pack", lambda matrix, kernel, stride: matrix)
         monkeypatch.setattr(int8_direct, "convolve", convolve)
-        monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: True)
-        monkeypatch.setattr(int8, "has_direct_conv", lambda: True)
+        monkeypatch.setattr(int8_library, "prefers_direct", lambda patches, channels: True)
+        monkeypatch.setattr(int8_library, "has_direct_conv", lambda: True)
         return asked
 
     return use
@@ -104,7 +105,7 @@ def test_each_class_of_weights_and_each_number_of_threads_is_shown_for_itself(co
     for largest in (1, 7, 8, 15, 127):
         a, w = operands(geometry, largest=largest)
         conv(a, w, geometry, torch.tensor(1.0))
-    assert [kind.largest for kind in int8.proven_direct.verdicts] == [7, 15, 127]
+    assert [kind.largest for kind in int8_library.proven_direct.verdicts] == [7, 15, 127]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     assert {kind.threads for _, kind in int8_direct.blocks(a.shape, (6, 7), 8, geometry, 7)} == {5}
     int8_products.multiply(codes(3, 4), codes(4, 5))
@@ -211,7 +212,7 @@ def test_a_cpu_whose_usual_product_is_wrong_is_not_fast(monkeypatch, caplog):
 
 @pytest.mark.parametrize("wrong", CONVOLUTIONS)
 def test_a_convolution_that_is_never_right_is_not_there(wrong, convolution, monkeypatch):
-    has_direct_conv = int8.has_direct_conv.__wrapped__
+    has_direct_conv = int8_library.has_direct_conv.__wrapped__
     convolution(right)
     assert has_direct_conv()
     monkeypatch.setattr(int8_direct, "convolve", wrong)

@@ -21,7 +21,7 @@ from luqrun.quant.formats import FORMATS
 from luqrun.quant.grids import Lines, grid_of
 from luqrun.quant.kernels import blocks, ops
 from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu import int8
+from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
@@ -147,7 +147,7 @@ def test_relu(dtype):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("direct", [False, True], ids=["patches", "direct"])
 def test_int8_conv(channels_last, direct, monkeypatch):
-    monkeypatch.setattr(int8, "prefers_direct", lambda patches, channels: direct)
+    monkeypatch.setattr(int8_library, "prefers_direct", lambda patches, channels: direct)
     g = torch.Generator().manual_seed(0)
     a = torch.randint(-7, 8, (2, 3, 7, 8), dtype=torch.int8, generator=g)
     for kernel, stride, padding, dilation in (

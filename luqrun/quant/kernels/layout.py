@@ -18,6 +18,11 @@ def dense(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else x.contiguous()
 
 
+def in_channels_last(x: Tensor) -> Tensor:
+    """x (N, C, H, W) in channels_last memory, without a copy of what is."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def in_memory_order(x: Tensor) -> Tensor:
     """A contiguous view (or copy, of what is not dense) of x whose row-major order is x's memory order."""
     return x.permute(0, 2, 3, 1) if is_channels_last(x) else x.contiguous()

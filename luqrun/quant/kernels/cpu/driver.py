@@ -104,6 +104,11 @@ def rehearsal() -> Iterator[list[Version]]:
         _thread.rehearsed = before
 
 
+def rehearses() -> bool:
+    """Whether this thread is in a rehearsal, where what is computed means nothing."""
+    return _thread.rehearsed is not None
+
+
 class _Announcing(event.Listener):
     """Says that a loop is being compiled, which was not to be had from numba's cache."""
 
@@ -174,7 +179,7 @@ def _move(bits, lanes, add=False):
     return move
 
 
-_copy32, _copy16, _copy8, _copy1 = (_move(8, lanes) for lanes in (32, 16, 8, 1))
+_copy32, _copy16, _copy8, copy_quad, _copy1 = (_move(8, lanes) for lanes in (32, 16, 8, 4, 1))
 _add16, _add8, _add1 = (_move(32, lanes, add=True) for lanes in (16, 8, 1))
 
 

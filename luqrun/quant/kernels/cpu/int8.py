@@ -1,39 +1,29 @@
 """Convolutions and linear layers on int8 codes with int32 sums: exact whatever the order, and on a CPU with VNNI
 instructions faster than the bf16 units, let alone fp32's.
 
-A convolution is a GEMM on its patches (im2col), made a few images' rows at a time so that they stay in the cache; a
-linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to the floating-point units.
+Two ways lead there, of which the faster is taken: libraries' units (`int8_library`), and blocks of our own
+(`int8_tiles`). A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to others.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import has_vnni
-from luqrun.quant.kernels.cpu import int8_direct, int8_products
-from luqrun.quant.kernels.cpu.int8_direct import SHIFT, has_amx
-from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, multiply, scratch
-from luqrun.quant.kernels.cpu.proofs import Proofs, random_codes
-from luqrun.quant.kernels.layout import empty
+from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles
+from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
+from luqrun.quant.kernels.layout import empty, in_channels_last
+from luqrun.quant.routes import fastest
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 22  # of patches at a time
-PRODUCT_BYTES = 1 << 20  # of products at a time
-# From where a convolution without patches is faster in spite of its preparations: bytes of patches, and with AMX, where
-# preparing the weight takes longest, pixels of the output for each channel of it.
-DIRECT_BYTES, DIRECT_PIXELS = 1 << 22, 56
-NARROW = 32  # channels of a gradient up to which making patches of the activation is what a weight gradient costs
-CHUNK_ROWS = 1 << 17  # a sum of so many products of two int8 codes stays in int32
+__all__ = ["CHUNK_ROWS", "conv", "conv_dgrad", "conv_wgrad", "is_fast", "out_size"]
 
 
 @functools.cache
@@ -49,104 +39,25 @@ def is_fast() -> bool:
     return int8_products.proven(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads())
 
 
-def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Output pixels of a convolution along one dimension."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-@functools.cache
-def _loops() -> ModuleType:
-    from luqrun.quant.kernels.cpu import loops  # compiled code is loaded when it is first needed
-
-    return loops
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The product of int8 matrices, in scratch memory: int32."""
-    return multiply(a, b, scratch("products", a.shape[0], b.shape[1], torch.int32))
-
-
-def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> None:
-    """The numbers at `address`, float32 or bf16, <- int32 sums * scale in one pass, where torch makes two copies."""
-    assert dtype in (torch.float32, torch.bfloat16)
-    _loops().rescale(sums.numel(), sums.data_ptr(), address, int(dtype == torch.bfloat16), scale.data_ptr())
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N * H * W, C), without a copy of what is channels_last."""
-    images, channels, height, width = x.shape
-    return _channels_last(x).permute(0, 2, 3, 1).reshape(images * height * width, channels)  # -1 would not do without
-
-
-class _Patches(NamedTuple):
-    """The im2col matrix of a (N, C, H, W) int8, a block of its rows at a time. blocks: (first output line, lines)."""
-
-    size: tuple[int, int, int, int]  # (N, H, W, C)
-    out_size: tuple[int, int]
-    geometry: tuple[tuple[int, int], ...]  # kernel, stride, padding, dilation
-    depth: int  # R * S * C
-    pointwise: bool
-    blocks: tuple[tuple[int, int], ...]
-
-    def rows(self) -> int:
-        """Of the whole matrix: the pixels of the output, of all images."""
-        return self.size[0] * math.prod(self.out_size)
-
-    def bytes(self) -> int:
-        """The size of the whole matrix; 0 for a pointwise convolution, which needs none."""
-        return 0 if self.pointwise else self.rows() * self.depth
-
-    def of(self, a: Tensor, name: str = "patches") -> Iterator[tuple[int, Tensor]]:
-        """(first row, int8 (rows, depth)) of each block, which lies in the scratch memory `name`."""
-        if not self.blocks:
-            return
-        line = self.out_size[1]
-        a = _pixels(a) if self.pointwise else _channels_last(a)
-        for first, lines in self.blocks:
-            if self.pointwise:
-                block = a[first * line : (first + lines) * line]
-            else:
-                block = scratch(name, lines * line, self.depth, torch.int8)
-                address = block.data_ptr(), a.data_ptr()
-                _loops().patches(block.numel(), *address, first, self.size, self.out_size, *self.geometry)
-            yield first * line, block
-
-
-@functools.lru_cache(MOST_VIEWS)
-def _patches(shape: Sequence[int], geometry: tuple, columns: int, chunk_bytes: int, product_bytes: int) -> _Patches:
-    """Those of an int8 of this shape. columns: how many products each row gets, where these should fit the cache too;
-    the rest: what a block may take."""
-    images, channels, height, width = shape
-    kernel, stride, padding, dilation = geometry
-    ends = zip((height, width), kernel, stride, padding, dilation, strict=True)
-    out_height, out_width = (out_size(*end) for end in ends)
-    depth, lines, line = kernel[0] * kernel[1] * channels, images * out_height, max(out_width, 1)
-    blocks = []
-    if lines and depth:
-        step = min(chunk_bytes // (line * depth), CHUNK_ROWS // line)
-        if columns:
-            step = min(step, product_bytes // (4 * line * columns))
-        step = max(1, step)
-        step = -(-lines // -(-lines // step))  # as many blocks, of one size
-        blocks = [(first, min(step, lines - first)) for first in range(0, lines, step)]
-    pointwise = geometry == ((1, 1), (1, 1), (0, 0), (1, 1))
-    return _Patches((images, height, width, channels), (out_height, out_width), geometry, depth, pointwise, (*blocks,))
-
-
 def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Kernel, stride, padding and dilation as what can be looked up: operators hand over lists."""
     return tuple([(pair[0], pair[1]) for pair in geometry])
 
 
-def prefers_direct(patches: _Patches, channels: int) -> bool:
-    """Whether a convolution to so many channels is faster without these patches."""
-    if has_amx():
-        return patches.bytes() > 0 and channels > 0 and patches.rows() >= DIRECT_PIXELS * channels
-    return patches.bytes() > DIRECT_BYTES
+def _by_the_fastest(
+    gemm: str, x: Tensor, geometry: Sequence, rest: tuple, library: Callable[[], Tensor], tiles: Callable[[], Tensor]
+) -> Tensor:
+    """What both make of x (N, C, H, W), by the one that takes less time. rest: what else that depends on."""
+    from luqrun.quant.kernels.cpu import driver  # numba is loaded where it is needed
+
+    if driver.rehearses():  # each way has loops of its own
+        library()
+        return tiles()
+    images, *size = x.shape
+    if size[1:] == [1, 1]:
+        images = images.bit_length()  # rows of a linear layer: as many kinds as there are batches would be too many
+    # Blocks are exact whatever the numbers and sizes.
+    return fastest((gemm, images, *size, geometry, *rest), {"blocks of ours": tiles, "libraries": library})
 
 
 def conv(
@@ -168,77 +79,23 @@ def conv(
     a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
     """
-    channels = matrix.shape[1]
-    patches = _patches(a.shape, _pairs(kernel, stride, padding, dilation), channels, CHUNK_BYTES, PRODUCT_BYTES)
-    out = empty((a.shape[0], channels, *patches.out_size), True, dtype, a.device)
-    if patches.depth == 0:
-        out.zero_()
-    direct = prefers_direct(patches, channels) and has_direct_conv()
-    if not (direct and _conv_directly(a, matrix, scale, patches, signed.item(), out)):
-        for row, block in patches.of(a):
-            _rescale(_multiply(block, matrix), scale, out.data_ptr() + row * channels * dtype.itemsize, dtype)
-    return out if channels_last else _contiguous(out)
+    geometry, (depth, channels) = _pairs(kernel, stride, padding, dilation), matrix.shape
+    ends = zip(a.shape[2:], *geometry, strict=True)
+    size = a.shape[0], channels, *(out_size(*end) for end in ends)
 
+    def by_libraries() -> Tensor:
+        return int8_library.conv(a, matrix, scale, geometry, dtype, signed)
 
-def _conv_directly(a: Tensor, matrix: Tensor, scale: Tensor, patches: _Patches, signed: bool, out: Tensor) -> bool:
-    """Fill `out`, channels_last, as `conv` says, by oneDNN's convolution; or return False where that is not exact."""
-    (_, height, width, channels), (kernel, stride, padding, _) = patches.size, patches.geometry
-    largest = int8_direct.suits(matrix, patches.geometry, signed)
-    if not largest or not out.numel():
-        return False
-    blocks = int8_direct.blocks(a.shape, patches.out_size, matrix.shape[1], patches.geometry, largest)
-    if not all(proven_direct(*kind) for _, kind in blocks):
-        return False
-    shift, half = SHIFT * signed, int(out.dtype == torch.bfloat16)
-    if shift:
-        shifts = matrix.sum(0, dtype=torch.int32).mul_(shift).float()
+    def by_tiles() -> Tensor:
+        out = empty(size, True, dtype, a.device)
+        int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, bool(signed.item()), out)
+        return out
+
+    if 0 in size or not int8_tiles.suits(depth, geometry):
+        out = by_libraries()
     else:
-        shifts = torch.zeros(matrix.shape[1], dtype=torch.float32, device="cpu")
-    packed, a, to = int8_direct.pack(matrix, kernel, stride), _channels_last(a), out.data_ptr()
-    for first, kind in blocks:
-        size = kind.images, kind.height, kind.width, channels
-        padded = scratch("padded", kind.images * kind.height, kind.width * channels, torch.uint8)
-        address = padded.data_ptr(), a.data_ptr() + first * height * width * channels
-        _loops().pad(padded.numel(), *address, shift, (kind.images, height, width, channels), padding, size[1:3])
-        sums = int8_direct.convolve(padded.view(size), packed, kind)
-        address = sums.data_ptr(), shifts.data_ptr()
-        _loops().rescale_shifted(sums.numel(), *address, sums.shape[1], to, half, scale.data_ptr())
-        to += sums.numel() * out.element_size()
-    return True
-
-
-def _trial(kind: int8_direct.Kind) -> bool:
-    """Whether oneDNN's convolution of random codes of the whole range, and of the largest, is that of their patches."""
-    size = kind.images, kind.height, kind.width, kind.channels
-    depth, largest = math.prod(kind.kernel) * kind.channels, min(kind.largest, 127)
-    (codes,) = random_codes(math.prod(size))
-    codes[: len(codes) // 4] = 127
-    generator, shape = torch.Generator("cpu").manual_seed(1), (depth, kind.out_channels)
-    matrix = torch.randint(-kind.largest, largest + 1, shape, dtype=torch.int8, generator=generator, device="cpu")
-    matrix[:, 0], matrix[:, -1] = largest, -kind.largest
-    unsigned = (codes.view(torch.uint8) ^ SHIFT).view(size)
-    found = int8_direct.convolve(unsigned, int8_direct.pack(matrix, kind.kernel, kind.stride), kind)
-    geometry = kind.kernel, kind.stride, (0, 0), (1, 1)
-    images = codes.view(size).permute(0, 3, 1, 2)
-    patches = _patches(images.shape, geometry, kind.out_channels, CHUNK_BYTES, PRODUCT_BYTES)
-    shifts = matrix.sum(0, dtype=torch.int32) * SHIFT
-    return all(
-        torch.equal((_multiply(block, matrix) + shifts).float(), found[row : row + len(block)])
-        for row, block in patches.of(images)
-    )
-
-
-proven_direct = Proofs("oneDNN's int8 convolution", int8_direct.Kind, _trial, "made of patches there, slower")
-
-
-@functools.cache
-def has_direct_conv() -> bool:
-    """Whether this torch has oneDNN's int8 convolution, which nobody promised, and it does a usual one exactly. What
-    else it can do is found out when it is needed."""
-    try:
-        return _trial(int8_direct.Kind(2, 10, 10, 16, 16, (3, 3), (1, 1), 7, torch.get_num_threads()))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+        out = _by_the_fastest("fprop", a, geometry, (channels, matrix.stride(), dtype), by_libraries, by_tiles)
+    return out if channels_last else _contiguous(out)
 
 
 def conv_dgrad(
@@ -259,48 +116,26 @@ def conv_dgrad(
 
     g: int8 (N, K, H', W'); matrix: int8 (K, R * S * C), the weight; scale: 0-dim float32; shape: (N, C, H, W).
     """
-    images, channels, height, width = map(int, shape)
-    geometry, out_size = _pairs(kernel, stride, padding, dilation), tuple(g.shape[2:])
-    out = empty(shape, True, dtype, g.device)
-    rows, pixels, image = _pixels(g), out_size[0] * out_size[1], height * width * channels
-    step = max(1, PRODUCT_BYTES // max(4 * pixels * matrix.shape[1], 1))  # images whose products stay in the cache
-    for first in range(0, images, step):
-        count = min(step, images - first)
-        products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
-        sums = scratch("patches", count * height * width, channels, torch.int32)
-        address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
-        _loops().fold(sums.numel(), *address, out_size, size, *geometry)
-        _rescale(sums, scale, out.data_ptr() + first * image * dtype.itemsize, dtype)
+    geometry, shape = _pairs(kernel, stride, padding, dilation), tuple(map(int, shape))
+
+    def by_tiles() -> Tensor:
+        out = empty(shape, True, dtype, g.device)
+        int8_tiles.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry, out)
+        return out
+
+    def by_libraries() -> Tensor:
+        return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
+
+    depth = len(matrix) * kernel[0] * kernel[1]
+    if 0 in shape or not g.numel() or geometry[3] != (1, 1) or not int8_tiles.suits(depth, geometry):
+        out = by_libraries()
+    else:
+        out = _by_the_fastest("dgrad", g, geometry, (shape[1:], dtype), by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 
 
 def _contiguous(x: Tensor) -> Tensor:
     return empty(x.shape, False, x.dtype, x.device).copy_(x)  # no view, and the usual strides for sizes of one too
-
-
-def _products(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
-    """What sums to the weight gradient: int32 (K, R * S * C) of each block of patches and each g."""
-    patches = _patches(a.shape, geometry, 0, CHUNK_BYTES, PRODUCT_BYTES)
-    flat = [_pixels(g) for g in grads]
-    for row, block in patches.of(a):
-        for g in flat:
-            yield multiply(g[row : row + len(block)].t(), block)
-
-
-def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator[Tensor]:
-    """As _products, of a's patches by a line of the kernel and g's by a column: to each pixel of a belong, for all
-    lines of the kernel, as many of g. The products are wider."""
-    (lines, columns), (_, step), (above, beside), (down, across) = geometry
-    channels, depth = grads[0].shape[1], columns * a.shape[1]
-    memory = CHUNK_BYTES * depth // (depth + lines * channels), PRODUCT_BYTES  # the rest is g's
-    of_a = _patches(a.shape, ((1, columns), (1, step), (0, beside), (1, across)), 0, *memory)
-    upright = (lines, 1), (1, 1), (down * (lines - 1) - above, 0), (down, 1)
-    of_g = _patches(grads[0].shape, upright, 0, *memory)._replace(blocks=of_a.blocks)
-    others = [of_g.of(g, "upright patches") for g in grads]
-    for _, block in of_a.of(a):
-        for other in others:
-            product = multiply(next(other)[1].t(), block).view(lines, channels, depth)
-            yield product.flip(0).transpose(0, 1).reshape(channels, -1)
 
 
 def conv_wgrad(
@@ -318,16 +153,17 @@ def conv_wgrad(
     geometry, (images, channels, height, width) = _pairs(kernel, stride, padding, dilation), grads[0].shape
     if width > CHUNK_ROWS:
         raise UserError(f"images of {width} pixels a row are too wide; at most {CHUNK_ROWS}")
-    # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.
-    fits = images * height * width * len(grads) <= CHUNK_ROWS
-    smaller = kernel[1] * a.shape[1] + kernel[0] * channels * len(grads) < kernel[0] * kernel[1] * a.shape[1]
-    by_lines = channels <= NARROW and stride[0] == 1 and smaller
-    total = None
-    for product in (_products_by_lines if by_lines else _products)(grads, a, geometry):
-        if total is None:
-            total = product if fits else product.long()
-        else:
-            total += product
-    if total is None:
-        total = torch.zeros(channels, kernel[0] * kernel[1] * a.shape[1], dtype=torch.int32)
-    return total.float().view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
+
+    def by_libraries() -> Tensor:
+        return int8_library.conv_wgrad(grads, a, geometry)
+
+    def by_tiles() -> Tensor:
+        return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry)
+
+    empty_sum = not (images and height and width and channels and a.numel())
+    if empty_sum or not int8_tiles.suits_wgrad(a, kernel, height, width):
+        total = by_libraries()
+    else:
+        rest = channels, height, width, len(grads)
+        total = _by_the_fastest("wgrad", a, geometry, rest, by_libraries, by_tiles)
+    return total.view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)

@@ -174,24 +174,32 @@ def _shift(target, source, count, shift):
             out[j] = codes[j] ^ np.uint8(shift)
 
 
+@row_loop()
+def pad_line(target, a, shift, size, image, row, above, beside, out_width):
+    """Line `row` of an image as `pad` says it. above, beside: the padding."""
+    _, height, width, channels = size
+    left = min(max(beside, 0), out_width)
+    cut = max(-beside, 0)
+    inside = max(min(width - cut, out_width - left), 0)
+    h = row - above
+    if h < 0 or h >= height:
+        _shift(target, 0, out_width * channels, shift)
+    else:
+        _shift(target, 0, left * channels, shift)
+        source = a + ((image * height + h) * width + cut) * channels
+        _shift(target + left * channels, source, inside * channels, shift)
+        _shift(target + (left + inside) * channels, 0, (out_width - left - inside) * channels, shift)
+
+
 @driver
 def pad(elements, out, a, shift, size, padding, out_size):
     """The uint8 (N, H', W', C) at `out` <- the int8 at `a` of size (N, H, W, C) plus shift, 0 or 128, and shift around
     it. padding: above and beside, where it starts in `out`, below 0 what is cut off; out_size: (H', W')."""
-    images, height, width, channels = size
-    left = min(max(padding[1], 0), out_size[1])
-    cut = max(-padding[1], 0)
-    inside = max(min(width - cut, out_size[1] - left), 0)
+    images, _, _, channels = size
     for task in prange(images * out_size[0]):
+        target = out + task * out_size[1] * channels
         image, row = task // out_size[0], task % out_size[0]
-        target, h = out + task * out_size[1] * channels, row - padding[0]
-        if h < 0 or h >= height:
-            _shift(target, 0, out_size[1] * channels, shift)
-        else:
-            _shift(target, 0, left * channels, shift)
-            source = a + ((image * height + h) * width + cut) * channels
-            _shift(target + left * channels, source, inside * channels, shift)
-            _shift(target + (left + inside) * channels, 0, (out_size[1] - left - inside) * channels, shift)
+        pad_line(target, a, shift, size, image, row, padding[0], padding[1], out_size[1])
 
 
 @row_loop()

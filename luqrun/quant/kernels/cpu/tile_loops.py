@@ -1,0 +1,256 @@
+"""The compiled loops (numba) of convolutions on int8 codes by blocks of `dot_tiles`, without patches."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from luqrun.quant.kernels.cpu import rows
+from luqrun.quant.kernels.cpu.dot_tiles import MOST_ROWS, ROWS, dot_tile, interleave, narrow_dot_tile, store_scaled
+from luqrun.quant.kernels.cpu.driver import accumulate, copy_quad, driver, floats, int8s, int32s, uint8s
+from luqrun.quant.kernels.cpu.int8_tiles import COLUMNS, LANES
+from luqrun.quant.kernels.cpu.loops import pad_line
+from luqrun.quant.kernels.cpu.rows import row_loop
+
+_ROWS, _NARROW_ROWS = ROWS[2], ROWS[1]
+QUADS = 4 * LANES  # bytes of a quad of 16 channels
+
+
+@row_loop()
+def _tile(columns, left, offsets, first, runs, run_step, length, step, right, out):
+    """The block for so many columns and the rows from offsets[first] on; returns how many it has. left, offsets, out:
+    arrays, which must be in use as long as their memory is."""
+    begin, starts, to = left.ctypes.data, offsets.ctypes.data + 4 * first, out.ctypes.data
+    if columns > LANES:
+        dot_tile(begin, starts, runs, run_step, length, step, right, to)
+        return _ROWS
+    narrow_dot_tile(begin, starts, runs, run_step, length, step, right, to)
+    return _NARROW_ROWS
+
+
+@row_loop()
+def _store_tile(count, lanes, wide, sums, shifts, factor, out, half, places, first):
+    """Rows of sums, scaled, to their places from `out`; wide: how many of their columns there are."""
+    element, at = 2 if half else 4, sums.ctypes.data
+    for row in range(count):
+        to = out + places[first + row]
+        for lane in range(0, wide, LANES):
+            here = at + 4 * (row * lanes + lane)
+            store_scaled(here, shifts.ctypes.data + 4 * lane, factor, to + element * lane, half, wide - lane)
+
+
+@row_loop()
+def _panel_width(columns):
+    return COLUMNS if columns > LANES else LANES
+
+
+@driver
+def pack_weight(elements, weight, out, channels, taps, strides, depth):
+    """The right operand of `convolve`: panels of COLUMNS output channels, the last perhaps of LANES, quad by quad.
+
+    weight: the address of int8; channels: of the output; taps: (runs, taps a run, channels a tap); strides: from one to
+    the next of each of these and of the output channels, in bytes; depth: quads in all runs. elements: of out.
+    """
+    runs, across, inputs = taps
+    quads = depth // runs
+    together = strides[2] == 1 and (across == 1 or strides[1] == inputs)
+    for panel in prange((channels + COLUMNS - 1) // COLUMNS):
+        columns = min(COLUMNS, channels - panel * COLUMNS)
+        width = _panel_width(columns)
+        target, source = out + panel * COLUMNS * depth * 4, weight + panel * COLUMNS * strides[3]
+        rows.clear(uint8s(target, depth * width * 4))
+        for run in range(runs):
+            if together:
+                whole = across * inputs // 4
+                for column in range(columns):
+                    begin = source + run * strides[0] + column * strides[3]
+                    for quad in range(whole):
+                        copy_quad(target + ((run * quads + quad) * width + column) * 4, begin + 4 * quad)
+                    for byte in range(4 * whole, across * inputs):
+                        to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
+                        int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
+            else:
+                for tap in range(across):
+                    for channel in range(inputs):
+                        byte = tap * inputs + channel
+                        begin = source + run * strides[0] + tap * strides[1] + channel * strides[2]
+                        to = int8s(target + (run * quads + byte // 4) * width * 4 + byte % 4, width * 4)
+                        for column in range(columns):
+                            to[4 * column] = int8s(begin + column * strides[3], 1)[0]
+
+
+@driver
+def convolve(elements, a, weight, out, half, scale, shift, size, padding, padded, source, taps, target, group):
+    """out (N, H', W', K), float32 or (half) bf16, at the pixels of `target` <- the integers times the float at `scale`.
+
+    a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; weight: from
+    `pack_weight`. padding, padded: see `pad`: what is read has padded (lines, columns). source: (line, column) there of
+    the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, bytes a run).
+    target: (H', W', K), the first (line, column), how far apart, and how many. group: images a task. elements: of out.
+    """
+    images, _, _, channels = size
+    out_height, out_width, out_channels, first_line, first_column, down, across, lines, columns = target
+    pitch, quads = padded[1] * channels, (taps[2] + 3) // 4
+    image_bytes, factor = padded[0] * pitch, floats(scale, 1)[0]
+    for task in prange((images + group - 1) // group):
+        begin = task * group
+        count = min(group, images - begin)
+        memory = np.empty(count * image_bytes + 4, np.uint8)
+        for line in range(count * padded[0]):
+            image, row = begin + line // padded[0], line % padded[0]
+            pad_line(memory.ctypes.data + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
+        pixels, element = count * lines * columns, 2 if half else 4
+        offsets, places = np.empty(pixels + MOST_ROWS, np.int32), np.empty(pixels, np.int64)
+        at = 0
+        for image in range(count):
+            for line in range(lines):
+                start = image * image_bytes + (source[0] + line * source[2]) * pitch + source[1] * channels
+                place = ((begin + image) * out_height + first_line + line * down) * out_width + first_column
+                for column in range(columns):
+                    offsets[at] = start + column * source[3] * channels
+                    places[at] = (place + column * across) * out_channels * element
+                    at += 1
+        offsets[pixels:] = offsets[pixels - 1]  # the last one once more
+        nowhere, same = np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
+        shifts, sums = (np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32))
+        for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
+            wide = min(COLUMNS, out_channels - panel * COLUMNS)
+            lanes = _panel_width(wide)
+            right, to = weight + panel * COLUMNS * taps[0] * quads * 4, out + panel * COLUMNS * element
+            _tile(wide, same, nowhere, 0, taps[0], 0, quads, 0, right, shifts)
+            at = 0
+            while at < pixels:
+                done = _tile(wide, memory, offsets, at, taps[0], taps[1] * pitch, quads, 4, right, sums)
+                _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
+                at += done
+
+
+@row_loop()
+def _pixel(a, nowhere, size, image, line, column):
+    """The address of a pixel's channels, or nowhere's outside the image."""
+    _, height, width, channels = size
+    if line < 0 or line >= height or column < 0 or column >= width:
+        return nowhere
+    return a + ((image * height + line) * width + column) * channels
+
+
+@row_loop()
+def _make_quads(out, far, step, places, a, nowhere, size, which, flip, begin, channels):
+    """Quads of pixels, `step` bytes each, of `channels` of their channels from `begin` on; far: from 16 channels to the
+    next, in bytes. which: image, first (column, line), how many pixels: at (line, column), (line, column + across), ...
+    and after `wide` of them `down` lines below. places: of four int64, to work in."""
+    image, first, line, pixels, wide, down, across = which
+    row, column = line, 0
+    for quad in range((pixels + 3) // 4):
+        for i in range(4):
+            places[i] = nowhere
+            if 4 * quad + i < pixels:
+                places[i] = _pixel(a + begin, nowhere, size, image, row, first + column * across)
+                column += 1
+                if column == wide:
+                    column, row = 0, row + down
+        for part in range((channels + LANES - 1) // LANES):
+            to, by = out + part * far + quad * step, part * LANES
+            one, two, three, four = places[0] + by, places[1] + by, places[2] + by, places[3] + by
+            interleave(to, one, two, three, four, min(LANES, channels - by), flip)
+
+
+@driver
+def convolve_for_weight(
+    elements, a, g, sums, shift, size, g_size, kernel, stride, padding, dilation, by_lines, tasks, limit, more
+):
+    """int32 (tasks, R * S * C + 1, K, rounded up to LANES) at `sums` <- (+= if more) for each tap and input channel the
+    products with each output channel, over the pixels of each task's images; in the last row what `shift` adds to each.
+
+    a, g: the addresses of int8 (N, H, W, C) and (N, H', W', K), with these sizes; shift: 128, or 0 where no a is
+    negative. by_lines: whether a line of a is made into quads once for all lines of the kernel, which stride and
+    dilation of the lines must allow. elements: of a.
+    """
+    images, _, _, channels = size
+    _, out_height, out_width, out_channels = g_size
+    padded_channels = (out_channels + LANES - 1) // LANES * LANES
+    rows_of_sums = kernel[0] * kernel[1] * channels + 1
+    if by_lines:
+        copies, lines, g_lines = kernel[1], out_height + (kernel[0] - 1) * dilation[0], out_height
+        pixels = out_width
+    else:
+        copies, lines, g_lines, pixels = kernel[0] * kernel[1], 1, 1, out_height * out_width
+    quads = (pixels + 3) // 4
+    # Of an image: 16 of its channels, made into quads; one of g's.
+    image_bytes, g_bytes = lines * quads * QUADS, g_lines * quads * 4
+    parts = (channels + LANES - 1) // LANES
+    group = max(1, limit // (copies * parts * image_bytes + g_bytes * padded_channels))
+    for task in prange(tasks):
+        begin, end = images * task // tasks, images * (task + 1) // tasks
+        memory = np.empty(copies * parts * group * image_bytes, np.uint8)
+        g_memory = np.empty(group * g_bytes * (padded_channels + LANES), np.uint8)
+        most, places = max(channels, COLUMNS) + LANES, np.empty(4, np.int64)
+        nothing, nowhere, same = np.zeros(most, np.uint8), np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
+        offsets, found = np.zeros(rows_of_sums + MOST_ROWS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
+        zero, to, g_to = nothing.ctypes.data, memory.ctypes.data, g_memory.ctypes.data
+        target = sums + 4 * task * rows_of_sums * padded_channels
+        if not more:
+            rows.clear(int32s(target, rows_of_sums * padded_channels))
+        for first in range(begin, end, group):
+            count = min(group, end - first)
+            part_bytes, at = count * image_bytes, 0
+            for r in range(kernel[0]):
+                for s in range(kernel[1]):
+                    start = s * parts * part_bytes + r * dilation[0] * quads * QUADS
+                    if not by_lines:
+                        start = (r * kernel[1] + s) * parts * part_bytes
+                    for channel in range(channels):
+                        offsets[at] = start + channel // LANES * part_bytes + channel % LANES * 4
+                        at += 1
+            for copied in range(copies):
+                r, s = (0, copied) if by_lines else (copied // kernel[1], copied % kernel[1])
+                column = s * dilation[1] - padding[1]
+                for image in range(count):
+                    for line in range(lines):
+                        row = line + r * dilation[0] - padding[0]
+                        place = to + copied * parts * part_bytes + image * image_bytes + line * quads * QUADS
+                        which = first + image, column, row, pixels, out_width, stride[0], stride[1]
+                        _make_quads(place, part_bytes, QUADS, places, a, zero, size, which, shift, 0, channels)
+            for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
+                wide = min(COLUMNS, out_channels - panel * COLUMNS)
+                lanes = _panel_width(wide)
+                if wide < lanes:
+                    rows.clear(uint8s(g_to, count * g_bytes * lanes))
+                for image in range(count):
+                    for line in range(g_lines):
+                        place = g_to + (image * g_lines + line) * quads * lanes * 4
+                        which, by = (first + image, 0, line, pixels, out_width, 1, 1), panel * COLUMNS
+                        _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
+                run = count, image_bytes, g_lines * quads
+                _tile(wide, same, nowhere, 0, count, 0, run[2], 0, g_to, found)
+                last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
+                accumulate(last, found.ctypes.data, lanes)
+                at = 0
+                while at < rows_of_sums - 1:
+                    done = _tile(wide, memory, offsets, at, run[0], run[1], run[2], QUADS, g_to, found)
+                    for row in range(min(done, rows_of_sums - 1 - at)):
+                        place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
+                        accumulate(place, found.ctypes.data + 4 * row * lanes, lanes)
+                    at += done
+        # What only addresses were taken of must be in use until here.
+        found[0] = nothing[0] + memory[0] + g_memory[0]
+
+
+@driver
+def add_tasks(elements, sums, tasks, taps, channels, out):
+    """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once."""
+    padded = (channels + LANES - 1) // LANES * LANES
+    for part in prange(padded // LANES):
+        total, wide = np.empty(LANES, np.int64), min(LANES, channels - part * LANES)
+        last = np.zeros(LANES, np.int64)
+        for tap in range(taps, -1, -1):
+            total[:] = -last
+            for task in range(tasks):
+                found = int32s(sums + 4 * ((task * (taps + 1) + tap) * padded + part * LANES), LANES)
+                for lane in range(LANES):
+                    total[lane] += found[lane]
+            if tap == taps:
+                last[:] = total
+            else:
+                for lane in range(wide):
+                    floats(out + 4 * ((part * LANES + lane) * taps + tap), 1)[0] = total[lane]
