@@ -161,7 +161,7 @@ def conv_wgrad(
         return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry)
 
     empty_sum = not (images and height and width and channels and a.numel())
-    if empty_sum or not int8_tiles.suits_wgrad(a, kernel, height, width):
+    if empty_sum or not int8_tiles.suits_wgrad(grads, a, kernel):
         total = by_libraries()
     else:
         rest = channels, height, width, len(grads)

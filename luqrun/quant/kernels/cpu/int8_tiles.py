@@ -41,10 +41,10 @@ def suits(depth: int, geometry: Pairs) -> bool:
     return 0 < depth <= LONGEST and (apart == 1 or across == 1) and is_there()
 
 
-def suits_wgrad(a: Tensor, kernel: Sequence[int], height: int, width: int) -> bool:
-    """Whether a weight gradient over so many pixels of the output can be."""
-    rows, pixels = kernel[0] * kernel[1] * a.shape[1], height * width
-    return rows <= MOST_TAPS and FEWEST_PIXELS <= pixels <= LONGEST and is_there()
+def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether a weight gradient can be."""
+    rows, pixels = kernel[0] * kernel[1] * a.shape[1], grads[0].shape[2] * grads[0].shape[3]
+    return rows <= MOST_TAPS and pixels >= FEWEST_PIXELS and pixels * len(grads) <= LONGEST and is_there()
 
 
 def _images_a_task(images: int, image_bytes: int) -> int:
@@ -133,8 +133,8 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs) -> Tensor:
 
     (kernel, stride, _, dilation), (images, channels, height, width) = geometry, grads[0].shape
     inputs, taps = a.shape[1], kernel[0] * kernel[1] * a.shape[1]
-    tasks = max(torch.get_num_threads(), -(-images * height * width * len(grads) // LONGEST))
-    tasks = min(images, tasks)
+    most = LONGEST // (height * width * len(grads))  # images a task, whose sums int32 holds
+    tasks = min(images, max(torch.get_num_threads(), -(-images // most)))
     padded = -(-channels // LANES) * LANES
     sums = scratch("weight gradients", tasks * (taps + 1), padded, torch.int32)
     size, g_size = (images, a.shape[2], a.shape[3], inputs), (images, height, width, channels)
