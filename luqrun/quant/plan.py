@@ -101,7 +101,9 @@ class Plan:
     def _rotation(self, gemm: str) -> Rotation | None:
         """That of a GEMM of which anything is quantized."""
         pair = getattr(self, gemm)
-        return pair.hadamard if any(each is not None for each in pair.operands) else None
+        if pair.hadamard is None or all(each is None for each in pair.operands):
+            return None
+        return pair.hadamard
 
     def _rotated(self, gemm: str, operand: str, x: Tensor) -> Tensor:
         rotation = self._rotation(gemm)

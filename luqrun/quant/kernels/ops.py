@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _operator(schema: str):
         @functools.wraps(cls.run)
         def call(*arguments):
             # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
-            if is_watched() or not all(map(_is_plain, arguments)):
+            if is_watched() or not _are_plain(arguments):
                 if not torch.compiler.is_compiling() and has_modes():
                     flops.register_formulas()
                 return operator(*arguments)
@@ -57,11 +58,21 @@ def _operator(schema: str):
     return register
 
 
-def _is_plain(argument: object) -> bool:
-    """Whether the argument, or each of a list, is a tensor with memory of its own, or none at all."""
-    if isinstance(argument, Tensor):
-        return type(argument) in PLAIN and not argument.is_meta
-    return all(map(_is_plain, argument)) if isinstance(argument, (list, tuple)) else True
+_NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
+
+
+def _are_plain(arguments: Sequence) -> bool:
+    """Whether each argument, or each of a list, is a tensor with memory of its own, or none at all."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind in PLAIN:
+            if argument.is_meta:
+                return False
+        elif kind in _NO_TENSORS:
+            continue
+        elif isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not _are_plain(argument)):
+            return False
+    return True
 
 
 def _backend(x: Tensor, form: Format, rounding: str = "nearest"):
