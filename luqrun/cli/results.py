@@ -65,7 +65,7 @@ def _cost_lines(summary: dict) -> list[str]:
     unknown = numbers["layers_of_unknown_work"]
     rest = f" (of what is known: {unknown} layers are of unknown kinds)" if unknown else ""
     return [
-        f"MACs of the forward pass, an example    {numbers['fprop_macs_per_example']:,}",
+        f"MACs of fprop of all layers, an example {numbers['fprop_macs_per_example']:,}",
         f"at 4 bits, of all layers' MACs          {100 * numbers['share_of_macs_4bit']:.2f} %{rest}",
         f"at 4 bits, of all matrix work           {100 * numbers['share_of_matrix_work_4bit']:.2f} %",
         f"bound on the speed-up of matrix work    {shown}",

@@ -57,6 +57,7 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
     plain = {name: gemms_of(work.products, Recipe("none"), everything, name) for name in BITS}
     layers = [gemm for gemm in gemms if gemm.kind != ATTENTION]
     forward = totals.macs(gemm for gemm in layers if gemm.gemm == "fprop")
+    with_attention = totals.macs(gemm for gemm in gemms if gemm.gemm == "fprop")
     record = {
         "model": config.model.name,
         "dataset": config.dataset.name,
@@ -69,6 +70,7 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
         "examples": outline.examples,
         "accumulate": config.schedule.accumulate,
         "fprop_macs_per_example": _whole(forward, outline.examples),
+        "forward_macs_per_example": _whole(with_attention, outline.examples),
         "macs": {"fprop": forward, "layers": totals.macs(layers), "matrix": totals.macs(gemms)},
         "shares": totals.shares(gemms),
         "high_precision": [
@@ -89,7 +91,7 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
 def summary_of(record: dict) -> dict:
     """summary.json: shares from 0 to 1, bytes of a step (a batch), bounds as factors."""
     numbers = {
-        "fprop_macs_per_example": record["fprop_macs_per_example"],
+        **{name: record[name] for name in ("fprop_macs_per_example", "forward_macs_per_example")},
         "share_of_macs_4bit": record["shares"]["layers"],
         "share_of_matrix_work_4bit": record["shares"]["matrix"],
         "share_of_macs_4bit_without_grouped": record["shares"]["without_grouped"],
@@ -110,16 +112,16 @@ def _whole(macs: int, examples: int) -> int | float:
 
 
 def _grouped(layers: Sequence[Gemm]) -> dict:
-    """Of grouped convolutions: how many there are, their share of the MACs of layers, whether they are 4-bit, and how
-    many terms their sums have in fprop."""
+    """Of grouped convolutions: how many there are, their share of the MACs of layers, which share of theirs is 4-bit, and
+    how few and how many terms their sums have in fprop."""
     found = [gemm for gemm in layers if gemm.groups > 1]
     forward = [gemm for gemm in found if gemm.gemm == "fprop"]
     terms = [gemm.inner for gemm in forward]
     return {
         "layers": len(forward),
         "share": totals.share(totals.macs(found), totals.macs(layers)),
-        "at_4_bits": bool(found) and all(gemm.width == 4 for gemm in found),
-        "inner": [min(terms, default=0), max(terms, default=0)],
+        "share_4bit": totals.share(totals.macs(gemm for gemm in found if gemm.width == 4), totals.macs(found)),
+        "terms": [min(terms, default=0), max(terms, default=0)],
     }
 
 

@@ -34,7 +34,8 @@ def markdown(record: dict, gemms: Sequence[Gemm]) -> str:
 def _totals(record: dict) -> list[tuple[str, str]]:
     shares, bytes_, bound = record["shares"], record["bytes"], record["bounds"]
     rows = [
-        (f"MACs of the forward pass, {_one(record['unit'])}", f"{record['fprop_macs_per_example']:,.0f}"),
+        (f"MACs of fprop of all layers, {_one(record['unit'])}", f"{record['fprop_macs_per_example']:,}"),
+        ("the same and products of activations", f"{record['forward_macs_per_example']:,}"),
         ("MACs of all GEMMs of layers, a step", f"{record['macs']['layers']:,}"),
         ("the same and products of activations", f"{record['macs']['matrix']:,}"),
         ("share at 4 bits, of all layers", _percent(shares["layers"])),
@@ -85,11 +86,12 @@ def _outside(record: dict) -> str:
     )
     grouped = record["grouped"]
     if grouped["layers"]:
-        at_4 = "in 4 bits" if grouped["at_4_bits"] else "in high precision"
+        fewest, most = grouped["terms"]
+        terms = f"{fewest} terms" if fewest == most else f"{fewest} to {most} terms"
         lines.append(
             f"\nGrouped convolutions ({_plain(grouped['layers'], 'layer')}) have {_percent(grouped['share'])} of the MACs "
-            f"of layers, here {at_4}. A group's sums in fprop have {grouped['inner'][0]} to {grouped['inner'][1]} terms, "
-            "which fill a matrix unit badly: the bound below does not know that."
+            f"of layers; {_percent(grouped['share_4bit'])} of theirs are 4-bit. The sums of a group in fprop have {terms}: "
+            "few for a matrix unit, which the bound below does not know."
         )
     return "\n".join(lines)
 
