@@ -16,7 +16,7 @@ from luqrun.quant.kernels import mfbprop
 
 SHAPES = ((1, 1, 1), (7, 300, 5), (64, 33, 17), (3, 5000, 2))  # rows, inner, columns of random GEMMs
 TRAINING = (
-    *("dataset.glyphs.train_images=256", "dataset.glyphs.val_images=94", "dataset.batch_size=32"),
+    *("dataset.glyphs.train_images=64", "dataset.glyphs.val_images=94", "dataset.batch_size=16"),
     *("schedule.epochs=1", "finetune=none", "device=cpu"),
 )
 

@@ -62,7 +62,8 @@ def _warnings(record: dict) -> list[str]:
     if not names:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-    return [f"**{len(names)} layers are of kinds whose work is not known: {shown}. All shares are of the rest.**"]
+    who = "1 layer is of a kind" if len(names) == 1 else f"{len(names)} layers are of kinds"
+    return [f"**{who} whose work is not known: {shown}. All shares are of the rest.**"]
 
 
 def _reasons(record: dict) -> list[tuple[str, ...]]:
