@@ -250,9 +250,8 @@ class DistributedConfig:
 
 @dataclass
 class CostConfig:
-    """What job=cost assumes. Speeds of matrix units, in any unit, by the wider operand of a product: of up to 4 bits, of
-    up to 8, and what is left in bf16 or fp32 (`precision` says which). `length`: of sentences or windows, in subwords
-    (null: 32 of a sentence, dataset.max_length of a window)."""
+    """What job=cost assumes. Speeds of matrix units, in any unit, by a product's wider operand. `length`: of sentences
+    or windows, in subwords (null: 32 of a sentence, dataset.max_length of a window)."""
 
     speed_4bit: float = 1248.0
     speed_8bit: float = 624.0
@@ -295,14 +294,6 @@ class Config:
     resume: str = "auto"
     reuse: bool = False
     cell: CellConfig = field(default_factory=CellConfig)
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested dicts of settings to one with dotted keys, such as dataset.root."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def conf_dir() -> Path:

@@ -125,6 +125,7 @@ def _sum(*cells: Mapping[str, int]) -> dict[str, int]:
     return dict(total)
 
 
+OF_ZERO = _zero(2)  # parts of both blocks
 BLOCKS = {
     "standard": standard(2),
     "multiplication-free": multiplication_free(2),

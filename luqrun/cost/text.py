@@ -39,7 +39,10 @@ def _totals(record: dict) -> list[tuple[str, str]]:
         ("MACs of all GEMMs of layers, a step", f"{record['macs']['layers']:,}"),
         ("the same and products of activations", f"{record['macs']['matrix']:,}"),
         ("share at 4 bits, of all layers", _percent(shares["layers"])),
-        ("share at 4 bits, of fprop; dgrad; wgrad", "; ".join(_percent(shares[g]) for g in ("fprop", "dgrad", "wgrad"))),
+        (
+            "share at 4 bits, of fprop; dgrad; wgrad",
+            "; ".join(_percent(shares[g]) for g in ("fprop", "dgrad", "wgrad")),
+        ),
         ("share at 4 bits, of all matrix work", _percent(shares["matrix"])),
         ("share at 4 bits without grouped convolutions", _percent(shares["without_grouped"])),
     ]

@@ -73,21 +73,24 @@ def page(records: Sequence[dict], torch_counts: Sequence[dict], multiplier: dict
 
 
 def _networks(records: Sequence[dict]) -> str:
-    head = "network", "recipe", "fprop MACs, an example", "layers", "matrix work", "not grouped", "kept", "moved"
+    head = (
+        *("network", "recipe", "fprop MACs, an example", "4-bit, of layers", "of all matrix work", "without grouped"),
+        *("kept, of fp32; bf16", "moved, of bf16"),
+    )
     rows = []
     for record in records:
         shares, bytes_, bounds = record["shares"], record["bytes"], record["bounds"]
-        kept = " ".join(f"{_ratio(bytes_, 'kept', other)}" for other in ("fp32", "bf16"))
+        kept = "; ".join(f"{_ratio(bytes_, 'kept', other)}" for other in ("fp32", "bf16"))
         rows.append(
             (
                 *(record["model"], record["quant"], f"{record['fprop_macs_per_example']:,}"),
                 *(_percent(shares[name]) for name in ("layers", "matrix", "without_grouped")),
                 *(kept, _ratio(bytes_, "moved", "bf16")),
-                " ".join(_factor(bounds[name]) for name in ("fp32", "bf16", "8bit")),
+                "; ".join(_factor(bounds[name]) for name in ("fp32", "bf16", "8bit")),
                 f"{record['seconds']:.1f}",
             )
         )
-    return _table((*head, "bound", "seconds"), rows)
+    return _table((*head, "bound, over fp32; bf16; 8-bit", "seconds"), rows)
 
 
 def _ratio(bytes_: dict, what: str, other: str) -> str:
@@ -207,8 +210,8 @@ def _gates() -> str:
 
 def _without_zero() -> float:
     prices = gates.PRICES["gates"]
-    zero = sum(gates.price(part.cells, prices) for part in gates.BLOCKS["standard"] if "zero" in part.what)
-    zero += sum(gates.price(part.cells, prices) for part in gates.BLOCKS["standard"] if part.what == "clear the product")
+    of_zero = [part for part in gates.BLOCKS["standard"] if part in gates.OF_ZERO]
+    zero = sum(gates.price(part.cells, prices) for part in of_zero)
     return (gates.total("standard", prices) - zero) / (gates.total("multiplication-free", prices) - zero)
 
 

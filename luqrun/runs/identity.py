@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from luqrun import RESULTS
-from luqrun.config import Config, DistributedConfig, HighPrecisionConfig, flatten
+from luqrun.config import Config, DistributedConfig, HighPrecisionConfig
 from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.reading import RUN, Unusable, read_config, read_json
@@ -118,6 +118,14 @@ def deciding_settings(config: Config | dict) -> dict:
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
     return values
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dicts of settings to one with dotted keys, such as dataset.root."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _without_unused(quant: object) -> object:

@@ -50,7 +50,11 @@ def test_resnet18_under_luq(tmp_path):
     assert not folder.checkpoints.exists()
     content = json.loads((folder.path / "cost.json").read_text())
     assert len(content["gemms"]) == 3 * 21 - 1
-    assert {(row["why"], row["gemms"]) for row in content["high_precision"]} == {("first", 2), ("last", 3), ("shortcut", 9)}
+    assert {(row["why"], row["gemms"]) for row in content["high_precision"]} == {
+        ("first", 2),
+        ("last", 3),
+        ("shortcut", 9),
+    }
     text = (folder.path / "cost.md").read_text()
     assert "| conv1 | fprop |" in text
     assert "1,814,073,344" in text

@@ -127,7 +127,12 @@ def test_layers_that_read_one_tensor_share_a_source():
 def test_a_kind_that_is_not_understood_is_counted_by_torchs_formula_or_named_without_a_number():
     model, inputs = on_meta(lambda: nn.ConvTranspose2d(3, 4, 2, stride=2), lambda: nn.Conv2d(4, 2, 1))
     unknown, known = observe(model, inputs).products
-    assert (unknown.layer, unknown.kind, unknown.what, unknown.macs) == ("0", UNKNOWN, "ConvTranspose2d", 2 * 64 * 3 * 16)
+    assert (unknown.layer, unknown.kind, unknown.what, unknown.macs) == (
+        "0",
+        UNKNOWN,
+        "ConvTranspose2d",
+        2 * 64 * 3 * 16,
+    )
     assert known.kind == LAYER
 
     class Pair(nn.Module):
