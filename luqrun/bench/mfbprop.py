@@ -60,8 +60,8 @@ def _logarithms() -> torch.Tensor:
 
 
 def train_both(folder: Path, overrides: Sequence[str] = ()) -> dict:
-    """Train the same run with LUQRUN_KERNELS=mfbprop and without it, in processes of their own, and compare the models of
-    their last checkpoints bit for bit."""
+    """Train the same run with LUQRUN_KERNELS=mfbprop and without it, in processes of their own, and compare the models
+    of their last checkpoints bit for bit."""
     models, seconds, steps = [], [], 0
     for kernels in ("mfbprop", None):
         run = folder / (kernels or "default")

@@ -53,7 +53,7 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
     work = observe(outline.network, outline.inputs)
     gemms = gemms_of(work.products, recipe, high, config.precision)
     # What the same step takes without a recipe, in either precision.
-    everything = {name: "without a recipe" for name in {product.layer for product in work.products}}
+    everything = dict.fromkeys({product.layer for product in work.products}, "without a recipe")
     plain = {name: gemms_of(work.products, Recipe("none"), everything, name) for name in BITS}
     layers = [gemm for gemm in gemms if gemm.kind != ATTENTION]
     forward = totals.macs(gemm for gemm in layers if gemm.gemm == "fprop")
@@ -112,8 +112,8 @@ def _whole(macs: int, examples: int) -> int | float:
 
 
 def _grouped(layers: Sequence[Gemm]) -> dict:
-    """Of grouped convolutions: how many there are, their share of the MACs of layers, which share of theirs is 4-bit, and
-    how few and how many terms their sums have in fprop."""
+    """Of grouped convolutions: how many there are, their share of the MACs of layers, which share of theirs is 4-bit,
+    and how few and how many terms their sums have in fprop."""
     found = [gemm for gemm in layers if gemm.groups > 1]
     forward = [gemm for gemm in found if gemm.gemm == "fprop"]
     terms = [gemm.inner for gemm in forward]

@@ -14,7 +14,8 @@ def markdown(record: dict, gemms: Sequence[Gemm]) -> str:
     parts = [
         f"# {record['model']} under quant={record['quant']}: what a training step costs",
         f"{_plain(record['examples'], record['unit'])} a step: {record['about']}. High precision is "
-        f"{record['precision']}. Counted from shapes in {record['seconds']:.1f} s; nothing was computed.{_micro(record)}",
+        f"{record['precision']}. Counted from shapes in {record['seconds']:.1f} s; nothing was computed."
+        f"{_micro(record)}",
         *_warnings(record),
         _table(("", "value"), _totals(record)),
         "## What stays in high precision",
@@ -33,6 +34,7 @@ def markdown(record: dict, gemms: Sequence[Gemm]) -> str:
 
 def _totals(record: dict) -> list[tuple[str, str]]:
     shares, bytes_, bound = record["shares"], record["bytes"], record["bounds"]
+    by_gemm = "; ".join(_percent(shares[name]) for name in ("fprop", "dgrad", "wgrad"))
     rows = [
         (f"MACs of fprop of all layers, {_one(record['unit'])}", f"{record['fprop_macs_per_example']:,}"),
         ("the same and products of activations", f"{record['forward_macs_per_example']:,}"),
