@@ -41,10 +41,7 @@ def _totals(record: dict) -> list[tuple[str, str]]:
         ("MACs of all GEMMs of layers, a step", f"{record['macs']['layers']:,}"),
         ("the same and products of activations", f"{record['macs']['matrix']:,}"),
         ("share at 4 bits, of all layers", _percent(shares["layers"])),
-        (
-            "share at 4 bits, of fprop; dgrad; wgrad",
-            "; ".join(_percent(shares[g]) for g in ("fprop", "dgrad", "wgrad")),
-        ),
+        ("share at 4 bits, of fprop; dgrad; wgrad", by_gemm),
         ("share at 4 bits, of all matrix work", _percent(shares["matrix"])),
         ("share at 4 bits without grouped convolutions", _percent(shares["without_grouped"])),
     ]
@@ -95,9 +92,9 @@ def _outside(record: dict) -> str:
         fewest, most = grouped["terms"]
         terms = f"{fewest} terms" if fewest == most else f"{fewest} to {most} terms"
         lines.append(
-            f"\nGrouped convolutions ({_plain(grouped['layers'], 'layer')}) have {_percent(grouped['share'])} of the MACs "
-            f"of layers; {_percent(grouped['share_4bit'])} of theirs are 4-bit. The sums of a group in fprop have {terms}: "
-            "few for a matrix unit, which the bound below does not know."
+            f"\nGrouped convolutions ({_plain(grouped['layers'], 'layer')}) have {_percent(grouped['share'])} of the "
+            f"MACs of layers; {_percent(grouped['share_4bit'])} of theirs are 4-bit. The sums of a group in fprop have "
+            f"{terms}: few for a matrix unit, which the bound below does not know."
         )
     return "\n".join(lines)
 
@@ -121,10 +118,7 @@ def _row(gemm: Gemm) -> tuple[str, ...]:
     counted = "not known" if gemm.macs is None else f"{gemm.macs:,}" + (f" x {gemm.passes}" if gemm.passes > 1 else "")
     first, second = gemm.sides
     kept = f"{gemm.kept_bits:,.0f}" if gemm.kept_bits else "-"
-    if gemm.width is not None:
-        answer = "yes" if gemm.width == 4 else f"no: {gemm.width} bits"
-    else:
-        answer = f"no: {gemm.why}"
+    answer = {4: "yes", 8: "no: 8 bits", None: f"no: {gemm.why}"}[gemm.width]
     sides = f"{first.name} {first.format}, {second.name} {second.format}"
     if gemm.kind == "attention product":
         sides = f"{first.format} x {second.format}"

@@ -59,11 +59,11 @@ def seconds(gemms: Iterable[Gemm], cost: CostConfig, precision: str, narrow: int
     """Time of all matrix products, in the unit of the speeds. narrow: the fewest bits that units take (None: 4); 8 runs
     4-bit codes on 8-bit units. All samples of a gradient are products of their own."""
     speeds = {4: cost.speed_4bit, 8: cost.speed_8bit, None: getattr(cost, f"speed_{precision}")}
-    total = 0.0
+    counts = dict.fromkeys(speeds, 0)
     for gemm in gemms:
         width = gemm.width if gemm.width is None or narrow is None else max(gemm.width, narrow)
-        total += (gemm.macs or 0) * gemm.passes / speeds[width]
-    return total
+        counts[width] += (gemm.macs or 0) * gemm.passes
+    return sum(count / speeds[width] for width, count in counts.items())
 
 
 def bounds(gemms: Sequence[Gemm], cost: CostConfig, precision: str) -> dict[str, float | None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -167,11 +166,17 @@ class QuantizedGemm(torch.autograd.Function):
         if need_w:
             codes = torch.int8 if free else code_dtype(grad_output, int8_dgrad, dtype)
             w = ctx.stored_w.read(ctx.op, saved[ctx.split if need_a else 0 :], codes)
-            multiply = mfbprop_gemms.dgrad if free and _of_codes(for_dgrad, w) else partial(dgrad, dtype=dtype)
-            grad_a = multiply(ctx.op, for_dgrad, w, a_shape).to(ctx.a_dtype)
+            if free and _of_codes(for_dgrad, w):
+                grad_a = mfbprop_gemms.dgrad(ctx.op, for_dgrad, w, a_shape)
+            else:
+                grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype)
+            grad_a = grad_a.to(ctx.a_dtype)
         if need_a:
             codes = torch.int8 if free else code_dtype(grad_output, int8_wgrad, dtype)
             a = ctx.stored_a._replace(shape=a_shape).read(ctx.op, saved[: ctx.split], codes)
-            multiply = mfbprop_gemms.wgrad if free and _of_codes(for_wgrad, a) else partial(wgrad, dtype=dtype)
-            grad_w = multiply(ctx.op, for_wgrad, a, w_shape).to(w_dtype)
+            if free and _of_codes(for_wgrad, a):
+                grad_w = mfbprop_gemms.wgrad(ctx.op, for_wgrad, a, w_shape)
+            else:
+                grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype)
+            grad_w = grad_w.to(w_dtype)
         return grad_a, grad_w, None, None, None

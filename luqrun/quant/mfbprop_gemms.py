@@ -38,8 +38,8 @@ def check(recipe: Recipe) -> None:
         if not mfbprop.accepts(gradient.form, other.form) or gradient.block is not None or other.block is not None:
             name = pair._fields[1]
             raise UserError(
-                f"LUQRUN_KERNELS=mfbprop multiplies int4 by e3m0, with one scale a tensor; {gemm} of quant={recipe.name} "
-                f"has gradient={gradient}, {name}={other}"
+                f"LUQRUN_KERNELS=mfbprop multiplies int4 by e3m0, with one scale a tensor; {gemm} of "
+                f"quant={recipe.name} has gradient={gradient}, {name}={other}"
             )
         if gradient.samples > 2:
             raise UserError(

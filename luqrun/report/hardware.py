@@ -11,6 +11,13 @@ from luqrun.cost.job import DATA
 from luqrun.errors import UserError
 
 TITLE = "Hardware: how much of a network is 4-bit, what it saves, and multipliers without multiplications"
+EXPLAINED = """MACs: multiply-accumulates. 4-bit: share of fprop, dgrad and wgrad of all layers; of all matrix work,
+products of activations included; and of layers, if grouped convolutions were in high precision. Two samples of a
+gradient count once in the shares and twice in the bound. Kept: operands of GEMMs that the forward pass keeps. Moved:
+operands read and results written once, without the pass that makes codes; a result is written in high precision, so
+that this can be more than 1. Bound: Amdahl's, of all matrix work, over all of it in fp32, in bf16, and over the same
+codes on 8-bit units. Seconds: of the count, without the start of the program, on a shared core; the first run of a kind
+of network in a process also loads its libraries."""
 NEEDED = ("model", "quant", "precision", "shares", "bytes", "bounds", "high_precision", "grouped", "seconds")
 
 
@@ -36,8 +43,8 @@ def read(folder: Path) -> list[dict]:
 
 
 def page(records: Sequence[dict], torch_counts: Sequence[dict], multiplier: dict, commands: Sequence[str]) -> str:
-    """The page as Markdown. torch_counts: a row a network, of torch's counter and ours; multiplier: what was shown of it
-    (luqrun.bench.mfbprop); commands: those that make the page."""
+    """The page as Markdown. torch_counts: a row a network, of torch's counter and ours; multiplier: what was shown of
+    it (luqrun.bench.mfbprop); commands: those that make the page."""
     made = "\n".join(["```", *commands, "```"])
     speeds = ", ".join(f"{key.removeprefix('speed_')} {value:g}" for key, value in records[0]["speeds"].items())
     parts = [
@@ -46,13 +53,8 @@ def page(records: Sequence[dict], torch_counts: Sequence[dict], multiplier: dict
         f"read. High precision is {records[0]['precision']}. This makes the page again:",
         made,
         "## Shares, bytes and bounds",
-        "MACs: multiply-accumulates. At 4 bits: of fprop, dgrad and wgrad of all layers; of all matrix work, products of "
-        "activations included; and of layers without their grouped convolutions. A gradient of two samples counts once "
-        "in the shares and twice in the bound. Kept: the operands of GEMMs that the forward pass keeps, against fp32 and "
-        "bf16. Moved: operands read and results written once, against bf16, without the pass that makes codes (a result "
-        "is written in high precision, so that this can be more than 1). Bound: Amdahl's, of all matrix work, over fp32, "
-        f"over bf16, and over the same codes on 8-bit units, with matrix units of these speeds: {speeds} (NVIDIA's A100 "
-        "as its data sheet has it, INT4 twice INT8, fp32 as TF32; keys cost.speed_*). Seconds: of the count.",
+        f"{EXPLAINED} Speeds: {speeds} (NVIDIA's A100 as its data sheet has it, INT4 twice INT8, fp32 as TF32; keys "
+        "cost.speed_*).",
         _networks(records),
         "## What stays in high precision",
         "Shares of all matrix work, by the reason. Normalisation, embeddings and the optimizer are no matrix products, "
@@ -61,8 +63,8 @@ def page(records: Sequence[dict], torch_counts: Sequence[dict], multiplier: dict
         _grouped(records),
         "## Agreement with torch's counter",
         "torch.utils.flop_counter on the same networks, without a recipe, forward and backward. It takes the weight's "
-        "gradient of a convolution in G groups for that of a whole one, G times as much; there our count is compared as "
-        "torch would have it.",
+        "gradient of a convolution in G groups for that of a whole one, G times as much; there our count is compared "
+        "as torch would have it.",
         _counts(torch_counts),
         "## Backpropagation without multiplications",
         _multiplier(multiplier),
@@ -122,14 +124,14 @@ def _grouped(records: Sequence[dict]) -> str:
             fewest, most = grouped["terms"]
             terms = f"{fewest}" if fewest == most else f"{fewest} to {most}"
             lines.append(
-                f"- {record['model']}: {grouped['layers']} grouped convolutions have {_percent(grouped['share'])} of the "
-                f"MACs of layers, in sums of {terms} terms."
+                f"- {record['model']}: {grouped['layers']} grouped convolutions have {_percent(grouped['share'])} of "
+                f"the MACs of layers, in sums of {terms} terms."
             )
     if not lines:
         return "None of these networks has grouped convolutions."
     about = (
-        "Grouped convolutions are 4-bit too in luqrun, where a recipe does not skip them. A matrix unit sums more terms "
-        "at a time than a group of few channels has, so that they may not gain what the bound says:"
+        "Grouped convolutions are 4-bit too in luqrun, where a recipe does not skip them. A matrix unit sums more "
+        "terms at a time than a group of few channels has, so that they may not gain what the bound says:"
     )
     return "\n".join([about, "", *lines])
 
@@ -150,8 +152,8 @@ def _counts(rows: Sequence[dict]) -> str:
 def _multiplier(found: dict) -> str:
     signed, unsigned = found["signed"], found["unsigned"]
     lines = [
-        f"- INT4 x FP4 [1,3,0] by table, addition of exponents and XOR of signs: all {signed['products']} pairs of 4-bit "
-        f"fields give the integer product: {_yes(signed['exact'])}. They fit FP7 [1,4,2].",
+        f"- INT4 x FP4 [1,3,0] by table, addition of exponents and XOR of signs: all {signed['products']} pairs of "
+        f"4-bit fields give the integer product: {_yes(signed['exact'])}. They fit FP7 [1,4,2].",
         f"- Unsigned activations (0 to 15): all {unsigned['products']} products in [1,4,3] are exact: "
         f"{_yes(unsigned['exact'])}. The paper's FP7 [1,4,2] does not hold them: {unsigned['do_not_fit']} of the "
         f"{unsigned['magnitudes']} magnitudes need a third fraction bit. So wgrad after a ReLU needs a wider type than "
@@ -193,17 +195,16 @@ def _gates() -> str:
     rows = [
         ("standard block / multiplication-free", *(f"{each['ratio']:.2f}" for each in found.values())),
         ("the same, unsigned", *(f"{each['ratio, unsigned']:.2f}" for each in found.values())),
-        *(
-            (f"a whole MAC with an {name} accumulator shrinks by", *(_percent(each[f"MAC with {name}"]) for each in found.values()))
-            for name in ("FP32", "FP16")
-        ),
-    ]  # fmt: skip
+    ]
+    for name in ("FP32", "FP16"):
+        shrinks = [_percent(each[f"MAC with {name}"]) for each in found.values()]
+        rows.append((f"a whole MAC with an {name} accumulator shrinks by", *shrinks))
     parts += [
         "### Compared",
         _table(("", *prices), rows),
-        f"The paper says about {gates.PAPER_RATIO} times (section 7). Its own table of gates was not available, and none "
-        "of its numbers is used here. Ours clears the product of a zero operand in both blocks, which makes them more "
-        f"alike: without that the ratio is {_without_zero():.1f} in gates.",
+        f"The paper says about {gates.PAPER_RATIO} times (section 7). Its own table of gates was not available, and "
+        "none of its numbers is used here. Ours clears the product of a zero operand in both blocks, which makes them "
+        f"more alike: without that the ratio is {_without_zero():.1f} in gates.",
     ]
     return "\n\n".join(parts)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from luqrun.tasks.outline import Outline
     from luqrun.tasks.task import Task
 
-# dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`, `outline(config) -> Outline`,
-# `validate(config)` and `fingerprint(config)`.
+# dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`, `outline(config)
+# -> Outline`, `validate(config)` and `fingerprint(config)`.
 MODULES = {
     **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
     **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),

@@ -1,5 +1,7 @@
 """Networks by their shapes alone: the same as with data."""
 
+import json
+
 import pytest
 import torch
 from running import composed, quiet_machine
@@ -64,8 +66,6 @@ def test_of_a_folder_of_weights_only_the_sizes_are_read(tmp_path):
         **{"model_type": "bert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3},
         **{"num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64},
     }
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     (tmp_path / "model.safetensors").write_bytes(b"nothing that could be read")
     found = outline_task(
@@ -76,5 +76,5 @@ def test_of_a_folder_of_weights_only_the_sizes_are_read(tmp_path):
 
 
 def test_a_window_longer_than_the_network_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cost.length=65 is too large"):
+    with pytest.raises(UserError, match=r"cost\.length=65 is too large"):
         outline_task(config(*FACTS, "dataset.vocabulary=200", "cost.length=65"))

@@ -4,8 +4,8 @@ of exponents and an XOR of signs, bit for bit as hardware would have it.
 An FP4 code is a sign and an exponent e: 0, or 2^(e - 1) for e = 1..7. An INT4 code of magnitude m is written as a sign,
 a power k and fraction bits f, m = 2^k (1 + f): a lookup of few bits, the transform. The product has the sign that is
 the XOR of both, the exponent e + k and the fraction f. So it is exact without rounding or normalisation, in
-FP7 [1,4,2] for signed INT4 (m <= 7: two fraction bits). Unsigned activations (m <= 15) do not fit the paper's FP7: 28 of
-the 63 magnitudes of their products (those of 9, 11, 13, 15) need a third fraction bit, and get it in [1,4,3].
+FP7 [1,4,2] for signed INT4 (m <= 7: two fraction bits). Unsigned activations (m <= 15) do not fit the paper's FP7: 28
+of the 63 magnitudes of their products (those of 9, 11, 13, 15) need a third fraction bit, and get it in [1,4,3].
 
 As a backend (LUQRUN_KERNELS=mfbprop) these are the reference's kernels, and dgrad and wgrad of INT4 and E3M0 run here.
 Slow: it is an emulation, of one product at a time.
