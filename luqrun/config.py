@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
-JOBS = ("train", "rounding")
+JOBS = ("train", "rounding", "cost")
 BATCH_NORMS = ("local", "sync")
 RANGE_SCOPES = ("rank", "global")
 # What a data set of text brings in place of the default network and schedule, which are for images, on a command line
@@ -249,6 +249,18 @@ class DistributedConfig:
 
 
 @dataclass
+class CostConfig:
+    """What job=cost assumes. Speeds of matrix units, in any unit, by a product's wider operand. `length`: of sentences
+    or windows, in subwords (null: 32 of a sentence, dataset.max_length of a window)."""
+
+    speed_4bit: float = 1248.0
+    speed_8bit: float = 624.0
+    speed_bf16: float = 312.0
+    speed_fp32: float = 156.0
+    length: int | None = None
+
+
+@dataclass
 class CellConfig:
     """Which cell of which of the paper's tables or figures a run is.
 
@@ -272,6 +284,7 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     job: str = "train"
     seed: int = 0
     device: str = "auto"
@@ -281,14 +294,6 @@ class Config:
     resume: str = "auto"
     reuse: bool = False
     cell: CellConfig = field(default_factory=CellConfig)
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested dicts of settings to one with dotted keys, such as dataset.root."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def conf_dir() -> Path:

@@ -19,7 +19,8 @@ GROUPS = ("model", "dataset", "quant", "schedule", "finetune")
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
 OPTIONS = [name for name in FILES if name.split("/")[0] in GROUPS]
 EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
-SWEEPS = [name for name in EXPERIMENTS if "sweeper:" in (CONF / name).read_text()]
+# Those that fill a table of the report: of hardware/paper scripts/hardware.py makes a page.
+SWEEPS = [name for name in EXPERIMENTS if {"sweeper:", "cell:"} <= set((CONF / name).read_text().split())]
 
 
 def command(name) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import luqrun
 
 PACKAGE = Path(luqrun.__file__).parent
-ORDER = "errors internals quant config __init__ runtime runs tasks train cli __main__ report bench".split()  # noqa: SIM905
+ORDER = "errors internals quant config __init__ runtime runs tasks cost train cli __main__ report bench".split()  # noqa: SIM905
 
 
 def modules():

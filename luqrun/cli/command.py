@@ -312,6 +312,10 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         from luqrun.train import rounding_experiment
 
         return rounding_experiment.run(config, folder)
+    if config.job == "cost":
+        from luqrun.cost import job as cost_job
+
+        return cost_job.run(config, folder)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from luqrun.train import trainer

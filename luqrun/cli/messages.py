@@ -24,7 +24,7 @@ from luqrun.runtime import process_group
 
 EXTRAS = {"hydra/launcher": "slurm", "hydra/sweeper": "sweep"}
 ANYTHING: dict = {}  # a part of Hydra's settings whose keys depend on the option
-RENAMED = {"task": "job=train or job=rounding"}  # keys of earlier versions, and what says the same now
+RENAMED = {"task": "job=train, job=rounding or job=cost"}  # keys of earlier versions, and what says the same now
 HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
 
 

@@ -33,6 +33,9 @@ def closing_table(
     if "rounding" in summary:
         rows = [f"{row['operand']:<10}  {row['quantizer']}  bin {row['bin']}" for row in summary["rounding"]]
         return "\n".join(["", f"the rounding of quant={config.quant.name} was measured in", *rows, *where[:-1]])
+    if "cost/share_of_macs_4bit" in summary:
+        title = f"{config.model.name} under quant={config.quant.name}: what a training step costs"
+        return "\n".join(["", title, *_cost_lines(summary), f"table        {_shown(folder / 'cost.md')}", *where[:-1]])
     if "diverged" in summary:
         return "\n".join(
             ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]
@@ -52,6 +55,21 @@ def closing_table(
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
     return "\n".join(["", title, *lines, *_on_test(summary, metric), f"{speed}, {memory}", *where])
+
+
+def _cost_lines(summary: dict) -> list[str]:
+    """The main numbers of job=cost."""
+    numbers = {name.removeprefix("cost/"): value for name, value in summary.items()}
+    bounds = {name: numbers[f"bound_over_{name}"] for name in ("fp32", "bf16", "8bit")}
+    shown = ", ".join(f"{value:.2f} over {name}" for name, value in bounds.items() if value is not None)
+    unknown = numbers["layers_of_unknown_work"]
+    rest = f" (of what is known: {unknown} layers are of unknown kinds)" if unknown else ""
+    return [
+        f"MACs of fprop of all layers, an example {numbers['fprop_macs_per_example']:,}",
+        f"at 4 bits, of all layers' MACs          {100 * numbers['share_of_macs_4bit']:.2f} %{rest}",
+        f"at 4 bits, of all matrix work           {100 * numbers['share_of_matrix_work_4bit']:.2f} %",
+        f"bound on the speed-up of matrix work    {shown}",
+    ]
 
 
 def _on_test(summary: dict, metric: Metric) -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun.cli.messages import one_line
-from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config
+from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config, CostConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
@@ -65,6 +65,7 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)
+    _validate_cost(config.cost)
     # These pull in torch; `luqrun --help` does without.
     from luqrun.quant.recipe import Recipe
     from luqrun.runtime.devices import choose_device
@@ -80,6 +81,14 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     check_choice("distributed.range", config.distributed.range, RANGE_SCOPES)
     if process_group.world_size() > 1:
         _validate_distributed(config, device.type)
+
+
+def _validate_cost(cost: CostConfig) -> None:
+    for key, value in vars(cost).items():
+        if key.startswith("speed_") and value <= 0:
+            raise UserError(f"cost.{key}={value} must be a speed above 0, such as {getattr(CostConfig, key):g}")
+    if cost.length is not None:
+        check_at_least("cost.length", cost.length, 1)
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:

@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # noqa: F401 for others
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves  # noqa: F401 for others
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
@@ -154,6 +155,14 @@ def keep_results(operator: str, library: torch.library.Library) -> None:
             mode.policy_fn = policy
 
     torch.library.register_torch_dispatch(operator, _CachingTorchDispatchMode, dispatch, lib=library)
+
+
+def flop_formulas() -> dict:
+    """By operator (all its overloads), how many floating-point operations torch counts of it, of shapes alone: a
+    function of its arguments and, as out_val, of its result."""
+    from torch.utils.flop_counter import flop_registry  # half a second
+
+    return flop_registry
 
 
 def flop_counters() -> list[tuple[dict, Callable]]:

@@ -44,6 +44,7 @@ TWINS = {
 # layer keeps any more.
 NEIGHBOURS = {nn.ReLU: MaskedReLU, nn.ReLU6: MaskedReLU6}
 LAST_SHARE = re.compile(r"last (\d{1,2})%")
+NO_QUANTIZERS = "the recipe has no quantizers"
 SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution
 
 
@@ -79,13 +80,13 @@ def quantize_model(
     for name, other in others.items():
         if any(map(is_lazy, other.module.parameters(recurse=False))):
             raise UserError(f"{name} ({other.kind}) has no shape yet: call the model once, then quantize_model")
-    patched = [name for name, module in found.items() if "forward" in vars(module) and name not in left]
-    left = left.union(patched)
+    patched = _patched(found, left)
+    left |= patched
     left |= _unreached(model, left)
     chosen = {name: module for name, module in found.items() if name not in left}
     first_index = sum(1 for _ in quantized_layers(model))  # of an earlier call: no two layers share their draws
     if patched:
-        text = f"the forward of {shown_names(patched)} is patched, on the layer itself: left in high precision"
+        text = f"the forward of {shown_names(list(patched))} is patched, on the layer itself: left in high precision"
         warnings.warn(text, stacklevel=2)
     elif not chosen:
         why = "there is no Conv2d, Linear or attention left to swap"
@@ -111,6 +112,24 @@ def quantize_model(
         text = "the layer was compiled before it was quantized: compile what quantize_model returns"
         warnings.warn(text, stacklevel=2)
     return twins[""]
+
+
+def high_precision_layers(model: nn.Module, recipe: Recipe, *, example=None) -> dict[str, str]:
+    """By name, the layers that quantize_model would leave in high precision, and why: the entry of skip that means them
+    (first, last, shortcut, last 15%, a pattern), or else in words. The model stays as it is.
+
+    A recipe without quantizers leaves all. Raises UserError as quantize_model does.
+    """
+    _check(model, recipe, None, 0)
+    found = {name: module for name, module in model.named_modules() if type(module) in TWINS}
+    others = unquantized_layers(model, TWINS)
+    if not recipe.quantizes:
+        return dict.fromkeys((*found, *others), NO_QUANTIZERS)
+    left = _skipped(model, found, others, recipe.skip, example)
+    left |= _patched(found, left)
+    left |= _unreached(model, left)
+    kinds = {name: f"luqrun does not quantize layers of the kind {other.kind}" for name, other in others.items()}
+    return kinds | left
 
 
 def _adapt_neighbours(model: nn.Module) -> None:
@@ -151,9 +170,10 @@ def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: i
 
 def _skipped(
     model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unquantized], skip: Sequence[str], example
-) -> set[str]:
-    """The names that the entries of `skip` mean; a pattern may name one of `others`, which is then not told."""
-    left, names, ends = set(), list(found), None
+) -> dict[str, str]:
+    """The names that the entries of `skip` mean, and the first entry that means each; a pattern may name one of
+    `others`, which is then not told."""
+    left, names, ends = {}, list(found), None
     for entry in sorted(skip, key=lambda entry: bool(LAST_SHARE.fullmatch(entry))):  # a share is of what others leave
         if entry in ("first", "last"):
             ends = ends or _ends(model, found, others, example)
@@ -171,8 +191,14 @@ def _skipped(
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
                 allowed = f"first, last, shortcut, last N%, or patterns of {shown}"
                 raise UserError(f"skip: {entry!r} (quant.skip) matches no layer; allowed: {allowed}")
-        left.update(matched)
+        left = dict.fromkeys(matched, entry) | left
     return left
+
+
+def _patched(found: dict[str, nn.Module], left: dict[str, str]) -> dict[str, str]:
+    """Layers whose forward is not their class's, which a swap would lose."""
+    names = [name for name, module in found.items() if "forward" in vars(module) and name not in left]
+    return dict.fromkeys(names, "its forward is patched")
 
 
 def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unquantized], example) -> Ends:
@@ -183,10 +209,10 @@ def _ends(model: nn.Module, found: dict[str, nn.Module], others: dict[str, Unqua
     return find_ends(model, registered, list(found), example)
 
 
-def _unreached(model: nn.Module, left: set[str]) -> set[str]:
-    """Names of the out_proj of attention that is not swapped: it would be read there, and never called."""
+def _unreached(model: nn.Module, left: dict[str, str]) -> dict[str, str]:
+    """The out_proj of attention that is not swapped: it would be read there, and never called."""
     return {
-        f"{name}.out_proj".lstrip(".")
+        f"{name}.out_proj".lstrip("."): left.get(f"{name}.out_proj".lstrip("."), "its attention is not quantized")
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention) and (name in left or type(module) not in TWINS)
     }

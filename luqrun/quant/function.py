@@ -17,6 +17,7 @@ from torch import Tensor
 
 from luqrun.errors import TensorError
 from luqrun.internals.of_torch import is_batched
+from luqrun.quant import mfbprop_gemms
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops
 from luqrun.quant.operands import Operand, rescale
@@ -102,6 +103,11 @@ def code_dtype(x: Tensor, int8_pays: bool, dtype: torch.dtype) -> torch.dtype:
     return torch.int8 if int8_pays and use_int8(x.device.type) else float_dtype(dtype)
 
 
+def _of_codes(first: Operand, other: Operand) -> bool:
+    """Whether neither is in high precision."""
+    return first.scale is not None and other.scale is not None
+
+
 def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype) -> Tensor:
     """What QuantizedGemm computes, without a backward pass: torch.jit.trace cannot follow its arguments."""
     codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
@@ -153,15 +159,24 @@ class QuantizedGemm(torch.autograd.Function):
         _, int8_dgrad, int8_wgrad = ctx.op.int8_pays(w_shape, dtype)
         int8_dgrad = int8_dgrad and not ctx.plan.has_blocks("dgrad")
         int8_wgrad = int8_wgrad and not ctx.plan.has_blocks("wgrad")
-        codes = code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
+        free = ctx.plan.multiplication_free  # such GEMMs take int8 codes, whatever the units
+        codes = torch.int8 if free else code_dtype(grad_output, int8_dgrad or int8_wgrad, dtype)
         for_dgrad, for_wgrad = ctx.plan.quantize_gradient(grad_output, codes)
         grad_a = grad_w = None
         if need_w:
-            codes = code_dtype(grad_output, int8_dgrad, dtype)
+            codes = torch.int8 if free else code_dtype(grad_output, int8_dgrad, dtype)
             w = ctx.stored_w.read(ctx.op, saved[ctx.split if need_a else 0 :], codes)
-            grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype).to(ctx.a_dtype)
+            if free and _of_codes(for_dgrad, w):
+                grad_a = mfbprop_gemms.dgrad(ctx.op, for_dgrad, w, a_shape)
+            else:
+                grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype)
+            grad_a = grad_a.to(ctx.a_dtype)
         if need_a:
-            codes = code_dtype(grad_output, int8_wgrad, dtype)
+            codes = torch.int8 if free else code_dtype(grad_output, int8_wgrad, dtype)
             a = ctx.stored_a._replace(shape=a_shape).read(ctx.op, saved[: ctx.split], codes)
-            grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype).to(w_dtype)
+            if free and _of_codes(for_wgrad, a):
+                grad_w = mfbprop_gemms.wgrad(ctx.op, for_wgrad, a, w_shape)
+            else:
+                grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype)
+            grad_w = grad_w.to(w_dtype)
         return grad_a, grad_w, None, None, None

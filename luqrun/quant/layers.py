@@ -25,6 +25,7 @@ from luqrun.internals.of_torch import (
     repeats_forward,
     run_while_traced,
 )
+from luqrun.quant import mfbprop_gemms
 from luqrun.quant.draws import CopyGroup, first_streams, rename_copies
 from luqrun.quant.finetune import Phase
 from luqrun.quant.function import QuantizedGemm, traced_gemm
@@ -44,7 +45,8 @@ class QuantLayer(nn.Module):
     a stochastic forward). finetune: what the recipe becomes in the last phase of a training; None outside of it.
     health: a dict to be filled by the next training pass, or None. kept: a dict for what is made of weights that do not
     change (convert.unchanged_weights), or None. shares_ranges: in training, ranges of activations
-    and gradients are those of all processes. computed: whether it ever did, outside of compiled code; in a list, which
+    and gradients are those of all processes. multiplication_free: whether dgrad and wgrad run in
+    luqrun.quant.mfbprop_gemms. computed: whether it ever did, outside of compiled code; in a list, which
     replicas share.
     """
 
@@ -55,6 +57,7 @@ class QuantLayer(nn.Module):
     health: dict | None
     kept: dict | None
     shares_ranges: bool
+    multiplication_free: bool
     computed: list[bool]
 
     @classmethod
@@ -67,6 +70,7 @@ class QuantLayer(nn.Module):
         layer.shares_ranges = False
         layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
+        layer.multiplication_free = False
         layer._prepare_device()
         layer.remembers = [
             operand for operand in OPERANDS if any(each.range == "hindsight" for each in recipe.quantizers(operand))
@@ -94,6 +98,9 @@ class QuantLayer(nn.Module):
         device = self._device()
         if device.type != "meta":  # there the names of the draws would be lost
             use_int8(device.type), fuses(device.type)
+            self.multiplication_free = mfbprop_gemms.is_chosen(device.type)
+            if self.multiplication_free:
+                mfbprop_gemms.check(self.recipe)
             self._move_streams(device)
 
     def _move_streams(self, device: torch.device) -> None:
@@ -152,6 +159,7 @@ class QuantLayer(nn.Module):
             reader=0 if compiling else id(self),
             kept=None if compiling else self.kept,
             share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
+            multiplication_free=self.multiplication_free,
         )
 
     def _refuse_to_repeat(self) -> None:

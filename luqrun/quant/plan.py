@@ -32,7 +32,8 @@ class Plan:
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
     a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
     weights that do not change is kept, or None. share: what makes a tensor's statistics
-    those of all processes (Quantizer.measure), for operands that are not the same in all of them.
+    those of all processes (Quantizer.measure), for operands that are not the same in all of them. multiplication_free:
+    whether dgrad and wgrad of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms.
     """
 
     op: LinearOp | ConvOp
@@ -47,6 +48,7 @@ class Plan:
     reader: int = 0
     kept: dict | None = None
     share: Callable[[Tensor], Tensor] | None = None
+    multiplication_free: bool = False
 
     def quantize(
         self,

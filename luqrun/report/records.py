@@ -11,11 +11,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from luqrun.config import flatten
 from luqrun.errors import UserError
 from luqrun.report import rerun_commands
 from luqrun.report.experiments import ROUNDING_TABLES, TITLES
-from luqrun.runs.identity import deciding_data, deciding_settings
+from luqrun.runs.identity import deciding_data, deciding_settings, flatten
 from luqrun.runs.metric import Metric, is_number
 from luqrun.runs.reading import (
     CONFIG,

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from luqrun import RESULTS
-from luqrun.config import Config, DistributedConfig, HighPrecisionConfig, flatten
+from luqrun.config import Config, DistributedConfig, HighPrecisionConfig
 from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.reading import RUN, Unusable, read_config, read_json
@@ -28,7 +28,7 @@ from luqrun.runtime import process_group
 LAYOUT = 2  # of run folders, in run.json; in the first the hash was of the settings alone
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
 NOT_IN_RESULT = {
-    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking"),
+    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking", "cost"),
     "dataset": ("root", "workers"),
     "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
@@ -45,6 +45,11 @@ OPTIONAL_OF_QUANT = (
     *("hadamard", "signs"),
 )
 KIND = "job"  # the key that says whether a run trains or measures
+# What decides the result of a run that trains nothing.
+MEASURED = {
+    "rounding": ("quant", "seed"),
+    "cost": ("model", "weights", "dataset", "quant", "schedule", "precision", "cost"),
+}
 MAX_NAME = 200  # bytes; file systems take 255
 SHOWN = 3  # runs that are named
 
@@ -82,8 +87,8 @@ def deciding_settings(config: Config | dict) -> dict:
     """
     config = config if isinstance(config, dict) else asdict(config)
     config = {**config, "quant": _without_unused(config.get("quant"))} if "quant" in config else config
-    if config.get(KIND) == "rounding":  # nothing is trained
-        return {name: config.get(name) for name in (KIND, "quant", "seed")}
+    if config.get(KIND) == "rounding":
+        return {name: config.get(name) for name in (KIND, *MEASURED["rounding"])}
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     parts = {part: values.get(part) if isinstance(values.get(part), dict) else {} for part in ("dataset", "finetune")}
     root = parts["dataset"].get("root")
@@ -105,9 +110,22 @@ def deciding_settings(config: Config | dict) -> dict:
             tune.pop("high_precision")
     if tune.get("epochs") == 0:
         values["finetune"] = {"epochs": 0}
+    if config.get(KIND) == "cost":
+        model = config.get("model")
+        weights = model.get("weights") if isinstance(model, dict) else None  # their config.json says the sizes
+        values |= {"cost": config.get("cost"), "weights": _whole_path(weights)}
+        return {name: values.get(name) for name in (KIND, *MEASURED["cost"])}
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
     return values
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dicts of settings to one with dotted keys, such as dataset.root."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _without_unused(quant: object) -> object:
@@ -152,8 +170,9 @@ def _readable(config: Config) -> str:
         names = [kind, config.quant.name]
     else:
         names = [config.model.name, config.dataset.name, config.quant.name]
-        names += [config.finetune.name] if config.finetune.epochs else []
-    names.append(f"seed{config.seed}")
+        names += [config.finetune.name] if config.finetune.epochs and kind not in MEASURED else []
+        names = [kind, *names] if kind in MEASURED else names
+    names += [f"seed{config.seed}"] if "seed" in MEASURED.get(kind, ("seed",)) else []
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names)[:MAX_NAME]
 
 

@@ -16,10 +16,11 @@ from luqrun.tasks.question_answering import NAMES as QUESTION_SETS
 from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:
+    from luqrun.tasks.outline import Outline
     from luqrun.tasks.task import Task
 
-# dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`,
-# `validate(config)` and `fingerprint(config)`.
+# dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`, `outline(config)
+# -> Outline`, `validate(config)` and `fingerprint(config)`.
 MODULES = {
     **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
     **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),
@@ -34,6 +35,12 @@ METRICS = ("val/top1", "val/top5", "val/bleu", "test/bleu", "val/f1", "val/em", 
 def build_task(config: Config) -> Task:
     """The task of a run, with its data. Raises UserError naming the key, or the file, that is wrong."""
     return _module(config).build(config)
+
+
+def outline_task(config: Config) -> Outline:
+    """The network of a run and a training batch by their shapes; no data are read. Raises UserError naming the key
+    whose shapes only data tell."""
+    return _module(config).outline(config)
 
 
 def validate_task(config: Config) -> None:

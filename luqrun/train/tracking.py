@@ -12,11 +12,11 @@ import numpy as np
 from torch import nn
 from torch.utils.tensorboard.summary import histogram_raw, hparams, scalar
 
-from luqrun.config import Config, flatten
+from luqrun.config import Config
 from luqrun.quant.convert import quantized_layers
 from luqrun.quant.recipe import GEMMS, OPERANDS
 from luqrun.runs.folder import EVENTS, RunFolder
-from luqrun.runs.identity import NOT_IN_RESULT
+from luqrun.runs.identity import NOT_IN_RESULT, flatten
 from luqrun.tasks import METRICS
 from luqrun.train.events import EventFile
 

@@ -27,7 +27,7 @@ CONF = conf_dir()
 EXPERIMENTS = [
     (path.parent.name, path.stem)
     for path in sorted(CONF.glob("experiment/*/*.yaml"))
-    if "hydra" in yaml.safe_load(path.read_text())
+    if {"hydra", "cell"} <= yaml.safe_load(path.read_text()).keys()
 ]
 SEEDS = {"fig2": 5, "table3": 5, "table2": 3, "table6": 5, "fig1b": 5, "fig1c": 5, "fig5": 5, "options": 6}
 

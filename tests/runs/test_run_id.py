@@ -29,9 +29,11 @@ SAME_RESULT = [
     "dataset.root=/somewhere",
     "tracking.log_every=7",
     "tracking.checkpoint_every=1",
+    "cost.speed_4bit=1.0",  # of job=cost alone
 ]
 OTHER_RESULT = [
     "job=rounding",
+    "job=cost",
     "seed=1",
     "precision=bf16",
     "model=resnext8",

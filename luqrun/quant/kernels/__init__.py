@@ -1,7 +1,8 @@
 """The kernels: one set of functions (see luqrun.quant.kernels.reference) in several backends.
 
 reference is plain torch and runs anywhere; cpu is numba; cuda is Triton. `backend_for` chooses by the tensor's
-device, once and visibly: `describe` says what a run uses. LUQRUN_KERNELS=reference forces the oracle.
+device, once and visibly: `describe` says what a run uses. LUQRUN_KERNELS=reference forces the oracle, and
+LUQRUN_KERNELS=mfbprop the oracle with a backward pass without multiplications.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ log = logging.getLogger(__name__)
 BACKENDS = {"cpu": "cpu", "cuda": "cuda"}  # by device; others have the reference
 MODULES = {
     "reference": "luqrun.quant.kernels.reference",
+    "mfbprop": "luqrun.quant.kernels.mfbprop",
     "cpu": "luqrun.quant.kernels.cpu.backend",
     "cuda": "luqrun.quant.kernels.cuda.backend",
 }
+ANYWHERE = ("reference", "mfbprop")  # torch operations
 
 
 _own: list[bool] = []  # whether own_process was called
@@ -46,7 +49,7 @@ def backend_for(device_type: str) -> ModuleType:
         raise UserError(f"LUQRUN_KERNELS={forced} is not known; allowed: {', '.join(MODULES)}")
     name = forced or BACKENDS.get(device_type, "reference")
     interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # then it runs on CPU tensors
-    if name != "reference" and device_type != name and not interpreted:
+    if name not in ANYWHERE and device_type != name and not interpreted:
         raise UserError(f"LUQRUN_KERNELS={name} cannot serve tensors on {device_type}; unset it or use reference")
     if forced is None and device_type not in BACKENDS and device_type != "meta":
         log.warning("there are no kernels for %s: torch operations quantize there, slowly", device_type)

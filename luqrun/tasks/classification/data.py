@@ -15,6 +15,8 @@ from luqrun.tasks.settings import check_common, check_read
 
 NAMES = ("glyphs", "cifar10", "cifar100", "imagenet", "folder")
 MAX_IMAGE_SIZE = 4096
+# Of the data sets that are always the same: classes and channels.
+SHAPES = {"glyphs": (47, 1), "cifar10": (10, 3), "cifar100": (100, 3), "imagenet": (1000, 3)}
 
 
 def fingerprint_dataset(config: DatasetConfig) -> dict:
@@ -40,6 +42,14 @@ def validate_dataset(config: DatasetConfig) -> None:
         if not 0 <= glyphs.noise < float("inf"):
             raise UserError(f"dataset.glyphs.noise={glyphs.noise} must be a finite number of at least 0")
     check_read(config, ("image_size", "augment", "glyphs" if config.name == "glyphs" else "root"))
+
+
+def shape_without_data(config: DatasetConfig) -> tuple[int, int]:
+    """(classes, channels) of a data set that is not read. Raises UserError for one whose classes its files tell."""
+    if config.name not in SHAPES:
+        what = f"dataset={config.name} says only with its files how many classes there are, and job=cost reads none"
+        raise UserError(f"{what}; allowed: {', '.join(SHAPES)}")
+    return SHAPES[config.name]
 
 
 def build_dataset(config: DatasetConfig) -> ImageData:

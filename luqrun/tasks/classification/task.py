@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -11,8 +12,14 @@ from torch import Tensor, nn
 from luqrun.config import COMPANIONS, Config
 from luqrun.errors import UserError, check_choice
 from luqrun.runs.metric import Metric
-from luqrun.tasks.classification.data import build_dataset, fingerprint_dataset, validate_dataset
+from luqrun.tasks.classification.data import (
+    build_dataset,
+    fingerprint_dataset,
+    shape_without_data,
+    validate_dataset,
+)
 from luqrun.tasks.classification.networks import MODELS, STEMS, build_model
+from luqrun.tasks.outline import Outline
 from luqrun.tasks.task import Task
 
 
@@ -39,6 +46,20 @@ def validate(config: Config) -> None:
 def fingerprint(config: Config) -> dict:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
     return fingerprint_dataset(config.dataset)
+
+
+def outline(config: Config) -> Outline:
+    """As luqrun.tasks.outline_task."""
+    classes, channels = shape_without_data(config.dataset)
+    dataset = config.dataset
+    shape = dataset.batch_size, channels, dataset.image_size, dataset.image_size
+    with torch.device("meta"):
+        network = build_model(config.model, classes, channels, dataset.image_size).train()
+        images = torch.empty(shape)
+    about = f"images of {' x '.join(map(str, shape[1:]))}, {classes:,} classes"
+    # torchvision calls the images x; nn.Sequential, of the small networks, calls them input.
+    name = next(iter(inspect.signature(network.forward).parameters))
+    return Outline(network, {name: images}, None, dataset.batch_size, "image", about)
 
 
 class Classification(Task):

@@ -66,6 +66,11 @@ def read_network(model: ModelConfig, folder: Path) -> nn.Module:
     return network
 
 
+def read_config(model: ModelConfig, folder: Path) -> nn.Module:
+    """The network that config.json of a folder describes, with drawn weights: no others are read. Raises UserError."""
+    return _of(_config(folder, read_settings(folder), model.dropout))
+
+
 def _canonical(name: str) -> str:
     """The name that BertForQuestionAnswering gives a parameter that is stored under `name`."""
     for old, new in EARLIER.items():

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config
-from luqrun.errors import UserError
+from luqrun.errors import UserError, check_at_most
 from luqrun.internals.of_transformers import require_text
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
+from luqrun.tasks.outline import Outline
+from luqrun.tasks.question_answering import GENERATED
 from luqrun.tasks.question_answering.answers import Span, best_spans, grade
 from luqrun.tasks.question_answering.data import (
     NETWORKS,
+    VOCABULARY,
     build_dataset,
     fingerprint_dataset,
     validate_dataset,
@@ -51,6 +54,29 @@ def validate(config: Config) -> None:
 def fingerprint(config: Config) -> dict:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
     return fingerprint_dataset(config)
+
+
+def outline(config: Config) -> Outline:
+    """As luqrun.tasks.outline_task: windows of cost.length tokens, by default dataset.max_length. Of model.weights
+    config.json alone is read."""
+    from luqrun.tasks.question_answering.networks import build_network, read_config
+    from luqrun.tasks.question_answering.weights import weights_folder
+
+    dataset, length = config.dataset, config.cost.length or config.dataset.max_length
+    check_at_most("cost.length", length, dataset.max_length)
+    if config.model.weights is None and dataset.vocabulary is None and dataset.name == GENERATED:
+        what = f"dataset={dataset.name} says only with its text how many subwords there are, and job=cost reads none"
+        raise UserError(f"{what}; give dataset.vocabulary")
+    with torch.device("meta"):
+        if config.model.weights is not None:
+            network = read_config(config.model, weights_folder(config.model.weights))
+        else:
+            network = build_network(config.model, NETWORKS[config.model.name], dataset.vocabulary or VOCABULARY)
+        ids = torch.zeros(dataset.batch_size, length, dtype=torch.long)
+    # Without a mask: what it holds is looked into, which a meta tensor cannot be.
+    inputs = {"input_ids": ids, "token_type_ids": ids, "return_dict": False}
+    about = f"windows of {length} tokens"
+    return Outline(network.train(), inputs, inputs, dataset.batch_size, "window", about)
 
 
 class Found(NamedTuple):

@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luqrun.config import Config
-from luqrun.errors import UserError
+from luqrun.errors import UserError, check_at_most
 from luqrun.internals.of_torch import innermost
 from luqrun.internals.of_transformers import require_text, sacrebleu
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
+from luqrun.tasks.outline import Outline
 from luqrun.tasks.settings import check_text_model, check_text_optimizer
 from luqrun.tasks.task import Task
 from luqrun.tasks.translation.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.translation.networks import SIZES, build_network
 from luqrun.tasks.translation.subwords import END, PADDING
 
+USUAL_LENGTH = 32  # subwords of a sentence in an outline: our choice, the data would tell
 BEAMS, LENGTH_PENALTY = 5, 0.6  # as is usual of Transformers on WMT14, with a beam of 4 or 5
 Batch = dict[str, Tensor]
 
@@ -46,6 +48,21 @@ def validate(config: Config) -> None:
 def fingerprint(config: Config) -> dict:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
     return fingerprint_dataset(config.dataset)
+
+
+def outline(config: Config) -> Outline:
+    """As luqrun.tasks.outline_task: pairs of sentences of cost.length subwords on either side, as many as
+    dataset.batch_tokens allows. The vocabulary is what dataset.vocabulary says, which a small text does not fill."""
+    dataset, length = config.dataset, config.cost.length or USUAL_LENGTH
+    check_at_most("cost.length", length, dataset.max_length)
+    pairs = dataset.batch_tokens // length
+    with torch.device("meta"):
+        network = build_network(config.model, dataset.vocabulary, dataset.max_length).train()
+        ids, seen = torch.zeros(pairs, length, dtype=torch.long), torch.zeros(pairs, 1, length, length)
+    # A mask of four dimensions is taken as it is: others are looked into, which meta tensors cannot be.
+    inputs = {"input_ids": ids, "decoder_input_ids": ids, "decoder_attention_mask": seen, "use_cache": False}
+    about = f"sentences of {length} subwords on either side, {dataset.vocabulary:,} subwords"
+    return Outline(network, inputs, inputs, pairs, "pair of sentences", about)
 
 
 class Translation(Task):
