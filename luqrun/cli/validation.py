@@ -73,6 +73,7 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
 
     device = choose_device(config.device)
     validate_task(config)
+    _validate_weights(config)
     Recipe.from_config(config.quant)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
@@ -80,6 +81,23 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     check_choice("distributed.range", config.distributed.range, RANGE_SCOPES)
     if process_group.world_size() > 1:
         _validate_distributed(config, device.type)
+
+
+def _validate_weights(config: Config) -> None:
+    """Raise UserError where what a run starts from, or evaluates, is not given, or is not read."""
+    weights, new_head = config.model.weights, config.model.new_head
+    if weights is not None and not weights:
+        raise UserError("model.weights= is empty; allowed: null, or a file")
+    if new_head and weights is None:
+        raise UserError("model.new_head=true is for model.weights=FILE, which is not given: all weights are drawn")
+    if config.job != "evaluate":
+        return
+    if weights is None:
+        raise UserError("job=evaluate needs model.weights=FILE, such as RUN/checkpoints/last.pt: what is evaluated")
+    if new_head:
+        raise UserError("model.new_head=true does not go with job=evaluate: a head that is drawn knows nothing")
+    if config.resume not in ("auto", "never"):
+        raise UserError(f"resume={config.resume} is for job=train; job=evaluate takes model.weights={config.resume}")
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:

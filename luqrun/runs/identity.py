@@ -33,10 +33,10 @@ NOT_IN_RESULT = {
     "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
 }
-# Keys that decide nothing where they are null: most runs have no use for them, and earlier ones were without.
+# Keys that decide nothing where they are null or false: most runs have no use for them, earlier ones were without.
 OPTIONAL = {
     "dataset": ("source", "target", "vocabulary", "max_length", "stride", "batch_tokens", "examples"),
-    "model": ("dropout",),
+    "model": ("dropout", "new_head"),
     "schedule": ("warmup_steps", "beta2", "average"),
 }
 # Those of quantizers and GEMMs, at whatever depth.
@@ -44,7 +44,8 @@ OPTIONAL_OF_QUANT = (
     *("block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize"),
     *("hadamard", "signs"),
 )
-KIND = "job"  # the key that says whether a run trains or measures
+KIND = "job"  # the key that says whether a run trains, evaluates or measures
+OF_EVALUATIONS = (KIND, "model", "dataset", "quant", "seed", "precision")  # what job=evaluate reads
 MAX_NAME = 200  # bytes; file systems take 255
 SHOWN = 3  # runs that are named
 
@@ -94,7 +95,7 @@ def deciding_settings(config: Config | dict) -> dict:
     for part, names in OPTIONAL.items():
         of = values.get(part)
         for name in names if isinstance(of, dict) else ():
-            if of.get(name, 0) is None:
+            if name in of and (of[name] is None or of[name] is False):
                 of.pop(name)
     if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
@@ -107,7 +108,7 @@ def deciding_settings(config: Config | dict) -> dict:
         values["finetune"] = {"epochs": 0}
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
-    return values
+    return {name: values.get(name) for name in OF_EVALUATIONS} if values.get(KIND) == "evaluate" else values
 
 
 def _without_unused(quant: object) -> object:
@@ -152,7 +153,10 @@ def _readable(config: Config) -> str:
         names = [kind, config.quant.name]
     else:
         names = [config.model.name, config.dataset.name, config.quant.name]
-        names += [config.finetune.name] if config.finetune.epochs else []
+        if kind == "evaluate":
+            names = [kind, *names]
+        elif config.finetune.epochs:
+            names.append(config.finetune.name)
     names.append(f"seed{config.seed}")
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names)[:MAX_NAME]
 

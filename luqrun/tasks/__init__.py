@@ -49,7 +49,7 @@ def fingerprint_data(config: Config) -> dict[str, object]:
     sizes). The run's folder is named for it (luqrun.runs.identity), so that it must be had quickly. Found once in a
     process: the trainer notices what has changed since. Raises UserError naming dataset.root, or what is wrong there.
     """
-    if config.job != "train":
+    if config.job == "rounding":
         return {}
     key = json.dumps([dataclasses.asdict(config.dataset), config.model.weights, os.getcwd()])
     if key not in _fingerprints:

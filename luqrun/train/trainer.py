@@ -346,5 +346,4 @@ class Trainer:
             layer.health = {} if on else None
 
     def autocast(self):
-        """Around what the network computes."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        return setup.autocast(self.config, self.device)
