@@ -240,7 +240,7 @@ def test_a_part_is_called_as_its_file_is(group):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("job=tune", ("job=tune", "train, rounding")),
+        ("job=tune", ("job=tune", "train, evaluate, rounding")),
         ("reuse=maybe", ("reuse", "maybe")),
         ("cell.tabel=fig2", ("cell.tabel", "cell.table")),
         ("quant.gradient.pow2_scale=both", ("quant.gradient.pow2_scale", "both")),

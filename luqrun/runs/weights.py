@@ -64,7 +64,7 @@ def find_file(weights: str) -> Path:
         raise UserError(f"{KEY}={weights} is a folder, not a file; {instead}")
     found = sorted(glob.glob(str(path)))
     if not found:
-        raise UserError(f"{KEY}={weights}: there is no such file; {ADVICE}")
+        raise UserError(f"{KEY}={weights}: there is no such file or folder; {ADVICE}")
     if len(found) > 1:
         more = f" and {len(found) - 2} more" if found[2:] else ""
         raise UserError(f"{KEY}={weights} fits {len(found)} files, {found[0]}, {found[1]}{more}; it must fit one")

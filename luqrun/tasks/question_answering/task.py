@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import NamedTuple
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luqrun.config import Config
+from luqrun.config import Config, ModelConfig
 from luqrun.errors import UserError
 from luqrun.internals.of_transformers import require_text
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
+from luqrun.runs.weights import Weights, is_file, read_weights
 from luqrun.tasks.question_answering.answers import Span, best_spans, grade
 from luqrun.tasks.question_answering.data import (
     NETWORKS,
@@ -53,6 +55,16 @@ def fingerprint(config: Config) -> dict:
     return fingerprint_dataset(config)
 
 
+def _drawn(model: ModelConfig, vocabulary_size: int) -> nn.Module:
+    """The network with drawn weights."""
+    from luqrun.tasks.question_answering.networks import build_network, sized_network
+    from luqrun.tasks.question_answering.weights import sizes_folder
+
+    if (sizes := sizes_folder(model.weights)) is not None:
+        return sized_network(model, sizes)
+    return build_network(model, NETWORKS[model.name], vocabulary_size)
+
+
 class Found(NamedTuple):
     """Of a window: its loss, and the best answer in it."""
 
@@ -76,16 +88,31 @@ class QuestionAnswering(Task):
         self.data, self.tokenizer = build_dataset(config)
 
     def artifacts(self) -> dict[str, str]:
-        """The tokenizer, where it was trained here."""
-        return {TOKENIZER: self.tokenizer.to_str(pretty=True)} if self.model.weights is None else {}
+        """The tokenizer and, where they are not model.name's, the sizes: so that a checkpoint can be model.weights."""
+        from luqrun.tasks.question_answering.weights import SETTINGS, sizes_folder
+
+        sizes = sizes_folder(self.model.weights)
+        own = {} if sizes is None else {SETTINGS: (sizes / SETTINGS).read_text()}
+        return {TOKENIZER: self.tokenizer.to_str(pretty=True), **own}
 
     def network(self) -> nn.Module:
-        from luqrun.tasks.question_answering.networks import build_network, read_network
+        from luqrun.tasks.question_answering.networks import read_network
         from luqrun.tasks.question_answering.weights import weights_folder
 
-        if self.model.weights is not None:
+        if self.model.weights is not None and not is_file(self.model.weights):
             return read_network(self.model, weights_folder(self.model.weights))
-        return build_network(self.model, NETWORKS[self.model.name], self.data.vocabulary_size)
+        return _drawn(self.model, self.data.vocabulary_size)
+
+    def weights(self) -> Weights | None:
+        from luqrun.tasks.question_answering.networks import span_tensors
+
+        if not is_file(self.model.weights):
+            return None  # of a folder, `network` has read them
+        found = read_weights(self.model.weights)
+        return dataclasses.replace(found, tensors=span_tensors(found.tensors))
+
+    def head(self, network: nn.Module) -> str:
+        return "qa_outputs"
 
     def example(self) -> dict[str, object]:
         """The first validation window."""
