@@ -185,7 +185,8 @@ class QuantConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Optimizer and learning rate. `accumulate` micro-batches make one step; epochs may not be zero.
+    """Optimizer and learning rate. `accumulate` micro-batches make one step; `epochs` may be 0 where model.weights are
+    fine-tuned alone.
 
     `warmup_steps`: instead of `warmup_epochs`; `beta2`: AdamW's second momentum (null: 0.999); `average`: the weights
     at the ends of that many last epochs are averaged (null: the last ones are taken).

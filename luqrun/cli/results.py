@@ -45,7 +45,8 @@ def closing_table(
         rows, of = [(f"quant={config.quant.name}", found)], summary["evaluated"]
         source = f"weights      {of['weights']}, trained with quant={of['trained_with'] or '(not known)'}"
         return "\n".join(["", title, *_table("", rows, metric), *_on_test(summary, metric), source, *where[:-1]])
-    rows = [(f"{_epochs(config.schedule.epochs)}, quant={config.quant.name}", summary["before_finetune"])]
+    trained = _epochs(config.schedule.epochs) if config.schedule.epochs else "model.weights"
+    rows = [(f"{trained}, quant={config.quant.name}", summary["before_finetune"])]
     rows += [(f"+ {_epochs(number, 'fine-tune ')}", result) for number, result in enumerate(summary["finetune"], 1)]
     rate, unit = next((value, name.removesuffix(RATE)) for name, value in summary.items() if name.endswith(RATE))
     speed = f"{rate:.0f} {unit}/s in training, {summary['train_seconds']:.0f} s of it"

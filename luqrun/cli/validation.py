@@ -88,6 +88,10 @@ def _validate_weights(config: Config) -> None:
     weights, new_head = config.model.weights, config.model.new_head
     if weights is not None and not weights:
         raise UserError("model.weights= is empty; allowed: null, or a file")
+    alone = weights is not None and config.finetune.epochs > 0
+    if config.job == "train" and config.schedule.epochs < (0 if alone else 1):
+        more = "it must be at least 1, or 0 to fine-tune model.weights alone (with finetune.epochs above 0)"
+        raise UserError(f"schedule.epochs={config.schedule.epochs} is too small; {more}")
     if new_head and weights is None:
         raise UserError("model.new_head=true is for model.weights=FILE, which is not given: all weights are drawn")
     if config.job != "evaluate":

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from luqrun.tasks.question_answering import NAMES as QUESTION_SETS
 from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from luqrun.tasks.task import Task
 
 # dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`,
-# `validate(config)` and `fingerprint(config)`.
+# `bare_network(config, sizes)`, `validate(config)` and `fingerprint(config)`.
 MODULES = {
     **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
     **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),
@@ -34,6 +37,14 @@ METRICS = ("val/top1", "val/top5", "val/bleu", "test/bleu", "val/f1", "val/em", 
 def build_task(config: Config) -> Task:
     """The task of a run, with its data. Raises UserError naming the key, or the file, that is wrong."""
     return _module(config).build(config)
+
+
+def bare_network(config: Config, sizes: Mapping[str, object]) -> tuple[nn.Module, object | None]:
+    """The network of a run with drawn weights, and the input that shows its ends (Task.example), without its data.
+
+    sizes: what a checkpoint of the run has of them (Data.sizes), among other keys.
+    """
+    return _module(config).bare_network(config, sizes)
 
 
 def validate_task(config: Config) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,12 @@ from luqrun.tasks.task import Task
 def build(config: Config) -> Classification:
     """The task of this run. Raises UserError naming the key, or the file, that is wrong."""
     return Classification(config)
+
+
+def bare_network(config: Config, sizes: Mapping) -> tuple[nn.Module, None]:
+    """As luqrun.tasks.bare_network: glyphs are grey, all other images have colours."""
+    channels = 1 if config.dataset.name == "glyphs" else 3
+    return build_model(config.model, sizes["num_classes"], channels, config.dataset.image_size), None
 
 
 def validate(config: Config) -> None:

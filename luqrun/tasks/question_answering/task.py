@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,13 @@ def build(config: Config) -> QuestionAnswering:
     """The task of this run. Raises UserError naming the key, or the file, that is wrong."""
     validate(config)
     return QuestionAnswering(config)
+
+
+def bare_network(config: Config, sizes: Mapping) -> tuple[nn.Module, dict[str, object]]:
+    """As luqrun.tasks.bare_network."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    example = {"input_ids": ids, "token_type_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict": False}
+    return _drawn(config.model, sizes["vocab_size"]), example
 
 
 def validate(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -30,6 +31,16 @@ Batch = dict[str, Tensor]
 def build(config: Config) -> Translation:
     """The task of this run. Raises UserError naming the key, or the file, that is wrong."""
     return Translation(config)
+
+
+def bare_network(config: Config, sizes: Mapping) -> tuple[nn.Module, Batch]:
+    """As luqrun.tasks.bare_network."""
+    return build_network(config.model, sizes["vocabulary"], config.dataset.max_length), _example()
+
+
+def _example() -> Batch:
+    ids = torch.full((1, 2), END)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
 
 
 def validate(config: Config) -> None:
@@ -86,8 +97,7 @@ class Translation(Task):
         return build_network(self.model, len(self.data.subwords), self.max_length)
 
     def example(self) -> Batch:
-        ids = torch.full((1, 2), END)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+        return _example()
 
     def artifacts(self) -> dict[str, str]:
         return {TOKENIZER: self.data.subwords.json}
