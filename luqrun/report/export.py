@@ -23,7 +23,7 @@ from luqrun.report.records import printable
 from luqrun.report.stored_config import stored_config
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder, write_atomically
-from luqrun.runs.weights import PACKED, SETTINGS, is_file, read_weights
+from luqrun.runs.weights import PACKED, SETTINGS, SETTINGS_OF_RUN, is_file, read_weights
 from luqrun.tasks import bare_network
 from luqrun.train.starting_weights import OPTIONAL, load_weights
 
@@ -65,7 +65,8 @@ def export(run: Path, out: Path, full: bool = False, best: bool = False) -> str:
     whole = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith(OPTIONAL[0])}
     size = sum(tensor.nbytes for tensor in _without_ties(whole)[0].values())
     metadata = {"format": "pt", "run": run.resolve().name, "recipe": json.dumps(asdict(config.quant))}
-    metadata |= {"luqrun": __version__, "RESULTS": str(record.get("results", 1)), "model": json.dumps(asdict(config.model))}
+    metadata |= {"luqrun": __version__, "RESULTS": str(record.get("results", 1))}
+    metadata[SETTINGS_OF_RUN] = json.dumps(weights.settings)
     if full:
         stored, _ = _without_ties(whole)
         return f"{_write(out, stored, metadata)}, in full precision, {len(stored)} tensors"

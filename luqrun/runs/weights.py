@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
+import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,8 @@ WITHIN = ("state_dict", "model", "model_state_dict", "net")  # where training sc
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SETTINGS = "config.json"  # of a network for text; beside it its tokenizer
 ADVICE = f"{KEY} takes {KINDS}"
-PACKED = "luqrun.packed"  # in the metadata of an export of codes (luqrun.report.export)
+# Of the metadata of an export (luqrun.report.export): how its codes are read, and the settings that decided the run.
+PACKED, SETTINGS_OF_RUN = "luqrun.packed", "luqrun.settings"
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,13 @@ class Weights:
     def origin(self) -> str:
         """Such as "model.name=resnet8, dataset.name=glyphs, quant.name=luq"; "" where it is not known."""
         parts = ((part, (self.settings or {}).get(part)) for part in ("model", "dataset", "quant"))
-        return ", ".join(f"{part}.name={each['name']}" for part, each in parts if isinstance(each, dict) and each)
+        return ", ".join(f"{part}.name={each['name']}" for part, each in parts if isinstance(each, dict) and "name" in each)
 
     @property
     def recipe(self) -> str | None:
         """The name of the recipe that trained them, where it is known."""
-        return ((self.settings or {}).get("quant") or {}).get("name")
+        quant = (self.settings or {}).get("quant")
+        return quant.get("name") if isinstance(quant, dict) else None
 
 
 def is_file(weights: str | None) -> bool:
@@ -97,7 +102,7 @@ def read_weights(weights: str) -> Weights:
     """
     path, settings = find_file(weights), None
     if path.suffix == ".safetensors":
-        tensors = _read_safetensors(path)
+        tensors, settings = _read_safetensors(path)
     elif checkpoint.is_checkpoint(path):
         content = checkpoint.read(path, ADVICE)
         tensors, settings = content["model"], content["identity"].get("settings")
@@ -109,25 +114,33 @@ def read_weights(weights: str) -> Weights:
     return Weights(path, tensors, settings)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors; and of an export, what decided the run."""
     import safetensors
 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            if PACKED in (file.metadata() or {}):
+            metadata = file.metadata() or {}
+            if PACKED in metadata:
                 raise UserError(
                     f"{path} holds packed codes, from which no training starts; {KEY} takes what luqrun-export --full "
                     "writes of the run, or its checkpoints/last.pt"
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         why = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is cut off, or not a file of safetensors ({why}); {ADVICE}") from None
+    try:
+        settings = json.loads(metadata[SETTINGS_OF_RUN]) if SETTINGS_OF_RUN in metadata else None
+    except (ValueError, RecursionError):
+        settings = None
+    return tensors, settings if isinstance(settings, dict) else None
 
 
 def _read_pickle(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # whatever the unpickler, or the reader of the archive, says
@@ -137,9 +150,18 @@ def _read_pickle(path: Path) -> object:
             f"{path} holds Python objects beside tensors ({found[1]}), which can run code, and is not read; save the "
             "state_dict alone, or as safetensors"
         )
+    if _starts_as_pickle(path):
+        raise UserError(
+            f"{path} is cut off, or a pickle that torch.save did not write, which can run code: it is not read; {ADVICE}"
+        )
     if "TorchScript" in text:
         raise UserError(f"{path} is a TorchScript archive, which holds code, and is not read; save its state_dict")
     raise UserError(f"{path} is cut off, or not a file of torch.save; {ADVICE}")
+
+
+def _starts_as_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
