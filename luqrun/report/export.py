@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -110,7 +110,9 @@ def _network(run: Path, config: Config, path: Path) -> nn.Module:
     return model
 
 
-def _without_ties(tensors: Mapping[str, Tensor], packed: Mapping = {}) -> tuple[dict[str, Tensor], dict[str, str]]:  # noqa: B006
+def _without_ties(
+    tensors: Mapping[str, Tensor], packed: Container[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that are not packed, each memory once and dense; and the other names of the same memory."""
     first: dict[tuple, str] = {}
     tied = {}

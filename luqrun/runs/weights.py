@@ -1,4 +1,4 @@
-"""A file of weights (model.weights): safetensors, what torch.save wrote of tensors alone, or the checkpoint of a run."""
+"""A file of weights (model.weights): safetensors, what torch.save wrote of tensors alone, or a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ class Weights:
     @property
     def origin(self) -> str:
         """Such as "model.name=resnet8, dataset.name=glyphs, quant.name=luq"; "" where it is not known."""
-        parts = ((part, (self.settings or {}).get(part)) for part in ("model", "dataset", "quant"))
-        return ", ".join(f"{part}.name={each['name']}" for part, each in parts if isinstance(each, dict) and "name" in each)
+        names = ((part, self._name(part)) for part in ("model", "dataset", "quant"))
+        return ", ".join(f"{part}.name={name}" for part, name in names if name is not None)
 
     @property
     def recipe(self) -> str | None:
         """The name of the recipe that trained them, where it is known."""
-        quant = (self.settings or {}).get("quant")
-        return quant.get("name") if isinstance(quant, dict) else None
+        return self._name("quant")
+
+    def _name(self, part: str) -> str | None:
+        found = (self.settings or {}).get(part)
+        return found.get("name") if isinstance(found, dict) else None
 
 
 def is_file(weights: str | None) -> bool:
@@ -152,7 +155,8 @@ def _read_pickle(path: Path) -> object:
         )
     if _starts_as_pickle(path):
         raise UserError(
-            f"{path} is cut off, or a pickle that torch.save did not write, which can run code: it is not read; {ADVICE}"
+            f"{path} is cut off, or a pickle that torch.save did not write, which can run code: it is not read; "
+            f"{ADVICE}"
         )
     if "TorchScript" in text:
         raise UserError(f"{path} is a TorchScript archive, which holds code, and is not read; save its state_dict")

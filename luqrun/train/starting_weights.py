@@ -80,4 +80,4 @@ def _misshapen(weights: Weights, name: str, tensor: Tensor, head: str) -> str:
     text = f"{_called(weights)}: {name} has the shape {theirs}, and the network here has {ours}"
     if name.startswith(f"{head}."):
         return f"{text}: {theirs[0]} classes instead of {ours[0]}; model.new_head=true draws a new {head}"
-    return f"{text}; it follows from model.* and dataset.*: model.stem=full is torchvision's own, channels and sizes are the data's"
+    return f"{text}; it follows from model.* (model.stem=full is torchvision's own) and from the data of dataset.*"

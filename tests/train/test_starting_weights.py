@@ -1,6 +1,5 @@
 """model.weights: a run starts from the weights of a file, in every network, or is refused in one line."""
 
-
 import pytest
 import torch
 from running import composed, last, quiet_machine, tiny, train

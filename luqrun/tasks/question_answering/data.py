@@ -76,7 +76,8 @@ def validate_model(model: ModelConfig, dataset: str) -> None:
     check_text_model(model)
     if model.weights is not None and not is_file(model.weights) and model.name != WITH_WEIGHTS:
         raise UserError(
-            f"a folder as model.weights is read by model={WITH_WEIGHTS}, which has their sizes then, not by {model.name}"
+            f"a folder as model.weights is read by model={WITH_WEIGHTS}, which has their sizes then, not by "
+            f"{model.name}"
         )
 
 

@@ -40,7 +40,7 @@ class Subwords:
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())[:100]})") from None
         if known != [PADDING, END, UNKNOWN]:
-            raise UserError(f"{path} is no tokenizer of a translation by luqrun: {', '.join(SPECIAL)} do not come first")
+            raise UserError(f"{path} is no tokenizer of a translation here: {', '.join(SPECIAL)} do not come first")
         return found
 
     def __len__(self) -> int:
