@@ -71,15 +71,16 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 
     Of attention it is the packed projection of queries, keys and values, as self-attention multiplies it.
     """
-    training = model.training
-    model.eval()
-    try:
-        for name, layer in quantized_layers(model):
-            if layer.recipe.fprop.weight is not None:
-                own = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-                yield f"{name}.{own}".lstrip("."), _packed(layer, getattr(layer, own))
-    finally:
-        model.train(training)
+    for name, layer in quantized_layers(model):
+        if layer.recipe.fprop.weight is None:
+            continue
+        own = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+        training, layer.training = layer.training, False
+        try:
+            packed = _packed(layer, getattr(layer, own))
+        finally:
+            layer.training = training
+        yield f"{name}.{own}".lstrip("."), packed
 
 
 def _packed(layer: QuantLayer, weight: Tensor) -> PackedWeight:

@@ -104,7 +104,10 @@ def _network(run: Path, config: Config, path: Path) -> nn.Module:
     # What belongs to its own weights lies in the run folder: they may be gone.
     if is_file(config.model.weights) or (run / SETTINGS).is_file():
         config.model.weights = str(path)
-    network, example = bare_network(config, checkpoint.read(path))
+    try:
+        network, example = bare_network(config, checkpoint.read(path))
+    except KeyError as size:
+        raise UserError(f"{path} has no {size}, the size of its network, as those of an earlier luqrun") from None
     model = quantize_model(network, Recipe.from_config(config.quant), seed=config.seed, example=example)
     load_weights(model, read_weights(str(path)), head="", new_head=False)
     return model

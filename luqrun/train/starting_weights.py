@@ -78,6 +78,6 @@ def _advice(weights: Weights) -> str:
 def _misshapen(weights: Weights, name: str, tensor: Tensor, head: str) -> str:
     theirs, ours = list(weights.tensors[name].shape), list(tensor.shape)
     text = f"{_called(weights)}: {name} has the shape {theirs}, and the network here has {ours}"
-    if name.startswith(f"{head}."):
+    if name.startswith(f"{head}.") and theirs[1:] == ours[1:] and theirs:
         return f"{text}: {theirs[0]} classes instead of {ours[0]}; model.new_head=true draws a new {head}"
     return f"{text}; it follows from model.* (model.stem=full is torchvision's own) and from the data of dataset.*"

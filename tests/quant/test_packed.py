@@ -130,9 +130,10 @@ def test_a_code_takes_its_bits_and_a_weight_without_negative_values_its_own_tabl
 
 def test_training_mode_and_weights_stay_as_they_were():
     model = quantize_model(network(), luqrun.recipe("luq"), skip=()).train()
+    model[1].eval()
     before = {name: each.clone() for name, each in model.state_dict().items()}
     assert len(list(packed_weights(model))) == 6
-    assert model.training
+    assert [each.training for each in (model, *model)] == [True, True, False, True, True, True]
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 

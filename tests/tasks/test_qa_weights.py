@@ -227,6 +227,16 @@ def test_shapes_are_read_without_the_numbers(folder):
     assert read_shapes(weights_folder(str(folder))) == expected
 
 
+def test_an_evaluation_needs_the_span_head(folder, root):
+    found = run_config(root, folder, "job=evaluate")
+    text = refused(tasks.build_task(found).network)
+    assert f"{folder / 'model.safetensors'} is not a BERT's: 2 tensors are not there, such as qa_outputs." in text
+    stored = load_file(folder / "model.safetensors")
+    head = {"qa_outputs.weight": torch.ones(2, SIZES["hidden_size"]), "qa_outputs.bias": torch.ones(2)}
+    save_file({**stored, **head}, folder / "model.safetensors")
+    assert torch.equal(tasks.build_task(found).network().qa_outputs.weight, head["qa_outputs.weight"])
+
+
 def test_a_run_from_weights_takes_and_keeps_their_tokenizer_and_sizes(folder, root):
     task = tasks.build_task(run_config(root, folder))
     assert task.artifacts().keys() == {"tokenizer.json", "config.json"}

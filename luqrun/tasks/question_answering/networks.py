@@ -46,10 +46,11 @@ def span_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not name.startswith(NOT_NEEDED)}
 
 
-def read_network(model: ModelConfig, folder: Path) -> nn.Module:
+def read_network(model: ModelConfig, folder: Path, whole: bool = False) -> nn.Module:
     """The network of a folder of weights, whose sizes and dropout are its own (but for model.dropout).
 
-    Only the layer that marks answers is drawn where it is not there. Raises UserError for a folder that does not fit.
+    Only the layer that marks answers is drawn where it is not there, unless the network must be `whole`. Raises
+    UserError for a folder that does not fit.
     """
     found, shapes = read_settings(folder), read_shapes(folder)
     stored = {_canonical(name): name for name in shapes}
@@ -58,7 +59,7 @@ def read_network(model: ModelConfig, folder: Path) -> nn.Module:
     with torch.device("meta"):
         wanted = _of(config).state_dict()
     names = {name: None if model.new_head and name.startswith(HEAD) else stored.get(name) for name in wanted}
-    missing = [name for name, there in names.items() if there is None and not name.startswith(HEAD)]
+    missing = [name for name, there in names.items() if there is None and (whole or not name.startswith(HEAD))]
     if missing:
         raise UserError(
             f"{folder / WEIGHTS} is not a BERT's: {len(missing)} tensors are not there, such as {missing[0]}"

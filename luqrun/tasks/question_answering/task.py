@@ -92,7 +92,7 @@ class QuestionAnswering(Task):
     equal_weights = True  # an epoch's last, smaller batch is left out
 
     def __init__(self, config: Config):
-        self.model = config.model
+        self.model, self.evaluates = config.model, config.job == "evaluate"
         self.data, self.tokenizer = build_dataset(config)
 
     def artifacts(self) -> dict[str, str]:
@@ -108,7 +108,7 @@ class QuestionAnswering(Task):
         from luqrun.tasks.question_answering.weights import weights_folder
 
         if self.model.weights is not None and not is_file(self.model.weights):
-            return read_network(self.model, weights_folder(self.model.weights))
+            return read_network(self.model, weights_folder(self.model.weights), whole=self.evaluates)
         return _drawn(self.model, self.data.vocabulary_size)
 
     def weights(self) -> Weights | None:
