@@ -27,7 +27,7 @@ TITLES = {
     "formats": "Formats: today's 4-bit schemes beside LUQ",
     "replications": "Replications: LUQ as others have coded it",
     "phases": "Last phases: what is in high precision at the end",
-    "post_training": "Post-training: weights trained in fp32 or with LUQ (rows), evaluated in either (columns)",
+    "post_training": "Post-training: weights that the first recipe trained, evaluated with the second",
 }
 ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings, or of job=evaluate
 # What a table's cells are compared with: (row, column), where None stands for the cell's own.

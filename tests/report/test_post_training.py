@@ -44,14 +44,14 @@ def outputs(tmp_path):
 def test_each_cell_has_its_seeds_and_is_compared_with_fp32_throughout(outputs, capsys):
     assert main([str(outputs)]) == 0
     text = (outputs / "tables" / "embedded-post_training.md").read_text()
-    assert "Post-training: weights trained in fp32 or with LUQ (rows), evaluated in either (columns)" in text
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert "82.5 ± 0.5" in rows["fp32"]
-    assert "71.5 ± 0.5" in rows["fp32"]
-    assert "79.5 ± 0.5" in rows["luq"]
-    assert "80.5 ± 0.5" in rows["luq"]
-    assert "-11.0 ± 0.0" in text
-    assert "-2.0 ± 0.0" in text
+    assert "Post-training: weights that the first recipe trained, evaluated with the second" in text
+    rows = [[part.strip() for part in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        ["fp32, fp32", "82.5 ± 0.5 (3)", "baseline"],
+        ["fp32, luq", "71.5 ± 0.5 (3)", "\u221211.0 ± 0.0 (3)"],
+        ["luq, fp32", "79.5 ± 0.5 (3)", "\u22123.0 ± 0.0 (3)"],
+        ["luq, luq", "80.5 ± 0.5 (3)", "\u22122.0 ± 0.0 (3)"],
+    ]
     assert "missing" not in text
     assert "trained in another way" not in capsys.readouterr().out
 
