@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
-JOBS = ("train", "rounding", "cost")
+JOBS = ("train", "evaluate", "rounding", "cost")
 BATCH_NORMS = ("local", "sync")
 RANGE_SCOPES = ("rank", "global")
 # What a data set of text brings in place of the default network and schedule, which are for images, on a command line
@@ -37,14 +37,16 @@ COMPANIONS = {
 class ModelConfig:
     """Which network. `stem`: of one for images: auto (small for images up to 64 pixels), small or full.
 
-    Of one for text: `dropout`, its share (null: the network's own); `weights`: a folder in the Hugging Face layout to
-    start from.
+    `dropout`: of one for text, its share (null: the network's own). `weights`: what to start from, a file
+    (luqrun.runs.weights), or of bert a folder in the Hugging Face layout; `new_head`: without the layer of the classes
+    that is there, which is drawn.
     """
 
     name: str = "???"
     stem: str = "auto"
     dropout: float | None = None
     weights: str | None = None
+    new_head: bool = False
 
 
 @dataclass
@@ -183,7 +185,8 @@ class QuantConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Optimizer and learning rate. `accumulate` micro-batches make one step; epochs may not be zero.
+    """Optimizer and learning rate. `accumulate` micro-batches make one step; `epochs` may be 0 where model.weights are
+    fine-tuned alone.
 
     `warmup_steps`: instead of `warmup_epochs`; `beta2`: AdamW's second momentum (null: 0.999); `average`: the weights
     at the ends of that many last epochs are averaged (null: the last ones are taken).

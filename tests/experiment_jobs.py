@@ -73,9 +73,12 @@ def jobs(name) -> list[Config]:
             changed["finetune"] = dataclasses.replace(finetune, lr_base=config.schedule.finetune_lr)
         config = dataclasses.replace(config, **changed)
         names = {group: {"name": getattr(config, group).name} for group in ("model", "quant", "finetune")}
-        config.cell = CellConfig(
-            **OmegaConf.to_container(OmegaConf.create({**names, "cell": cell}), resolve=True)["cell"]
-        )
+        given = {key.removeprefix("cell."): value for key, value in chosen.items() if key.startswith("cell.")}
+        resolved = OmegaConf.to_container(OmegaConf.create({**names, "cell": {**cell, **given}}), resolve=True)
+        config.cell = CellConfig(**resolved["cell"])
+        if config.job == "evaluate":  # which weights follows from the row and the seed
+            weights = re.sub(r"-\w+-seed\d+-", f"-{config.cell.row}-seed{config.seed}-", config.model.weights)
+            config.model = dataclasses.replace(config.model, weights=weights)
         found.append(config)
     return found
 

@@ -1,6 +1,7 @@
 """The YAML files: each opens with the command that runs it, that composes, and experiments make their tables."""
 
 import dataclasses
+import fnmatch
 import re
 
 import pytest
@@ -120,6 +121,7 @@ def test_every_table_is_there_at_every_scale():
         wanted = {"measured"} if table in ("table1", "fig1a") else {"embedded", "cifar", "cifar100", "paper"}
         wanted |= {"small"} if table in ("table2", "table3") else set()
         others = {"formats": {"embedded", "cifar"}, "replications": {"embedded"}, "phases": {"embedded"}}
+        others["post_training"] = {"embedded", "cifar"}
         wanted = others.get(table, wanted)
         assert {scale for other, scale in map(table_and_scale, SWEEPS) if other == table} == wanted
 
@@ -138,7 +140,23 @@ def test_an_experiment_is_valid_at_every_point_of_its_sweep(name):
     for config in found:
         validate(config)
         assert config.study != "default"
-    assert len({run_id(config, {}) for config in found}) == len(found)
+    assert len({run_id(config, {"weights": config.model.weights}) for config in found}) == len(found)
+
+
+@pytest.mark.parametrize("scale", ["embedded", "cifar"])
+def test_weights_are_evaluated_where_the_command_in_the_file_trains_them(scale):
+    name = f"experiment/post_training/{scale}.yaml"
+    line = (CONF / name).read_text().splitlines()[2]
+    given = [text.replace("DIR", "/data") for text in line.partition(": luqrun -m ")[2].split()]
+    recipes, seeds = (next(text for text in given if text.startswith(key)) for key in ("quant=", "seed="))
+    trained = set()
+    for quant in recipes.partition("=")[2].split(","):
+        for seed in seeds.partition("=")[2].split(","):
+            rest = [text for text in given if text not in (recipes, seeds)]
+            config = to_config(composed(*rest, f"quant={quant}", f"seed={seed}"))
+            trained.add(f"outputs/{config.study}/{run_id(config, {})}/checkpoints/last.pt")
+    for config in jobs(name):
+        assert len(fnmatch.filter(trained, config.model.weights)) == 1, config.model.weights
 
 
 @pytest.mark.parametrize("name", [name for name in SWEEPS if table_and_scale(name)[1] in ("embedded", "measured")])
@@ -240,7 +258,7 @@ def test_a_part_is_called_as_its_file_is(group):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("job=tune", ("job=tune", "train, rounding")),
+        ("job=tune", ("job=tune", "train, evaluate, rounding")),
         ("reuse=maybe", ("reuse", "maybe")),
         ("cell.tabel=fig2", ("cell.tabel", "cell.table")),
         ("quant.gradient.pow2_scale=both", ("quant.gradient.pow2_scale", "both")),

@@ -318,11 +318,12 @@ def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
         return cost_job.run(config, folder)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from luqrun.train import trainer
+    from luqrun.train import evaluation_job, trainer
 
+    run = evaluation_job.run if config.job == "evaluate" else trainer.run
     try:
         with logging_redirect_tqdm():
-            return process_group.recorded(trainer.run)(config, folder, requests)
+            return process_group.recorded(run)(config, folder, requests)
     except (MemoryError, RuntimeError) as error:
         if process_group.lost_a_peer(error):
             raise UserError(

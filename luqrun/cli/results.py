@@ -42,18 +42,19 @@ def closing_table(
         )
     found = {operand: _fprop_format(config.quant, operand) for operand in ("weight", "activation")}
     formats = " and ".join(f"{name.upper()} {operand}s" for operand, name in found.items() if name is not None)
-    before = summary["before_finetune"]
-    names = [metric.name, *(name for name in before if name != metric.name)]
-    rows = [("after", metric.label, *(_label(name) for name in names[1:]))]
-    rows.append(_row(f"{_epochs(config.schedule.epochs)}, quant={config.quant.name}", before, names))
-    for number, result in enumerate(summary["finetune"], 1):
-        rows.append(_row(f"+ {_epochs(number, 'fine-tune ')}", result, names))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(map(str.rjust, row[1:], widths[1:])) for row in rows]
+    title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
+    if config.job == "evaluate":
+        found = {name: value for name, value in summary.items() if name.startswith("val/")}
+        rows, of = [(f"quant={config.quant.name}", found)], summary["evaluated"]
+        source = f"weights      {of['weights']}, trained with quant={of['trained_with'] or '(not known)'}"
+        return "\n".join(["", title, *_table("", rows, metric), *_on_test(summary, metric), source, *where[:-1]])
+    trained = _epochs(config.schedule.epochs) if config.schedule.epochs else "model.weights"
+    rows = [(f"{trained}, quant={config.quant.name}", summary["before_finetune"])]
+    rows += [(f"+ {_epochs(number, 'fine-tune ')}", result) for number, result in enumerate(summary["finetune"], 1)]
     rate, unit = next((value, name.removesuffix(RATE)) for name, value in summary.items() if name.endswith(RATE))
     speed = f"{rate:.0f} {unit}/s in training, {summary['train_seconds']:.0f} s of it"
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB"
-    title = f"{config.model.name} on {config.dataset.name}, evaluated with {formats or 'full precision'}"
+    lines = _table("after", rows, metric)
     return "\n".join(["", title, *lines, *_on_test(summary, metric), f"{speed}, {memory}", *where])
 
 
@@ -70,6 +71,15 @@ def _cost_lines(summary: dict) -> list[str]:
         f"at 4 bits, of all matrix work           {100 * numbers['share_of_matrix_work_4bit']:.2f} %",
         f"bound on the speed-up of matrix work    {shown}",
     ]
+
+
+def _table(head: str, results: Sequence[tuple[str, dict]], metric: Metric) -> list[str]:
+    """Lines of labelled results, whose metrics are those of the first."""
+    names = [metric.name, *(name for name in results[0][1] if name != metric.name)]
+    rows = [[head, metric.label, *(_label(name) for name in names[1:])]]
+    rows += [[label, *(_number(name, result[name]) for name in names)] for label, result in results]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"{row[0]:<{widths[0]}}  " + "  ".join(map(str.rjust, row[1:], widths[1:])) for row in rows]
 
 
 def _on_test(summary: dict, metric: Metric) -> list[str]:
@@ -96,10 +106,6 @@ def _epochs(number: int, kind: str = "") -> str:
 
 def _label(name: str) -> str:
     return LABELS.get(name, name.removeprefix("val/"))
-
-
-def _row(label: str, result: dict, names: Sequence[str]) -> list[str]:
-    return [label, *(_number(name, result[name]) for name in names)]
 
 
 def _number(name: str, value: float) -> str:

@@ -74,6 +74,7 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
 
     device = choose_device(config.device)
     validate_task(config)
+    _validate_weights(config)
     Recipe.from_config(config.quant)
     validate_schedule(config.schedule)
     validate_finetune(config.finetune)
@@ -89,6 +90,27 @@ def _validate_cost(cost: CostConfig) -> None:
             raise UserError(f"cost.{key}={value} must be a speed above 0, such as {getattr(CostConfig, key):g}")
     if cost.length is not None:
         check_at_least("cost.length", cost.length, 1)
+
+
+def _validate_weights(config: Config) -> None:
+    """Raise UserError where what a run starts from, or evaluates, is not given, or is not read."""
+    weights, new_head = config.model.weights, config.model.new_head
+    if weights is not None and not weights:
+        raise UserError("model.weights= is empty; allowed: null, or a file")
+    alone = weights is not None and config.finetune.epochs > 0
+    if config.job == "train" and config.schedule.epochs < (0 if alone else 1):
+        more = "it must be at least 1, or 0 to fine-tune model.weights alone (with finetune.epochs above 0)"
+        raise UserError(f"schedule.epochs={config.schedule.epochs} is too small; {more}")
+    if new_head and weights is None:
+        raise UserError("model.new_head=true is for model.weights=FILE, which is not given: all weights are drawn")
+    if config.job != "evaluate":
+        return
+    if weights is None:
+        raise UserError("job=evaluate needs model.weights=FILE, such as RUN/checkpoints/last.pt: what is evaluated")
+    if new_head:
+        raise UserError("model.new_head=true does not go with job=evaluate: a head that is drawn knows nothing")
+    if config.resume not in ("auto", "never"):
+        raise UserError(f"resume={config.resume} is for job=train; job=evaluate takes model.weights={config.resume}")
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:

@@ -27,8 +27,9 @@ TITLES = {
     "formats": "Formats: today's 4-bit schemes beside LUQ",
     "replications": "Replications: LUQ as others have coded it",
     "phases": "Last phases: what is in high precision at the end",
+    "post_training": "Post-training: weights that the first recipe trained, evaluated with the second",
 }
-ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings
+ROUNDING_TABLES = ("table1", "fig1a")  # by job=rounding; the others are of trainings, or of job=evaluate
 # What a table's cells are compared with: (row, column), where None stands for the cell's own.
 BASELINES = {
     "fig1b": ("fp32", None),
@@ -42,6 +43,7 @@ BASELINES = {
     "formats": (None, "fp32"),
     "replications": (None, "fp32"),
     "phases": (None, "fp32_none"),
+    "post_training": ("fp32", "fp32"),
 }
 # A table's rows for text are experiments of their own where their data lie elsewhere: table2/small_translation.
 PARTS = ("", "_translation", "_question_answering")
@@ -95,7 +97,8 @@ def expected_of(name: str, shared: Sequence[str] = ()) -> list[Expected]:
         chosen = dict(override.split("=", 1) for override in overrides)
         groups = {key: {"name": chosen[key]} for key in ("model", "quant", "finetune") if key in chosen}
         # A recipe, a model and a fine-tune are called as their files are: a test sees to it.
-        cell = OmegaConf.create({**groups, "cell": experiment.cell}).cell
+        given = {key.removeprefix("cell."): value for key, value in chosen.items() if key.startswith("cell.")}
+        cell = OmegaConf.create({**groups, "cell": OmegaConf.to_container(experiment.cell) | given}).cell
         command = f"luqrun +experiment={name} {' '.join(overrides)}{folders}"
         found.append(Expected(cell.row, cell.column, int(chosen["seed"]), command, name))
     return found

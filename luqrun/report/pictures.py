@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch import Tensor, nn
-from yaml import YAMLError
 
-from luqrun.config import PRECISIONS, Config
-from luqrun.errors import UserError, check_choice
+from luqrun.config import Config
+from luqrun.errors import UserError
 from luqrun.quant.convert import quantize_model, quantized_layers, set_step
 from luqrun.quant.formats import get_format
 from luqrun.quant.recipe import Recipe
 from luqrun.report.figures import pyplot, save
 from luqrun.report.records import printable
+from luqrun.report.stored_config import stored_config
 from luqrun.runs import checkpoint
-from luqrun.runs.reading import CONFIG, read_config
-from luqrun.tasks import build_task, validate_task
+from luqrun.runs.reading import CONFIG
+from luqrun.tasks import build_task
 from luqrun.tasks.loader import train_loader
 from luqrun.train.tracking import HEALTH
 
@@ -82,12 +80,7 @@ class LayerGradient:
 
 def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
     """Of the first batch of the epoch to come: layers at 4 bits in either phase, the rest in the run's precision."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.create(read_config(run))))
-        validate_task(config)
-        check_choice("precision", config.precision, PRECISIONS)
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
-        raise UserError(f"{run / CONFIG}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    config = stored_config(run)
     path = run / "checkpoints" / checkpoint.LAST
     if not path.exists():
         raise NothingToShow(f"{path} is not there")

@@ -96,6 +96,8 @@ class Record:
     def trained(self) -> dict:
         """What decides its result beside the settings (luqrun.runs.identity), and by what its training is judged."""
         data = {f"data.{name}": value for name, value in deciding_data(self.run.get("data")).items()}
+        if self.config.get("job") == "evaluate":
+            data.pop("data.weights", None)  # each run of a table evaluates others
         sizes = self.run.get("world_sizes") or [self.run.get("world_size", 1)]  # one, before that was recorded
         return {**data, "RESULTS": self.results, "processes": sizes, "metric": self.curve_metric.name}
 

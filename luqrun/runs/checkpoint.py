@@ -80,28 +80,41 @@ def _keep(path: Path, twin: Path) -> None:
     temporary.unlink(missing_ok=True)  # it stays where both are one file already, after a save that failed
 
 
-def read(path: Path) -> dict:
-    """The content of a checkpoint, whatever run it is of. Raises Damaged, naming the file; no code in it is run."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file ends as a checkpoint does."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _TRAILER, 0))
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
+
+
+def read(path: Path, advice: str = ADVICE) -> dict:
+    """The content of a checkpoint, whatever run it is of. Raises Damaged, naming the file; no code in it is run.
+
+    advice: what to do about one that is not read, the end of each error.
+    """
     try:
         stored = path.read_bytes()
     except FileNotFoundError:
-        raise Damaged(f"{path}: no such file; {ADVICE}") from None
+        raise Damaged(f"{path}: no such file; {advice}") from None
     except OSError as error:
-        raise Damaged(f"checkpoint {path} cannot be read ({error.strerror}); {ADVICE}") from None
+        raise Damaged(f"checkpoint {path} cannot be read ({error.strerror}); {advice}") from None
     if stored[-_TRAILER:-64] != _MARK:
-        raise Damaged(f"checkpoint {path} is truncated or not a checkpoint of this version of luqrun; {ADVICE}")
+        raise Damaged(f"checkpoint {path} is truncated or not a checkpoint of this version of luqrun; {advice}")
     if hashlib.sha256(memoryview(stored)[:-_TRAILER]).hexdigest().encode() != stored[-64:]:
-        raise Damaged(f"checkpoint {path} is damaged: its content does not match its checksum; {ADVICE}")
+        raise Damaged(f"checkpoint {path} is damaged: its content does not match its checksum; {advice}")
     try:
         content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler says
-        raise Damaged(f"checkpoint {path} is not a checkpoint ({_line(error)}); {ADVICE}") from None
+        raise Damaged(f"checkpoint {path} is not a checkpoint ({_line(error)}); {advice}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if type(version) is int and version < VERSION:
         how = f"of an earlier luqrun (version {version} of checkpoints, here it is {VERSION}), and cannot be continued"
-        raise UserError(f"checkpoint {path} is {how}; {ADVICE}")
+        raise UserError(f"checkpoint {path} is {how}; {advice}")
     if version != VERSION or not set(content) >= KEYS:
-        raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {ADVICE}")
+        raise Damaged(f"checkpoint {path} was not written by this version of luqrun; {advice}")
     return content
 
 

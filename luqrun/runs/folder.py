@@ -25,8 +25,8 @@ from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric
 
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
-PREDICTIONS = "predictions"  # of text; beside it the subwords that were learnt
-TOKENIZER = "tokenizer.json"
+PREDICTIONS = "predictions"
+TOKENIZER = "tokenizer.json"  # of text: the subwords
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")  # whose versions are recorded
 OF_TEXT = ("transformers", "tokenizers", "sacrebleu")  # and of these, where they are there
 

@@ -33,10 +33,10 @@ NOT_IN_RESULT = {
     "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
 }
-# Keys that decide nothing where they are null: most runs have no use for them, and earlier ones were without.
+# Keys that decide nothing where they are null or false: most runs have no use for them, earlier ones were without.
 OPTIONAL = {
     "dataset": ("source", "target", "vocabulary", "max_length", "stride", "batch_tokens", "examples"),
-    "model": ("dropout",),
+    "model": ("dropout", "new_head"),
     "schedule": ("warmup_steps", "beta2", "average"),
 }
 # Those of quantizers and GEMMs, at whatever depth.
@@ -44,9 +44,10 @@ OPTIONAL_OF_QUANT = (
     *("block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize"),
     *("hadamard", "signs"),
 )
-KIND = "job"  # the key that says whether a run trains or measures
+KIND = "job"  # the key that says whether a run trains, evaluates or measures
 # What decides the result of a run that trains nothing.
 MEASURED = {
+    "evaluate": ("model", "dataset", "quant", "seed", "precision"),
     "rounding": ("quant", "seed"),
     "cost": ("model", "weights", "dataset", "quant", "schedule", "precision", "cost"),
 }
@@ -99,7 +100,7 @@ def deciding_settings(config: Config | dict) -> dict:
     for part, names in OPTIONAL.items():
         of = values.get(part)
         for name in names if isinstance(of, dict) else ():
-            if of.get(name, 0) is None:
+            if name in of and (of[name] is None or of[name] is False):
                 of.pop(name)
     if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
@@ -117,6 +118,8 @@ def deciding_settings(config: Config | dict) -> dict:
         return {name: values.get(name) for name in (KIND, *MEASURED["cost"])}
     if parts["dataset"].get("name") == "folder" and root is not None:
         parts["dataset"]["root"] = _whole_path(root)  # here the root is the data set
+    if config.get(KIND) == "evaluate":
+        return {name: values.get(name) for name in (KIND, *MEASURED["evaluate"])}
     return values
 
 

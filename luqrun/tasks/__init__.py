@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from luqrun.tasks.question_answering import NAMES as QUESTION_SETS
 from luqrun.tasks.translation import NAMES as TRANSLATION_SETS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from luqrun.tasks.outline import Outline
     from luqrun.tasks.task import Task
 
 # dataset.name: the module of its task, loaded on first use. It has `build(config) -> Task`, `outline(config)
-# -> Outline`, `validate(config)` and `fingerprint(config)`.
+# -> Outline`, `bare_network(config, sizes)`, `validate(config)` and `fingerprint(config)`.
 MODULES = {
     **dict.fromkeys(IMAGE_SETS, "luqrun.tasks.classification.task"),
     **dict.fromkeys(TRANSLATION_SETS, "luqrun.tasks.translation.task"),
@@ -43,6 +46,14 @@ def outline_task(config: Config) -> Outline:
     return _module(config).outline(config)
 
 
+def bare_network(config: Config, sizes: Mapping[str, object]) -> tuple[nn.Module, object | None]:
+    """The network of a run with drawn weights, and the input that shows its ends (Task.example), without its data.
+
+    sizes: what a checkpoint of the run has of them (Data.sizes), among other keys.
+    """
+    return _module(config).bare_network(config, sizes)
+
+
 def validate_task(config: Config) -> None:
     """Raise UserError naming the first key of the model or the data whose value is not allowed; no file is read."""
     _module(config).validate(config)
@@ -56,7 +67,7 @@ def fingerprint_data(config: Config) -> dict[str, object]:
     sizes). The run's folder is named for it (luqrun.runs.identity), so that it must be had quickly. Found once in a
     process: the trainer notices what has changed since. Raises UserError naming dataset.root, or what is wrong there.
     """
-    if config.job != "train":
+    if config.job in ("rounding", "cost"):
         return {}
     key = json.dumps([dataclasses.asdict(config.dataset), config.model.weights, os.getcwd()])
     if key not in _fingerprints:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from luqrun.runs.metric import Metric
+from luqrun.runs.weights import Weights
 
 Batch = Any  # a tensor, or a tuple, list or dict of batches; on the CPU as served, on the run's device as trained on
 
@@ -71,6 +72,15 @@ class Task(Protocol):
 
     def network(self) -> nn.Module:
         """A new network, its weights drawn from torch's generator. Raises UserError for a model that does not fit."""
+
+    def weights(self) -> Weights | None:
+        """What model.weights holds, by the network's own names; None where `network` has drawn, or read, all of it.
+        Raises UserError naming the file."""
+        return None
+
+    def head(self, network: nn.Module) -> str:
+        """The name of the layer that model.new_head draws anew."""
+        raise NotImplementedError
 
     def artifacts(self) -> dict[str, str]:
         """Files of the run folder by name, which are written at a run's start, such as a trained tokenizer."""

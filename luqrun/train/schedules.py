@@ -76,11 +76,14 @@ def learning_rate(config: ScheduleConfig, step: int, steps_per_epoch: int) -> fl
 
 
 def rate_of_step(schedule: ScheduleConfig, finetune: FinetuneConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0 over the schedule's epochs and the fine-tune's."""
+    """The learning rate of optimizer step `step`, counted from 0 over the schedule's epochs and the fine-tune's.
+
+    A fine-tune of what others trained (schedule.epochs=0) begins at 0, as after a schedule that comes down to it.
+    """
     main = schedule.epochs * steps_per_epoch
     if step < main:
         return learning_rate(schedule, step, steps_per_epoch)
-    last = learning_rate(schedule, main - 1, steps_per_epoch)
+    last = learning_rate(schedule, main - 1, steps_per_epoch) if main else 0.0
     return finetune_learning_rate(step - main, finetune.epochs * steps_per_epoch, last, finetune.lr_base)
 
 
@@ -117,7 +120,7 @@ def validate_schedule(config: ScheduleConfig) -> None:
     check_choice("schedule.name", config.name, SCHEDULES)
     check_choice("schedule.optimizer", config.optimizer, OPTIMIZERS)
     _check_finite("schedule", config)
-    check_at_least("schedule.epochs", config.epochs, 1)
+    check_at_least("schedule.epochs", config.epochs, 0)
     _check_positive("schedule.lr", config.lr)
     _check_positive("schedule.finetune_lr", config.finetune_lr)
     check_at_least("schedule.weight_decay", config.weight_decay, 0)
@@ -147,7 +150,7 @@ def validate_schedule(config: ScheduleConfig) -> None:
         raise UserError(f"schedule.milestones={list(milestones)} must be increasing and at least 1 epoch")
     if not 0 < config.gamma <= 1:
         raise UserError(f"schedule.gamma={config.gamma} must be above 0 and at most 1")
-    if not 0 <= config.warmup_epochs < config.epochs:
+    if not 0 <= config.warmup_epochs < max(config.epochs, 1):
         raise UserError(
             f"schedule.warmup_epochs={config.warmup_epochs} must be at least 0 and less than "
             f"schedule.epochs={config.epochs}"

@@ -17,14 +17,20 @@ from luqrun.quant.finetune import Phase
 from luqrun.quant.recipe import Recipe
 from luqrun.runtime import process_group
 from luqrun.tasks.task import Task
+from luqrun.train.starting_weights import load_weights
 
 log = logging.getLogger(__name__)
 
 
 def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> nn.Module:
-    """The network that a run's task trains, quantized, its weights drawn from config.seed."""
+    """The network that a run's task trains, quantized, its weights those of model.weights or drawn from config.seed.
+
+    Raises UserError for weights that do not fit.
+    """
     torch.manual_seed(config.seed)
     model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example())
+    if (weights := task.weights()) is not None:
+        load_weights(model, weights, task.head(model), config.model.new_head)
     if process_group.world_size() > 1:
         set_shared_ranges(model, config.distributed.range == "global")
         if config.distributed.batch_norm == "sync":
@@ -38,9 +44,9 @@ def unchanging(model: nn.Module, off: bool) -> AbstractContextManager:
     return nullcontext() if off else unchanged_weights(model)
 
 
-def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> None:
+def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int | None = None) -> None:
     """Say what trains, and which layers are quantized; and warn of a warm-up that is not over when the schedule of
-    `steps` steps is."""
+    `steps` steps is. steps: None where nothing is trained."""
     quantized = [name for name, _ in quantized_layers(model)]
     log.info("%s on %s, quant=%s: %s", config.model.name, config.dataset.name, config.quant.name, recipe)
     if quantized:
@@ -48,6 +54,8 @@ def log_model(model: nn.Module, config: Config, recipe: Recipe, steps: int) -> N
         log.info("%d quantized layers, %s to %s (skip: %s)", len(quantized), quantized[0], quantized[-1], skipped)
     for caveat in recipe.caveats:
         log.warning("quant=%s: %s", config.quant.name, caveat)
+    if steps is None:
+        return
     if quantized and config.finetune.epochs:
         _log_finetune(config, recipe)
     warmup = config.schedule.warmup_steps
@@ -108,6 +116,11 @@ def synchronizing(network: nn.Module, on: bool) -> AbstractContextManager:
 def eager(on: bool) -> AbstractContextManager:
     """In here nothing compiled runs, if `on`."""
     return torch.compiler.set_stance("force_eager") if on else nullcontext()
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """Around what a network computes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -158,6 +158,8 @@ class Trainer:
 
     def fit(self) -> None:
         """All epochs that are left. Raises Diverged."""
+        if not self.config.schedule.epochs and not self.progress["evaluations"]:  # what the fine-tune starts from
+            self.progress["evaluations"].append({"phase": TRAIN, "epoch": 0, **evaluate(self)})
         for epoch in range(self.progress["epoch"], self.total_epochs):
             set_finetune(self.model, self.phase(epoch) == FINETUNE and asdict(self.config.finetune.high_precision))
             self.train_epoch(epoch)
@@ -301,13 +303,12 @@ class Trainer:
             return
         self.tracker.flush()
         self.progress.update(self.folder.written(), latest=self.tracker.latest)
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        path = self.folder.checkpoints / name
-        checkpoint.save(path, self.config, self.data.fingerprint, model, optimizer, self.progress, self.data.sizes)
+        content = self.model.state_dict(), self.optimizer.state_dict(), self.progress, self.data.sizes
+        checkpoint.save(self.folder.checkpoints / name, self.config, self.data.fingerprint, *content)
 
     def summarize(self) -> dict:
         """The content of summary.json."""
-        evaluations, epochs = self.progress["evaluations"], self.config.schedule.epochs
+        evaluations, epochs = self.progress["evaluations"], max(self.config.schedule.epochs, 1)
         return {
             **{name: evaluations[-1][name] for name in self.shown},
             **self.on_test,
@@ -346,5 +347,4 @@ class Trainer:
             layer.health = {} if on else None
 
     def autocast(self):
-        """Around what the network computes."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        return setup.autocast(self.config, self.device)

@@ -47,7 +47,8 @@ def test_a_run_and_the_same_command_again(luqrun, tmp_path):
     (folder,) = runs(tmp_path)
     assert re.fullmatch(r"resnet8-glyphs-luq-fnt1-seed0-[0-9a-f]{8}", folder.name)
     names = {path.name for path in folder.iterdir()} - {path.name for path in folder.glob("events.*")}
-    assert names == {".lock", "config.yaml", "run.json", "run.log", "metrics.jsonl", "summary.json", "checkpoints"}
+    files = {".lock", "config.yaml", "run.json", "run.log", "metrics.jsonl", "summary.json"}
+    assert names == {*files, "checkpoints", "predictions"}
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
     assert run.keys() >= {"git_commit", "git_dirty", "versions", "device", "kernel_backend", "start", "end"}

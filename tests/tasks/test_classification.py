@@ -16,7 +16,8 @@ from luqrun.tasks.classification.task import Classification
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A task whose data is never asked for."""
-    settings = SimpleNamespace(model=None, schedule=SimpleNamespace(label_smoothing=0.1), dataset=None)
+    schedule, model = SimpleNamespace(label_smoothing=0.1), SimpleNamespace(weights=None)
+    settings = SimpleNamespace(model=model, schedule=schedule, dataset=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("luqrun.tasks.classification.task.build_dataset", lambda config: None)
         return Classification(settings)

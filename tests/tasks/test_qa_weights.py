@@ -111,7 +111,7 @@ def test_a_pickle_is_refused_and_never_loaded(folder, root, tmp_path, monkeypatc
 
 
 def test_what_is_not_there_is_told(folder, root, tmp_path):
-    assert "there is no such folder" in refused(tasks.fingerprint_data, run_config(root, tmp_path / "nowhere"))
+    assert "there is no such file or folder" in refused(tasks.fingerprint_data, run_config(root, tmp_path / "nowhere"))
     (folder / "config.json").unlink()
     assert "there is no config.json" in refused(tasks.fingerprint_data, run_config(root, folder))
     (folder / "model.safetensors").unlink()
@@ -227,9 +227,20 @@ def test_shapes_are_read_without_the_numbers(folder):
     assert read_shapes(weights_folder(str(folder))) == expected
 
 
-def test_a_run_from_weights_takes_their_tokenizer_and_keeps_none(folder, root):
+def test_an_evaluation_needs_the_span_head(folder, root):
+    found = run_config(root, folder, "job=evaluate")
+    text = refused(tasks.build_task(found).network)
+    assert f"{folder / 'model.safetensors'} is not a BERT's: 2 tensors are not there, such as qa_outputs." in text
+    stored = load_file(folder / "model.safetensors")
+    head = {"qa_outputs.weight": torch.ones(2, SIZES["hidden_size"]), "qa_outputs.bias": torch.ones(2)}
+    save_file({**stored, **head}, folder / "model.safetensors")
+    assert torch.equal(tasks.build_task(found).network().qa_outputs.weight, head["qa_outputs.weight"])
+
+
+def test_a_run_from_weights_takes_and_keeps_their_tokenizer_and_sizes(folder, root):
     task = tasks.build_task(run_config(root, folder))
-    assert task.artifacts() == {}
+    assert task.artifacts().keys() == {"tokenizer.json", "config.json"}
+    assert task.artifacts()["config.json"] == (folder / "config.json").read_text()
     assert task.data.sizes == {"vocab_size": 400}
     batch = task.data.val.batch(np.arange(4), None)
     losses = [found.loss for found in task.predict(task.network().eval(), batch)]

@@ -166,7 +166,7 @@ WRONG = {
     "model=resnet8": r"model\.name=resnet8 does not translate, as dataset=sentences asks; allowed: transformer_base",
     "model.dropout=1.0": r"model\.dropout=1\.0",
     "model.stem=small": r"model\.stem=small is of networks for images",
-    "model.weights=/here": r"model\.weights is read by model=bert, and networks for translation start from random ones",
+    "model.new_head=true": r"model\.new_head=true: a network for translation has no head",
 }
 
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
+from luqrun.runs.folder import TOKENIZER
+from luqrun.runs.weights import fingerprint_weights as fingerprint_file
+from luqrun.runs.weights import is_file
 from luqrun.tasks.padding import describe_padding
 from luqrun.tasks.question_answering import GENERATED, NAMES
 from luqrun.tasks.settings import check_common, check_read, check_text_model
@@ -71,9 +74,10 @@ def validate_model(model: ModelConfig, dataset: str) -> None:
             f"model.name={model.name} does not answer questions, as dataset={dataset} asks; allowed: {allowed}"
         )
     check_text_model(model)
-    if model.weights is not None and model.name != WITH_WEIGHTS:
+    if model.weights is not None and not is_file(model.weights) and model.name != WITH_WEIGHTS:
         raise UserError(
-            f"model.weights is read by model={WITH_WEIGHTS}, which has their sizes then, not by {model.name}"
+            f"a folder as model.weights is read by model={WITH_WEIGHTS}, which has their sizes then, not by "
+            f"{model.name}"
         )
 
 
@@ -112,7 +116,9 @@ def fingerprint_dataset(config: Config) -> dict[str, object]:
         from luqrun.tasks.question_answering import squad
 
         found |= squad.fingerprint(config.dataset)
-    if config.model.weights is not None:
+    if is_file(config.model.weights):
+        found["weights"] = fingerprint_file(config.model.weights)
+    elif config.model.weights is not None:
         from luqrun.tasks.question_answering.weights import fingerprint_weights
 
         found["weights"] = fingerprint_weights(config.model.weights)
@@ -126,22 +132,21 @@ def build_dataset(config: Config) -> tuple[QuestionData, Tokenizer]:
     Raises UserError naming the key, the file or the question that is wrong.
     """
     from luqrun.tasks.question_answering import wordpiece
-    from luqrun.tasks.question_answering.weights import read_settings, weights_folder
+    from luqrun.tasks.question_answering.weights import home_of, read_settings, sizes_folder
     from luqrun.tasks.question_answering.windows import BatchedWindows, Windows, chosen
 
     dataset, known = config.dataset, fingerprint_dataset(config)
-    if config.model.weights is None:
+    home, sizes = home_of(config.model.weights), sizes_folder(config.model.weights)
+    settings = {"max_position_embeddings": POSITIONS} if sizes is None else read_settings(sizes)
+    if dataset.max_length > settings["max_position_embeddings"]:
+        raise _too_long(dataset.max_length, settings["max_position_embeddings"])
+    if home is None or (sizes is None and not (home / TOKENIZER).is_file()):
         train, val = _questions(dataset)
         tokenizer = wordpiece.trained(_texts(train), dataset.vocabulary or VOCABULARY)
-        size = tokenizer.get_vocab_size()
     else:
-        folder = weights_folder(config.model.weights)
-        settings = read_settings(folder)
-        if dataset.max_length > settings["max_position_embeddings"]:
-            raise _too_long(dataset.max_length, settings["max_position_embeddings"])
-        size = settings["vocab_size"]
-        tokenizer = wordpiece.read(folder, size)
+        tokenizer = wordpiece.read(home, settings.get("vocab_size", MAX_VOCABULARY))
         train, val = _questions(dataset)
+    size = settings.get("vocab_size", tokenizer.get_vocab_size())
     kept = train if dataset.limit is None else chosen(train, subset(len(train.questions), dataset.limit, "questions"))
     cut = dataset.max_length, dataset.stride
     windows = BatchedWindows(kept, tokenizer, *cut, dataset.batch_size), Windows(val, tokenizer, *cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from luqrun.tasks.question_answering.weights import SIZES, WEIGHTS, read_setting
 log = logging.getLogger(__name__)
 
 HEAD = "qa_outputs."
+NOT_NEEDED = ("bert.pooler.", "bert.cls.", "bert.embeddings.position_ids")
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 # Names of parameters in weights that were converted from TensorFlow's.
 EARLIER = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -28,14 +30,27 @@ def build_network(model: ModelConfig, sizes: dict, vocabulary_size: int) -> nn.M
     dropouts = dict.fromkeys(DROPOUTS, sizes["dropout"] if model.dropout is None else model.dropout)
     settings = {name: value for name, value in sizes.items() if name != "dropout"}
     network = _of(transformers().BertConfig(vocab_size=vocabulary_size, **settings, **dropouts))
-    log.info("%s: the weights are random; model=bert model.weights=DIR starts from a pre-trained BERT", model.name)
+    if model.weights is None:
+        log.info("%s: the weights are random; model=bert model.weights=DIR starts from a pre-trained BERT", model.name)
     return network
 
 
-def read_network(model: ModelConfig, folder: Path) -> nn.Module:
+def sized_network(model: ModelConfig, folder: Path) -> nn.Module:
+    """The network that the config.json of a folder describes, with drawn weights."""
+    return _of(_config(folder, read_settings(folder), model.dropout))
+
+
+def span_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a BERT, by the names of BertForQuestionAnswering, without what that has no use for (pooler, heads)."""
+    found = {_canonical(name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in found.items() if not name.startswith(NOT_NEEDED)}
+
+
+def read_network(model: ModelConfig, folder: Path, whole: bool = False) -> nn.Module:
     """The network of a folder of weights, whose sizes and dropout are its own (but for model.dropout).
 
-    Only the layer that marks answers is drawn where it is not there. Raises UserError for a folder that does not fit.
+    Only the layer that marks answers is drawn where it is not there, unless the network must be `whole`. Raises
+    UserError for a folder that does not fit.
     """
     found, shapes = read_settings(folder), read_shapes(folder)
     stored = {_canonical(name): name for name in shapes}
@@ -43,8 +58,8 @@ def read_network(model: ModelConfig, folder: Path) -> nn.Module:
     config = _config(folder, found, model.dropout)
     with torch.device("meta"):
         wanted = _of(config).state_dict()
-    names = {name: stored.get(name) for name in wanted}
-    missing = [name for name, there in names.items() if there is None and not name.startswith(HEAD)]
+    names = {name: None if model.new_head and name.startswith(HEAD) else stored.get(name) for name in wanted}
+    missing = [name for name, there in names.items() if there is None and (whole or not name.startswith(HEAD))]
     if missing:
         raise UserError(
             f"{folder / WEIGHTS} is not a BERT's: {len(missing)} tensors are not there, such as {missing[0]}"
@@ -64,11 +79,6 @@ def read_network(model: ModelConfig, folder: Path) -> nn.Module:
     shown = f"{found['num_hidden_layers']} layers of {found['hidden_size']}"
     log.info("%s: weights of %s, %s; %s, %d tensors are not needed", model.name, folder, shown, head, left)
     return network
-
-
-def read_config(model: ModelConfig, folder: Path) -> nn.Module:
-    """The network that config.json of a folder describes, with drawn weights: no others are read. Raises UserError."""
-    return _of(_config(folder, read_settings(folder), model.dropout))
 
 
 def _canonical(name: str) -> str:

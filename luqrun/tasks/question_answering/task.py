@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luqrun.config import Config
+from luqrun.config import Config, ModelConfig
 from luqrun.errors import UserError, check_at_most
 from luqrun.internals.of_transformers import require_text
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
+from luqrun.runs.weights import Weights, is_file, read_weights
 from luqrun.tasks.outline import Outline
 from luqrun.tasks.question_answering import GENERATED
 from luqrun.tasks.question_answering.answers import Span, best_spans, grade
@@ -40,6 +43,13 @@ def build(config: Config) -> QuestionAnswering:
     return QuestionAnswering(config)
 
 
+def bare_network(config: Config, sizes: Mapping) -> tuple[nn.Module, dict[str, object]]:
+    """As luqrun.tasks.bare_network."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    example = {"input_ids": ids, "token_type_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict": False}
+    return _drawn(config.model, sizes["vocab_size"]), example
+
+
 def validate(config: Config) -> None:
     """Raise UserError naming the first key whose value is not allowed; no file is looked at."""
     require_text()
@@ -59,24 +69,28 @@ def fingerprint(config: Config) -> dict:
 def outline(config: Config) -> Outline:
     """As luqrun.tasks.outline_task: windows of cost.length tokens, by default dataset.max_length. Of model.weights
     config.json alone is read."""
-    from luqrun.tasks.question_answering.networks import build_network, read_config
-    from luqrun.tasks.question_answering.weights import weights_folder
-
     dataset, length = config.dataset, config.cost.length or config.dataset.max_length
     check_at_most("cost.length", length, dataset.max_length)
     if config.model.weights is None and dataset.vocabulary is None and dataset.name == GENERATED:
         what = f"dataset={dataset.name} says only with its text how many subwords there are, and job=cost reads none"
         raise UserError(f"{what}; give dataset.vocabulary")
     with torch.device("meta"):
-        if config.model.weights is not None:
-            network = read_config(config.model, weights_folder(config.model.weights))
-        else:
-            network = build_network(config.model, NETWORKS[config.model.name], dataset.vocabulary or VOCABULARY)
+        network = _drawn(config.model, dataset.vocabulary or VOCABULARY)
         ids = torch.zeros(dataset.batch_size, length, dtype=torch.long)
     # Without a mask: what it holds is looked into, which a meta tensor cannot be.
     inputs = {"input_ids": ids, "token_type_ids": ids, "return_dict": False}
     about = f"windows of {length} tokens"
     return Outline(network.train(), inputs, inputs, dataset.batch_size, "window", about)
+
+
+def _drawn(model: ModelConfig, vocabulary_size: int) -> nn.Module:
+    """The network with drawn weights."""
+    from luqrun.tasks.question_answering.networks import build_network, sized_network
+    from luqrun.tasks.question_answering.weights import sizes_folder
+
+    if (sizes := sizes_folder(model.weights)) is not None:
+        return sized_network(model, sizes)
+    return build_network(model, NETWORKS[model.name], vocabulary_size)
 
 
 class Found(NamedTuple):
@@ -98,20 +112,35 @@ class QuestionAnswering(Task):
     equal_weights = True  # an epoch's last, smaller batch is left out
 
     def __init__(self, config: Config):
-        self.model = config.model
+        self.model, self.evaluates = config.model, config.job == "evaluate"
         self.data, self.tokenizer = build_dataset(config)
 
     def artifacts(self) -> dict[str, str]:
-        """The tokenizer, where it was trained here."""
-        return {TOKENIZER: self.tokenizer.to_str(pretty=True)} if self.model.weights is None else {}
+        """The tokenizer and, where they are not model.name's, the sizes: so that a checkpoint can be model.weights."""
+        from luqrun.tasks.question_answering.weights import SETTINGS, sizes_folder
+
+        sizes = sizes_folder(self.model.weights)
+        own = {} if sizes is None else {SETTINGS: (sizes / SETTINGS).read_text()}
+        return {TOKENIZER: self.tokenizer.to_str(pretty=True), **own}
 
     def network(self) -> nn.Module:
-        from luqrun.tasks.question_answering.networks import build_network, read_network
+        from luqrun.tasks.question_answering.networks import read_network
         from luqrun.tasks.question_answering.weights import weights_folder
 
-        if self.model.weights is not None:
-            return read_network(self.model, weights_folder(self.model.weights))
-        return build_network(self.model, NETWORKS[self.model.name], self.data.vocabulary_size)
+        if self.model.weights is not None and not is_file(self.model.weights):
+            return read_network(self.model, weights_folder(self.model.weights), whole=self.evaluates)
+        return _drawn(self.model, self.data.vocabulary_size)
+
+    def weights(self) -> Weights | None:
+        from luqrun.tasks.question_answering.networks import span_tensors
+
+        if not is_file(self.model.weights):
+            return None  # of a folder, `network` has read them
+        found = read_weights(self.model.weights)
+        return dataclasses.replace(found, tensors=span_tensors(found.tensors))
+
+    def head(self, network: nn.Module) -> str:
+        return "qa_outputs"
 
     def example(self) -> dict[str, object]:
         """The first validation window."""

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 
 from luqrun.errors import UserError
+from luqrun.runs.weights import SETTINGS, beside, find_file, is_file
 from luqrun.tasks.fingerprint import hash_of
 
-WEIGHTS, PICKLE, SETTINGS = "model.safetensors", "pytorch_model.bin", "config.json"
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 TEXTS = (SETTINGS, "tokenizer.json", "vocab.txt", "tokenizer_config.json")
 MAX_HEADER = 100 << 20  # bytes, as in safetensors
 SAMPLES, SAMPLE = 64, 4096  # pieces of the weights, of that many bytes, that the fingerprint knows
@@ -37,6 +38,21 @@ def weights_folder(weights: str) -> Path:
     if not (folder / SETTINGS).is_file():
         raise UserError(f"model.weights={weights}: there is no {SETTINGS}")
     return folder
+
+
+def home_of(weights: str | None) -> Path | None:
+    """The folder that holds what belongs to model.weights: itself, or what lies around a file of weights; None without.
+    Raises UserError where a folder, or the file, is not there."""
+    if weights is None:
+        return None
+    return beside(find_file(weights)) if is_file(weights) else weights_folder(weights)
+
+
+def sizes_folder(weights: str | None) -> Path | None:
+    """The folder whose config.json says what sizes the network has; None where model.name says it: without
+    model.weights, or with a file that has none beside it."""
+    home = home_of(weights)
+    return home if home is not None and (home / SETTINGS).is_file() else None
 
 
 def fingerprint_weights(weights: str) -> str:

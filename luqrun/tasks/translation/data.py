@@ -89,9 +89,10 @@ def fingerprint_dataset(config: DatasetConfig) -> dict[str, object]:
     return {} if config.name == GENERATED else parallel_text.fingerprint(config)
 
 
-def build_dataset(config: DatasetConfig) -> TranslationData:
+def build_dataset(config: DatasetConfig, subwords: Subwords | None = None) -> TranslationData:
     """The data set that `config` names. Raises UserError naming the key, or the file and line, that is wrong.
 
+    subwords: None: they are learnt from the training text.
     Training pairs with a side longer than dataset.max_length are left out; of validation and test the source is cut.
     """
     validate_dataset(config)
@@ -100,7 +101,7 @@ def build_dataset(config: DatasetConfig) -> TranslationData:
     else:
         files = parallel_text.find_files(config)
         texts = {split: parallel_text.read_pairs(*paths) for split, paths in files.items()}
-    subwords = subwords_of(texts["train"], config.vocabulary)
+    subwords = subwords or subwords_of(texts["train"], config.vocabulary)
     of = len(texts["train"].source)
     chosen = subset(of, config.limit, "sentences")
     texts["train"] = Pairs(*([side[index] for index in chosen] for side in texts["train"]))

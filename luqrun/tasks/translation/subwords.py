@@ -9,7 +9,9 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from luqrun.errors import UserError
 from luqrun.internals.of_transformers import tokenizers
 from luqrun.tasks.cache import cached_text
 from luqrun.tasks.translation.parallel_text import Pairs
@@ -28,6 +30,18 @@ class Subwords:
         self.json = content
         self._tokenizer = tokenizers().Tokenizer.from_str(content)
         self._tokenizer.encode_special_tokens = True  # "<pad>" in a text is text
+
+    @classmethod
+    def read(cls, path: Path) -> Subwords:
+        """Those of a file that a run has kept. Raises UserError naming it."""
+        try:
+            found = cls(path.read_text(encoding="utf-8"))
+            known = [found._tokenizer.token_to_id(token) for token in SPECIAL]
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())[:100]})") from None
+        if known != [PADDING, END, UNKNOWN]:
+            raise UserError(f"{path} is no tokenizer of a translation here: {', '.join(SPECIAL)} do not come first")
+        return found
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()

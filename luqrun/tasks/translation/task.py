@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -15,12 +17,13 @@ from luqrun.internals.of_torch import innermost
 from luqrun.internals.of_transformers import require_text, sacrebleu
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
+from luqrun.runs.weights import Weights, beside, find_file, fingerprint_weights, read_weights
 from luqrun.tasks.outline import Outline
 from luqrun.tasks.settings import check_text_model, check_text_optimizer
 from luqrun.tasks.task import Task
 from luqrun.tasks.translation.data import build_dataset, fingerprint_dataset, validate_dataset
 from luqrun.tasks.translation.networks import SIZES, build_network
-from luqrun.tasks.translation.subwords import END, PADDING
+from luqrun.tasks.translation.subwords import END, PADDING, Subwords
 
 USUAL_LENGTH = 32  # subwords of a sentence in an outline: our choice, the data would tell
 BEAMS, LENGTH_PENALTY = 5, 0.6  # as is usual of Transformers on WMT14, with a beam of 4 or 5
@@ -32,6 +35,16 @@ def build(config: Config) -> Translation:
     return Translation(config)
 
 
+def bare_network(config: Config, sizes: Mapping) -> tuple[nn.Module, Batch]:
+    """As luqrun.tasks.bare_network."""
+    return build_network(config.model, sizes["vocabulary"], config.dataset.max_length), _example()
+
+
+def _example() -> Batch:
+    ids = torch.full((1, 2), END)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+
+
 def validate(config: Config) -> None:
     """Raise UserError naming the first key under `model` or `dataset` that is not allowed; no file is looked at."""
     require_text()
@@ -39,15 +52,16 @@ def validate(config: Config) -> None:
         asked = f"dataset={config.dataset.name} asks; allowed: {', '.join(SIZES)}"
         raise UserError(f"model.name={config.model.name} does not translate, as {asked}")
     check_text_model(config.model)
-    if config.model.weights is not None:
-        raise UserError("model.weights is read by model=bert, and networks for translation start from random ones")
+    if config.model.new_head:
+        raise UserError("model.new_head=true: a network for translation has no head, but one table for all subwords")
     validate_dataset(config.dataset)
     check_text_optimizer(config)
 
 
 def fingerprint(config: Config) -> dict:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
-    return fingerprint_dataset(config.dataset)
+    found, weights = fingerprint_dataset(config.dataset), config.model.weights
+    return found if weights is None else {**found, "weights": fingerprint_weights(weights)}
 
 
 def outline(config: Config) -> Outline:
@@ -76,17 +90,31 @@ class Translation(Task):
         self.model, self.max_length = config.model, config.dataset.max_length
         self.label_smoothing = config.schedule.label_smoothing
         self.bleu = sacrebleu().metrics.BLEU()
-        self.data = build_dataset(config.dataset)
+        self.data = build_dataset(config.dataset, self._subwords())
+        if config.model.weights is not None:
+            self.data = dataclasses.replace(self.data, fingerprint=fingerprint(config))
         self.bleu.corpus_score(["one"], [["one"]])  # it knows its signature after the first score
         decoding = f"{BEAMS} beams, length penalty {LENGTH_PENALTY}"
         self.notes = MappingProxyType({"bleu_signature": str(self.bleu.get_signature()), "decoding": decoding})
+
+    def _subwords(self) -> Subwords | None:
+        """Those of the run, or the folder, that model.weights is of; None: they are learnt from the training text."""
+        if self.model.weights is None:
+            return None
+        path = beside(find_file(self.model.weights)) / TOKENIZER
+        return Subwords.read(path) if path.is_file() else None
+
+    def weights(self) -> Weights | None:
+        return None if self.model.weights is None else read_weights(self.model.weights)
+
+    def head(self, network: nn.Module) -> str:
+        return ""
 
     def network(self) -> nn.Module:
         return build_network(self.model, len(self.data.subwords), self.max_length)
 
     def example(self) -> Batch:
-        ids = torch.full((1, 2), END)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+        return _example()
 
     def artifacts(self) -> dict[str, str]:
         return {TOKENIZER: self.data.subwords.json}
