@@ -7,13 +7,13 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from luqrun.cli.messages import one_line
+from luqrun.cli.messages import one_line, unknown_key
 from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
@@ -31,13 +31,25 @@ def to_config(composed: DictConfig) -> Config:
     """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
     values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
-        missing = OmegaConf.missing_keys(values) | OmegaConf.missing_keys(merged)  # merged: a list has its default
-        if missing:
-            raise UserError(f"not set: {', '.join(sorted(missing))}")
-        return OmegaConf.to_object(merged)
+        if OmegaConf.get_type(composed) is not Config:  # of a main configuration without the schema in its defaults
+            values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
+        parts = {key: OmegaConf.to_object(part) if OmegaConf.is_config(part) else part for key, part in values.items()}
+    except MissingMandatoryValue:
+        raise UserError(f"not set: {', '.join(sorted(OmegaConf.missing_keys(values)))}") from None
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from None
+    for key in _unknown_keys(parts, Config):
+        raise UserError(unknown_key(key))
+    return Config(**parts)
+
+
+def _unknown_keys(values: dict, schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that the schema does not have: OmegaConf lets ++ add them to a part of a fixed type."""
+    for name, value in values.items():
+        if name not in schema.__dataclass_fields__:
+            yield prefix + name
+        elif dataclasses.is_dataclass(value):
+            yield from _unknown_keys(vars(value), type(value), f"{prefix}{name}.")
 
 
 def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
