@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ COMMANDS = [
     if name.endswith("README.md")
     for block in blocks(name)
     for line in block.splitlines()
-    if re.match(r"luqrun |torchrun |(\S+/)?python3? ", line)
+    if re.match(r"luqrun[ -]|torchrun |(\S+/)?python3? ", line)
 ]
 
 
@@ -51,6 +52,8 @@ def test_commands_name_what_exists(name, command):
     words = shlex.split(command)
     scripts = [word for word in words if word.endswith(".py")]
     assert all((ROOT / script).is_file() for script in scripts)
+    if words[0].startswith("luqrun"):
+        assert words[0] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     if "luqrun" not in words:
         return
     overrides = [word for word in words[words.index("luqrun") + 1 :] if not word.startswith("-")]

@@ -60,7 +60,8 @@ def test_groups_are_listed_as_hydra_lists_them(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A main configuration with a group of two recipes."""
-    files = {"main": "defaults: [quant: luq, _self_]\nseed: 0\n", "quant/luq": "bits: 4\n", "quant/fp32": "bits: 32\n"}
+    files = {"main": "defaults: [_self_, quant: luq]\nseed: 0\nrun: {steps: 1}\n", "quant/luq": "bits: 4\n", "quant/fp32": "bits: 32\n"}
+    files["scale/small"] = "# @package _global_\nrun: {steps: 2}\n"
     for name, text in files.items():
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -74,7 +75,7 @@ def composed(folder: Path, *jobs) -> list:
         return [compose("main", list(job)) for job in jobs]
 
 
-JOBS = (["seed=1"], ["quant=fp32"], ["quant.bits=3"], [], ["+quant.more=1"], ["~quant"], [])
+JOBS = (["+scale=small"], ["seed=1"], ["quant=fp32"], ["quant.bits=3"], [], ["+quant.more=1"], ["~quant"], [])
 
 
 def test_jobs_are_composed_as_hydra_composes_them(folder):
@@ -91,7 +92,7 @@ def test_each_file_is_read_once_and_each_folder_has_its_own(folder, tmp_path_fac
         composed(folder, [])
         for path in folder.rglob("*.yaml"):
             path.write_text("changed: true\n")
-        assert composed(folder, ["seed=3"]) == [{"quant": {"bits": 4}, "seed": 3}]
+        assert composed(folder, ["seed=3"]) == [{"quant": {"bits": 4}, "run": {"steps": 1}, "seed": 3}]
         assert composed(other, []) == [{"seed": 7}]
     assert composed(folder, []) == [{"changed": True}]
 
