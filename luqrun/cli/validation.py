@@ -17,9 +17,10 @@ from luqrun.cli.messages import one_line, unknown_key
 from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
+from luqrun.runs.parent import parent_checkpoint, parent_folder
 from luqrun.runtime import process_group
 
-RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
+RESUMES = "allowed: auto, never, base, the folder of a finished run, or the path of a checkpoint (.pt)"
 
 MAX_INTEGER = 2**31 - 1
 MAX_FLOAT = 1e30  # torch wants float32 of the products of two settings, too
@@ -68,12 +69,13 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError(f"resume= is empty; {RESUMES}")
-    if (
-        config.resume not in ("auto", "never", "base")
-        and not os.path.isfile(os.path.expanduser(config.resume))
-        and not (folder is not None and RunFolder(folder()).goes_on_by_itself())
+    if config.resume not in ("auto", "never", "base") and not (
+        folder is not None and RunFolder(folder()).goes_on_by_itself()
     ):
-        raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
+        if parent_folder(config.resume):
+            parent_checkpoint(config)
+        elif not os.path.isfile(os.path.expanduser(config.resume)):
+            raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)

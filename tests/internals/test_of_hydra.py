@@ -60,7 +60,11 @@ def test_groups_are_listed_as_hydra_lists_them(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A main configuration with a group of two recipes."""
-    files = {"main": "defaults: [_self_, quant: luq]\nseed: 0\nrun: {steps: 1}\n", "quant/luq": "bits: 4\n", "quant/fp32": "bits: 32\n"}
+    files = {
+        "main": "defaults: [_self_, quant: luq]\nseed: 0\nrun: {steps: 1}\n",
+        "quant/luq": "bits: 4\n",
+        "quant/fp32": "bits: 32\n",
+    }
     files["scale/small"] = "# @package _global_\nrun: {steps: 2}\n"
     for name, text in files.items():
         path = tmp_path / f"{name}.yaml"

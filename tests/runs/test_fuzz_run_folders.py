@@ -117,7 +117,7 @@ def test_the_command_in_a_garbled_folder(work, done, more):
         assert "Traceback" not in answer.err
         assert answer.code in (0, 1, 143)
         assert answer.code != 1 or answer.lines[-1].startswith("luqrun: ")
-        assert jobs_table([Job(["seed=0"], path) for path in folder.glob("outputs/*/*")] or [Job(["seed=0"], run)])
+        assert jobs_table([Job(["seed=0"], path) for path in folder.glob("outputs/*/*")] or [Job(["seed=0"], run)], 1.0)
 
 
 @pytest.mark.parametrize("name", ["run.json", "summary.json"])
