@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun import RESULTS, __version__
-from luqrun.cli import overrides, own_configs, sweeps
+from luqrun.cli import overrides, own_configs, plan, sweeps
 from luqrun.cli.callback import close_logs
 from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
 from luqrun.cli.overrides import options_first, with_companions, with_parents_overrides
@@ -63,7 +63,7 @@ def main() -> None:
         if "--version" in sys.argv[1:]:
             print(f"luqrun {__version__}")
             sys.exit()
-        sys.argv[1:] = with_companions(options_first(with_parents_overrides(sys.argv[1:])))
+        sys.argv[1:] = with_companions(options_first(with_parents_overrides(plan.taken_from(sys.argv[1:]))))
         own_configs.refuse_shadowed(sys.argv[1:])
         try:
             with quick_start():

@@ -24,12 +24,12 @@ def closing_table(
 
     metric: what it is judged by, which stands first.
     """
-    study = _shown(folder.parent)
+    study = shown(folder.parent)
     given = [f"settings     {shell_words(overrides)}"] if overrides else []
     where = [
         *given,
-        f"run folder   {_shown(folder)}",
-        f"curves       tensorboard --logdir {_shown(folder.parent.parent)}",
+        f"run folder   {shown(folder)}",
+        f"curves       tensorboard --logdir {shown(folder.parent.parent)}",
     ]
     if "rounding" in summary:
         rows = [f"{row['operand']:<10}  {row['quantizer']}  bin {row['bin']}" for row in summary["rounding"]]
@@ -90,7 +90,7 @@ def _number(name: str, value: float) -> str:
     return f"{value:.{3 if name.endswith('loss') else 2}f}"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative to here where that is shorter."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
@@ -106,7 +106,7 @@ def jobs_table(jobs: Sequence[Job], seconds: float) -> str:
     rows = [("status", labels[0] if len(labels) == 1 else "result", "job", "run folder")]
     for job, own, (status, value, metric) in zip(jobs, own_overrides(jobs), outcomes, strict=True):
         value = f"{value} {metric.label}" if value and len(labels) > 1 else value
-        rows.append((status, value, own, _shown(job.folder) if job.folder.is_dir() else ""))
+        rows.append((status, value, own, shown(job.folder) if job.folder.is_dir() else ""))
     took = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} in {in_words(seconds)}"
     return "\n".join(["", *aligned(rows), took])
 

@@ -37,7 +37,7 @@ def ships_with_hydra(plugin: type) -> bool:
 
 def grid(config: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]] | None:
     """The overrides of each job of a sweep, as Hydra's own sweeper makes them; None of another sweeper."""
-    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return None
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*swept, *overrides])

@@ -147,6 +147,12 @@ def run_id(config: Config, data: dict, processes: int | None = None) -> str:
 
 
 def _readable(config: Config) -> str:
+    return "-".join(name_parts(config))[:MAX_NAME]
+
+
+def name_parts(config: Config) -> list[str]:
+    """What the name of a run's folder begins with: network, data and recipe, the fine-tune where there is one, and the
+    seed; of a measurement job, recipe and seed."""
     kind = getattr(config, KIND)
     if kind == "rounding":
         names = [kind, config.quant.name]
@@ -154,7 +160,7 @@ def _readable(config: Config) -> str:
         names = [config.model.name, config.dataset.name, config.quant.name]
         names += [config.finetune.name] if config.finetune.epochs else []
     names.append(f"seed{config.seed}")
-    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names)[:MAX_NAME]
+    return [re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names]
 
 
 def difference(theirs: Identity, ours: Identity, besides: tuple[str, ...] = ()) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from luqrun.config import Config
@@ -56,6 +57,17 @@ def parent_checkpoint(config: Config) -> Path:
     if not path.is_file():
         raise UserError(f"{named} has finished, but {path} is gone: without resume= all epochs are trained")
     return path
+
+
+def epochs_before(config: Config) -> int:
+    """How many epochs are done where a run of this config begins: those of what `resume` names; 0 where it does not
+    say."""
+    if config.resume == "base":
+        return config.schedule.epochs if config.finetune.epochs else 0
+    folder = parent_folder(config.resume)
+    with suppress(Unusable):
+        return (_epochs(read_config(folder), "schedule") or 0) if folder else 0
+    return 0
 
 
 def why_not_on(theirs: Identity, ours: Identity, config: Config) -> str:
