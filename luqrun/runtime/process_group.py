@@ -41,7 +41,7 @@ def world_size() -> int:
 
 @contextmanager
 def planned_as(processes: int) -> Iterator[None]:
-    """In here this process counts as one of that many, which have not been started: for what depends on their number."""
+    """In here this process counts as one of that many, none of which is started."""
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(processes)
     try:
