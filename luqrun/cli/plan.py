@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,13 +89,15 @@ def _plan(config: DictConfig) -> list[Planned]:
     plan = []
     for job, own in composed:
         again = found.get(job.folder)
-        plan.append(Planned(job, AGAIN) if again else _planned(job, own, estimates))
+        plan.append(Planned(job, AGAIN) if again else _planned(job, own, estimates, found))
         found.setdefault(job.folder, plan[-1])
     return plan
 
 
-def _planned(job: Job, composed: DictConfig, estimates: dict[Path, Estimates]) -> Planned:
-    from luqrun.tasks import fingerprint_data  # loads numpy
+def _planned(job: Job, composed: DictConfig, estimates: dict[Path, Estimates], before: Collection[Path]) -> Planned:
+    """before: the folders of the jobs that the command runs before this one."""
+    from luqrun.runs.start import check_base  # loads torch
+    from luqrun.tasks import fingerprint_data
 
     processes = planned_ranks(composed.hydra)
     folder = RunFolder(job.folder, writes=False)
@@ -106,11 +108,16 @@ def _planned(job: Job, composed: DictConfig, estimates: dict[Path, Estimates]) -
             data = fingerprint_data(config)
             refuse_other_run(config, data, folder)
             state = _state(config, data, folder)
+            if state == MISSING:
+                check_base(config, folder, data, before)
     except (UserError, OSError) as error:
         return Planned(job, REFUSED, reason=one_line(error))
     if state not in (BEGUN, MISSING):
         return Planned(job, state)
-    studies = job.folder.parents[len(Path(config.study).parts)]
+    study = Path(config.study).parts
+    if job.folder.parts[-len(study) - 1 : -1] != study:  # hydra.run.dir was set by hand: who knows what lies around it
+        return Planned(job, state)
+    studies = job.folder.parents[len(study)]
     if studies not in estimates:
         estimates[studies] = Estimates(studies)
     done = epochs_done(job.folder) if state == BEGUN else epochs_before(config)

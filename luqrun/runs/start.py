@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +83,15 @@ def diverged_base(config: Config, folder: RunFolder, data: dict) -> Path | None:
     if why := difference(Identity.stored(None, run), Identity.of(config, data)):
         raise UserError(f"resume=base: {base} is a run {why}: study=NAME trains it anew")
     return base
+
+
+def check_base(config: Config, folder: RunFolder, data: dict, planned: Collection[Path] = ()) -> None:
+    """Raise UserError where resume=base has no run to start from: none that has ended, and none of these folders, which
+    will have one by then."""
+    if config.resume != "base" or config.finetune.epochs == 0 or _base(config, folder, data)[0] in planned:
+        return
+    if diverged_base(config, folder, data) is None:
+        base_checkpoint(config, folder, data)
 
 
 def base_checkpoint(config: Config, folder: RunFolder, data: dict) -> Path:

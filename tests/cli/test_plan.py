@@ -119,8 +119,26 @@ def test_fine_tunes_from_a_base_and_a_run_that_goes_on_take_their_own_epochs_alo
     (one.checkpoints / "last.pt").touch()
     common = (*TINY, "quant=fp32", "schedule.name=step", "job=plan")
     assert rows(luqrun(*common, "schedule.epochs=3", f"resume={one.path}"))[0][:2] == ("missing", "4 min")
-    assert rows(luqrun(*common, "finetune=fnt2", "resume=base"))[0][:2] == ("missing", "4 min")
+    assert rows(luqrun(*common, "finetune=fnt2", "resume=base"))[0][:2] == ("missing", "4 min")  # of 120 s each
     assert rows(luqrun(*common, "finetune=fnt2"))[0][:2] == ("missing", "6 min")
+
+
+def test_a_fine_tune_from_a_base_needs_it_before_or_in_the_same_command(luqrun, tmp_path):
+    common = ("-m", *TINY, "quant=fp32", "resume=base", "job=plan")
+    alone = luqrun(*common, "finetune=fnt1")
+    assert [row[0] for row in rows(alone)] == ["refused"]
+    assert "is not there: run the same with finetune=none first" in alone.err
+    assert [row[0] for row in rows(luqrun(*common, "finetune=none,fnt1"))] == ["missing", "missing"]
+    made(tmp_path, run=DIVERGED)
+    assert [row[0] for row in rows(luqrun(*common, "finetune=fnt1"))] == ["missing"]
+
+
+def test_a_folder_that_was_set_by_hand_tells_no_time(luqrun, tmp_path):
+    made(tmp_path, summary=SUMMARY)
+    assert rows(luqrun(*TINY, "quant=fp32", "seed=1", "hydra.run.dir=here", "job=plan"))[0][:2] == (
+        "missing",
+        "unknown",
+    )
 
 
 def test_what_another_process_runs_is_left_to_it(luqrun, tmp_path):
