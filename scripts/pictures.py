@@ -1,4 +1,7 @@
-"""Pictures of one run: python scripts/pictures.py RUN   a layer's gradients and the formats' levels; its health."""
+"""Pictures of one run: luqrun-pictures, where luqrun is not installed.
+
+python scripts/pictures.py RUN    a layer's gradients and the formats' levels; the health of all layers
+"""
 
 import sys
 

@@ -149,7 +149,7 @@ def write_pristine(outputs: Path) -> Path:
 
 
 def report(outputs: Path, *more: str) -> tuple[int, str, str]:
-    """scripts/tables.py OUTPUTS: (exit code, standard output, standard error)."""
+    """luqrun-tables OUTPUTS: (exit code, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), at_most(60):
         try:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,21 @@ def headings(path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+IGNORED = ("job=plan", "&")  # what the command line takes away, and the shell
+
+
+def first_value(override: str) -> str:
+    """Of a sweep over values with commas between them, which may be lists."""
+    return re.sub(r",(?![^\[{\"]*[\]}\"]).*", "", override)
+
+
 COMMANDS = [
     (name, line.partition(" #")[0].rstrip())
     for name in TEXTS
-    if name.endswith("README.md")
+    if name.endswith(("README.md", "command_line.md"))
     for block in blocks(name)
     for line in block.splitlines()
-    if re.match(r"luqrun |torchrun |(\S+/)?python3? ", line)
+    if re.match(r"(\w+=\S* )*(luqrun[ -]|torchrun |(\S+/)?python3? )", line)
 ]
 
 
@@ -51,12 +60,16 @@ def test_commands_name_what_exists(name, command):
     words = shlex.split(command)
     scripts = [word for word in words if word.endswith(".py")]
     assert all((ROOT / script).is_file() for script in scripts)
+    if words[0].startswith("luqrun"):
+        assert words[0] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     if "luqrun" not in words:
         return
-    overrides = [word for word in words[words.index("luqrun") + 1 :] if not word.startswith("-")]
+    overrides = [
+        word for word in words[words.index("luqrun") + 1 :] if not word.startswith("-") and word not in IGNORED
+    ]
     if any(word.startswith("hydra/") for word in overrides):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extras slurm and sweep are missing")
-    validate(to_config(composed(*with_companions([word.split(",")[0] for word in overrides]))))
+    validate(to_config(composed(*with_companions([first_value(word) for word in overrides]))))
 
 
 def test_commands_are_found():

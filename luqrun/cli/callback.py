@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from luqrun.cli import optuna_storage, overrides, own_configs, sweeps
+from luqrun.cli import optuna_storage, overrides, own_configs, plan, sweeps
 from luqrun.cli.messages import refuse
 from luqrun.cli.validation import to_config, validate
 from luqrun.errors import UserError
@@ -33,6 +33,8 @@ class RunCallback(Callback):
             _introduce(config)
             overrides.refuse_alone(config)
             overrides.repeated(config)
+            if plan.asked:
+                plan.show(config)
             with own_configs.naming_files(config, sys.argv[1:]):
                 own = to_config(config)
                 validate(own, lambda: Path(config.hydra.run.dir))
@@ -51,6 +53,8 @@ class RunCallback(Callback):
             _introduce(config)
             repeated = overrides.repeated(config)
             count = overrides.count_jobs(config, GlobalHydra.instance().config_loader())
+            if plan.asked:
+                plan.show(config)
             optuna_storage.prepare(config)
             sweeps.watch(config, count)
             make_folder(Path(config.hydra.sweep.dir))

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,10 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from luqrun import RESULTS, __version__
-from luqrun.cli import overrides, own_configs, sweeps
+from luqrun.cli import overrides, own_configs, plan, sweeps
 from luqrun.cli.callback import close_logs
 from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
-from luqrun.cli.overrides import options_first, with_companions
+from luqrun.cli.overrides import options_first, with_companions, with_parents_overrides
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.startup import quick_start, quieten_libraries
 from luqrun.cli.validation import to_config, validate
@@ -50,6 +51,7 @@ log = logging.getLogger("luqrun")
 
 def main() -> None:
     """The `luqrun` command."""
+    started = time.monotonic()
     limit_spinning()  # before torch loads its OpenMP
     keep_memory()
     atexit.register(gc.freeze)  # or Python would look through all of torch for garbage before it ends
@@ -61,14 +63,14 @@ def main() -> None:
         if "--version" in sys.argv[1:]:
             print(f"luqrun {__version__}")
             sys.exit()
-        sys.argv[1:] = with_companions(options_first(sys.argv[1:]))
+        sys.argv[1:] = with_companions(options_first(with_parents_overrides(plan.taken_from(sys.argv[1:]))))
         own_configs.refuse_shadowed(sys.argv[1:])
         try:
             with quick_start():
                 hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
         finally:
             if sweeps.jobs:
-                print(jobs_table(sweeps.jobs), flush=True)
+                print(jobs_table(sweeps.jobs, time.monotonic() - started), flush=True)
         _tell_failures()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         refuse(own_configs.located(error, sys.argv[1:]))

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from luqrun.config import COMPANIONS, Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.internals.of_hydra import args_parser
+from luqrun.runs.parent import parent_folder
+from luqrun.runs.reading import usable_run
 
 OF_A_SWEEP = ("hydra.launcher.", "hydra.sweeper.", "hydra.sweep.")
 UNQUOTED = re.compile(r"[\w\-./\\ :%+*@?|$,]", re.ASCII)  # what Hydra's grammar takes in a value without quotes
@@ -38,6 +40,20 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         else:
             options.append(argument)
     return [*options, *overrides]
+
+
+def with_parents_overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line, and before it what the run was given whose folder `resume` names, where it is not given anew:
+    who goes on with a run need not repeat its settings."""
+    given = {_key(argument): argument.partition("=")[2] for argument in arguments if "=" in argument}
+    resume = given.get("resume", "").strip("'\"")
+    folder = parent_folder(resume) if resume else None
+    theirs = usable_run(folder).get("overrides", []) if folder else []
+    return [*(_unescaped(text) for text in theirs if _key(text) not in given), *arguments]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def with_companions(arguments: Sequence[str]) -> list[str]:
@@ -185,8 +201,12 @@ def unreadable(text: str, reason: str) -> str:
 
 
 def _for_the_shell(text: str) -> str:
-    # A sweep escapes what stands in ${...}, for another reading by Hydra.
-    text = re.sub(r"\$\\\{.*?\\\}", lambda found: re.sub(r"\\(.)", r"\1", found[0]), text)
+    text = _unescaped(text)
     if "'" not in text:
         return shlex.quote(text)
     return '"' + re.sub(r'(["\\$`])', r"\\\1", text) + '"'
+
+
+def _unescaped(text: str) -> str:
+    """An override as it was given: a sweep escapes what stands in ${...}, for another reading by Hydra."""
+    return re.sub(r"\$\\\{.*?\\\}", lambda found: re.sub(r"\\(.)", r"\1", found[0]), text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from luqrun.cli.overrides import shell_words
 from luqrun.cli.sweeps import Job, own_overrides
 from luqrun.config import Config, QuantConfig
+from luqrun.runs.durations import in_words
 from luqrun.runs.metric import TOP1, Metric
 
 RATE = "_per_second"  # how summary.json ends the name of the speed; before it stands what is counted
@@ -23,19 +24,19 @@ def closing_table(
 
     metric: what it is judged by, which stands first.
     """
-    study = _shown(folder.parent)
+    study = shown(folder.parent)
     given = [f"settings     {shell_words(overrides)}"] if overrides else []
     where = [
         *given,
-        f"run folder   {_shown(folder)}",
-        f"curves       tensorboard --logdir {_shown(folder.parent.parent)}",
+        f"run folder   {shown(folder)}",
+        f"curves       tensorboard --logdir {shown(folder.parent.parent)}",
     ]
     if "rounding" in summary:
         rows = [f"{row['operand']:<10}  {row['quantizer']}  bin {row['bin']}" for row in summary["rounding"]]
         return "\n".join(["", f"the rounding of quant={config.quant.name} was measured in", *rows, *where[:-1]])
     if "cost/share_of_macs_4bit" in summary:
         title = f"{config.model.name} under quant={config.quant.name}: what a training step costs"
-        return "\n".join(["", title, *_cost_lines(summary), f"table        {_shown(folder / 'cost.md')}", *where[:-1]])
+        return "\n".join(["", title, *_cost_lines(summary), f"table        {shown(folder / 'cost.md')}", *where[:-1]])
     if "diverged" in summary:
         return "\n".join(
             ["", f"{config.quant.name} diverged at step {summary['diverged']} (a result; study {study})", *where]
@@ -113,7 +114,7 @@ def _number(name: str, value: float) -> str:
     return f"{value:.{3 if name.endswith('loss') else 2}f}"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative to here where that is shorter."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
@@ -121,13 +122,20 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def jobs_table(jobs: Sequence[Job]) -> str:
-    """The end of a sweep: each job's status and metric, what differs in its overrides, and its folder."""
+def jobs_table(jobs: Sequence[Job], seconds: float) -> str:
+    """The end of a sweep: each job's status and metric, what differs in its overrides, and its folder; and how long all
+    of it took."""
     outcomes = [job.outcome() for job in jobs]
     labels = list(dict.fromkeys(outcome.metric.label for outcome in outcomes if outcome.value))
     rows = [("status", labels[0] if len(labels) == 1 else "result", "job", "run folder")]
     for job, own, (status, value, metric) in zip(jobs, own_overrides(jobs), outcomes, strict=True):
         value = f"{value} {metric.label}" if value and len(labels) > 1 else value
-        rows.append((status, value, own, _shown(job.folder) if job.folder.is_dir() else ""))
+        rows.append((status, value, own, shown(job.folder) if job.folder.is_dir() else ""))
+    took = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} in {in_words(seconds)}"
+    return "\n".join(["", *aligned(rows), took])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

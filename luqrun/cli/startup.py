@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from luqrun.internals.of_hydra import groups_listed_once
+from luqrun.internals.of_hydra import read_once
 
 OURS = ("luqrun", "hydra")
 
@@ -25,10 +25,10 @@ def quieten_libraries(verbose: object) -> None:
 
 @contextmanager
 def quick_start() -> Iterator[None]:
-    """In here Hydra starts sooner: without garbage collection, and with groups listed once."""
+    """In here Hydra starts sooner: without garbage collection, and reading each file once."""
     gc.disable()
     try:
-        with groups_listed_once():
+        with read_once():
             yield
     finally:
         gc.enable()

@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import SubprocessError
 from typing import NamedTuple
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus
 from hydra.errors import CompactHydraException
@@ -134,7 +135,8 @@ def _watched(launch: Callable) -> Callable:
     def watched(launcher: Launcher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int):
         if initial_job_idx == 0:
             jobs.clear()
-        jobs.extend([_planned(launcher, each, number) for number, each in enumerate(job_overrides, initial_job_idx)])
+        for number, each in enumerate(job_overrides, initial_job_idx):
+            jobs.append(planned(launcher.hydra_context.config_loader, launcher.config, each, number)[0])
         if not ships_with_hydra(type(launcher)):  # the jobs' own words may be on no console
             for number, job in enumerate(jobs[initial_job_idx:], initial_job_idx):
                 print(f"to {type(launcher).__name__}: {_title(number, job.overrides)}", file=sys.stderr)
@@ -151,10 +153,10 @@ def _watched(launch: Callable) -> Callable:
     return watched
 
 
-def _planned(launcher: Launcher, overrides: Sequence[str], number: int) -> Job:
-    """The job that these overrides make, composed as the launcher will."""
-    composed = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
-    _refuse_read_before(launcher.config, composed)
+def planned(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], number: int) -> tuple[Job, DictConfig]:
+    """The job that these overrides make in a sweep, and its config, composed as the launcher will."""
+    composed = loader.load_sweep_config(sweep, list(overrides))
+    _refuse_read_before(sweep, composed)
     refuse_empty(composed, sys.argv[1:])
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
@@ -165,7 +167,7 @@ def _planned(launcher: Launcher, overrides: Sequence[str], number: int) -> Job:
         folder = Path(composed.hydra.sweep.dir, composed.hydra.sweep.subdir)
     finally:
         hydra_config.cfg = of_the_sweep
-    return Job(OmegaConf.to_container(composed.hydra.overrides.task), folder)
+    return Job(OmegaConf.to_container(composed.hydra.overrides.task), folder), composed
 
 
 def _refuse_read_before(sweep: DictConfig, job: DictConfig) -> None:

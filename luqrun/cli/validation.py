@@ -7,19 +7,20 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from luqrun.cli.messages import one_line
+from luqrun.cli.messages import one_line, unknown_key
 from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config, CostConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
+from luqrun.runs.parent import parent_checkpoint, parent_folder
 from luqrun.runtime import process_group
 
-RESUMES = "allowed: auto, never, base, or the path of a checkpoint (.pt)"
+RESUMES = "allowed: auto, never, base, the folder of a finished run, or the path of a checkpoint (.pt)"
 
 MAX_INTEGER = 2**31 - 1
 MAX_FLOAT = 1e30  # torch wants float32 of the products of two settings, too
@@ -31,13 +32,25 @@ def to_config(composed: DictConfig) -> Config:
     """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
     values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
-        missing = OmegaConf.missing_keys(values) | OmegaConf.missing_keys(merged)  # merged: a list has its default
-        if missing:
-            raise UserError(f"not set: {', '.join(sorted(missing))}")
-        return OmegaConf.to_object(merged)
+        if OmegaConf.get_type(composed) is not Config:  # of a main configuration without the schema in its defaults
+            values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
+        parts = {key: OmegaConf.to_object(part) if OmegaConf.is_config(part) else part for key, part in values.items()}
+    except MissingMandatoryValue:
+        raise UserError(f"not set: {', '.join(sorted(OmegaConf.missing_keys(values)))}") from None
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from None
+    for key in _unknown_keys(parts, Config):
+        raise UserError(unknown_key(key))
+    return Config(**parts)
+
+
+def _unknown_keys(values: dict, schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that the schema does not have: OmegaConf lets ++ add them to a part of a fixed type."""
+    for name, value in values.items():
+        if name not in schema.__dataclass_fields__:
+            yield prefix + name
+        elif dataclasses.is_dataclass(value):
+            yield from _unknown_keys(vars(value), type(value), f"{prefix}{name}.")
 
 
 def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
@@ -56,12 +69,13 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError(f"resume= is empty; {RESUMES}")
-    if (
-        config.resume not in ("auto", "never", "base")
-        and not os.path.isfile(os.path.expanduser(config.resume))
-        and not (folder is not None and RunFolder(folder()).goes_on_by_itself())
+    if config.resume not in ("auto", "never", "base") and not (
+        folder is not None and RunFolder(folder()).goes_on_by_itself()
     ):
-        raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
+        if parent_folder(config.resume):
+            parent_checkpoint(config)
+        elif not os.path.isfile(os.path.expanduser(config.resume)):
+            raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)

@@ -1,1 +1,1 @@
-"""Run folders in, the paper's tables and figures out: `scripts/tables.py` is the command."""
+"""Run folders in, the paper's tables and figures out: `luqrun-tables` and `luqrun-pictures` are the commands."""

@@ -1,4 +1,4 @@
-"""What scripts/tables.py does."""
+"""The command luqrun-tables; scripts/tables.py is the same in a checkout that is not installed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from luqrun.report.render import cells_csv, csv_text, markdown, markdown_finding
 from luqrun.report.tables import Table, build_tables
 from luqrun.runs.folder import write_atomically
 
+NAME = "luqrun-tables"
 INDEX, FINDINGS = "tables", "findings"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and report; the exit code: 0, or 1 for a mistake or a claim that does not hold."""
-    parser = argparse.ArgumentParser(description="The paper's tables and figures from run folders and summaries.")
+    parser = argparse.ArgumentParser(NAME, description="The paper's tables and figures from run folders and summaries.")
     parser.add_argument(
         "outputs", type=Path, nargs="+", help="folders of studies, or of summaries (the JSON files that this writes)"
     )
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.outputs, chosen.table, chosen.out or chosen.outputs[0] / "tables", chosen.html, chosen.check
         )
     except (UserError, OSError) as error:
-        parser.exit(1, f"tables.py: {printable(str(error))}\n")
+        parser.exit(1, f"{NAME}: {printable(str(error))}\n")
 
 
 def report(inputs: Sequence[Path], wanted: Sequence[str], out: Path, html: bool, check: bool) -> int:

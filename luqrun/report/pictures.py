@@ -1,4 +1,5 @@
-"""Pictures of one run: a layer's gradients under the levels of each format, and each layer's health over time."""
+"""The command luqrun-pictures: of one run a layer's gradients under the levels of each format, and each layer's health
+over time."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ from luqrun.tasks import build_task
 from luqrun.tasks.loader import train_loader
 from luqrun.train.tracking import HEALTH
 
+NAME = "luqrun-pictures"
 SHOWN = ("e3m0", "int4", "e1m0")
 GROUP = "quantization"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and draw; the exit code."""
-    parser = argparse.ArgumentParser(description="Pictures of one run, from its folder.")
+    parser = argparse.ArgumentParser(NAME, description="Pictures of one run, from its folder.")
     parser.add_argument("run", type=Path, help="a run folder, with its checkpoint")
     parser.add_argument("--layer", help="whose gradients; default: the middle one")
     parser.add_argument("--out", type=Path, help="where files go; default: RUN/pictures")
@@ -57,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         paths = [path for name, figure in pictures.items() for path in save(figure, out, name)]
     except (UserError, OSError) as error:
-        parser.exit(1, f"pictures.py: {printable(str(error))}\n")
+        parser.exit(1, f"{NAME}: {printable(str(error))}\n")
     print("\n".join(map(str, paths)))
     for line in missing:
-        print(f"pictures.py: {printable(line)}", file=sys.stderr)
+        print(f"{NAME}: {printable(line)}", file=sys.stderr)
     return 0
 
 

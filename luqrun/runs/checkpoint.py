@@ -17,12 +17,13 @@ from torch import Tensor
 
 from luqrun.config import Config
 from luqrun.errors import UserError
-from luqrun.runs.folder import write_atomically
+from luqrun.runs.folder import LAST, write_atomically
 from luqrun.runs.identity import Identity, difference
+from luqrun.runs.parent import why_not_on
 
 VERSION = 4
 KEYS = {"version", "identity", "model", "optimizer", "progress"}
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+PREVIOUS, BEST = "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
 ADVICE = "give resume= another checkpoint, or study= another name"
@@ -118,17 +119,19 @@ def read(path: Path, advice: str = ADVICE) -> dict:
     return content
 
 
-def load(path: Path, config: Config, data: dict, any_processes: bool = False) -> dict:
+def load(path: Path, config: Config, data: dict, any_processes: bool = False, of_parent: bool = False) -> dict:
     """The content of a checkpoint that belongs to a run with this config and data, and by as many processes.
 
     Only a fine-tune that has not begun may differ: a 4-bit run can be continued with another one; and, with
-    any_processes, their number. data: the fingerprint. Raises Damaged, or UserError for a foreign one, naming the file.
+    any_processes, their number; or what may differ where a run goes on with a finished one, its parent
+    (luqrun.runs.parent). data: the fingerprint. Raises Damaged, or UserError for a foreign one, naming the file.
     """
     content = read(path)
     epoch, batch = content["progress"]["epoch"], content["progress"]["batch"]
     in_finetune = (epoch, batch) > (config.schedule.epochs, 0)
     besides = (() if in_finetune else ("finetune",)) + (("processes",) if any_processes else ())
-    if why := difference(Identity(**content["identity"]), Identity.of(config, data), besides):
+    theirs, ours = Identity(**content["identity"]), Identity.of(config, data)
+    if why := why_not_on(theirs, ours, config) if of_parent else difference(theirs, ours, besides):
         raise UserError(f"checkpoint {path} is of a run {why}; {ADVICE}")
     return content
 

@@ -25,6 +25,7 @@ from luqrun.runs.reading import METRICS, RUN, SUMMARY, Missing, Unusable, metric
 
 EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
+LAST = "last.pt"  # of the checkpoints
 PREDICTIONS = "predictions"
 TOKENIZER = "tokenizer.json"  # of text: the subwords
 PACKAGES = ("torchvision", "hydra-core", "omegaconf", "numba", "tensorboard", "numpy")  # whose versions are recorded

@@ -168,6 +168,12 @@ def run_id(config: Config, data: dict, processes: int | None = None) -> str:
 
 
 def _readable(config: Config) -> str:
+    return "-".join(name_parts(config))[:MAX_NAME]
+
+
+def name_parts(config: Config) -> list[str]:
+    """What the name of a run's folder begins with: network, data and recipe, the fine-tune where there is one, and the
+    seed; of a measurement job, recipe and seed."""
     kind = getattr(config, KIND)
     if kind == "rounding":
         names = [kind, config.quant.name]
@@ -176,7 +182,7 @@ def _readable(config: Config) -> str:
         names += [config.finetune.name] if config.finetune.epochs and kind not in MEASURED else []
         names = [kind, *names] if kind in MEASURED else names
     names += [f"seed{config.seed}"] if "seed" in MEASURED.get(kind, ("seed",)) else []
-    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names)[:MAX_NAME]
+    return [re.sub(r"[^A-Za-z0-9_.]+", "_", str(name)) for name in names]
 
 
 def difference(theirs: Identity, ours: Identity, besides: tuple[str, ...] = ()) -> str:

@@ -74,6 +74,7 @@ SCHEMA: dict[str, dict[str, Callable[[object], bool]]] = {
         "command": _list_of(_is_text),
         "git_commit": _or_none(_is_text),
         "reused": _or_none(_is_text),
+        "parent": _or_none(_is_text),
         "diverged_at_step": _or_none(_is_integer),
     },
     SUMMARY: {

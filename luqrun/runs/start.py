@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from luqrun.errors import UserError
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import Identity, difference, run_id, runs_beside
-from luqrun.runs.reading import usable_run
+from luqrun.runs.parent import last_checkpoint, parent_checkpoint, parent_folder
+from luqrun.runs.reading import RUN, usable_run
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,14 @@ def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
     if not own.exists() and not previous.exists():
         if wanted == "base" and config.finetune.epochs > 0:
             path = base_checkpoint(config, folder, data)
-            return Start(checkpoint.load(path, config, data), path, own=False)
+            return _foreign(checkpoint.load(path, config, data), path, folder)
         if wanted in ("auto", "never", "base"):
             return None
+        if parent_folder(wanted):
+            path = parent_checkpoint(config)
+            return _foreign(checkpoint.load(path, config, data, of_parent=True), path, folder)
         path = Path(os.path.expanduser(wanted))
-        return Start(checkpoint.load(path, config, data, any_processes=True), path, own=False)
+        return _foreign(checkpoint.load(path, config, data, any_processes=True), path, folder)
     if wanted == "never":
         raise UserError(f"resume=never, but {own.parent} exists: choose another study=, or delete the run folder")
     if wanted not in ("auto", "base"):
@@ -61,6 +66,13 @@ def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
         return start
 
 
+def _foreign(content: dict, path: Path, folder: RunFolder) -> Start:
+    """A start from another run's checkpoint, which run.json names: by its run folder, where it lies in one."""
+    parent = path.parent.parent if (path.parent.parent / RUN).is_file() else path
+    folder.update_run(parent=os.path.relpath(parent, folder.path))  # so that outputs/ can be moved as a whole
+    return Start(content, path, own=False)
+
+
 def diverged_base(config: Config, folder: RunFolder, data: dict) -> Path | None:
     """For resume=base: the run without fine-tune, if it diverged; then the one with it does, at the same step."""
     if config.resume != "base" or config.finetune.epochs == 0:
@@ -73,11 +85,19 @@ def diverged_base(config: Config, folder: RunFolder, data: dict) -> Path | None:
     return base
 
 
+def check_base(config: Config, folder: RunFolder, data: dict, planned: Collection[Path] = ()) -> None:
+    """Raise UserError where resume=base has no run to start from: none that has ended, and none of these folders, which
+    will have one by then."""
+    if config.resume != "base" or config.finetune.epochs == 0 or _base(config, folder, data)[0] in planned:
+        return
+    if diverged_base(config, folder, data) is None:
+        base_checkpoint(config, folder, data)
+
+
 def base_checkpoint(config: Config, folder: RunFolder, data: dict) -> Path:
     """For resume=base: the last checkpoint of the run that is this one without its fine-tune, in the same study."""
     base, run = _base(config, folder, data)
-    # The checkpoint of a run taken over lies where it was trained. By name, as relpath made it: a study may be a link.
-    path = Path(os.path.normpath(base / (run.get("reused") or ""))) / "checkpoints" / checkpoint.LAST
+    path = last_checkpoint(base, run)
     status, advice = run.get("status", "not there"), "run the same with finetune=none first"
     if status == "finished":
         if path.is_file():

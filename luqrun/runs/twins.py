@@ -49,6 +49,7 @@ def adopt(twin: Path, folder: RunFolder) -> dict:
     """Take over the result of `twin`, its predictions too, without its checkpoints and curves; returns what a run of
     our own would."""
     run = usable_run(twin)
+    run.pop("parent", None)  # as seen from there
     own = {name: folder.run()[name] for name in ("command", "overrides")}
     relative = os.path.relpath(twin, folder.path)  # so that outputs/ can be moved as a whole
     if (twin / METRICS).is_file():

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from luqrun.config import Config
 from luqrun.runs.folder import PREDICTIONS, RunFolder
@@ -19,6 +18,7 @@ from luqrun.runtime.signals import Requests
 from luqrun.tasks.loader import eval_loader, in_order
 from luqrun.tasks.task import Task
 from luqrun.train import setup
+from luqrun.train.progress import Progress
 
 VAL, TEST = "val", "test"
 
@@ -53,14 +53,16 @@ def evaluate(run: Run, split: str = VAL) -> dict[str, float]:
     loader = eval_loader(examples, config.dataset, process_group.rank(), process_group.world_size())
     everywhere = math.ceil(len(examples) / config.dataset.batch_size) // process_group.world_size()
     predictions = []
-    with closing(iter(loader)) as batches, setup.unchanging(run.model, config.compile):
-        for number in tqdm(range(len(loader)), "evaluation", disable=run.no_bar, leave=False):
+    progress = Progress("evaluation", len(loader), "batches", run.no_bar)
+    with closing(iter(loader)) as batches, setup.unchanging(run.model, config.compile), progress:
+        for number in range(len(loader)):
             with run.requests.reading(run.save_checkpoint):
                 batch = next(batches)
             if number < everywhere:  # in what every process has
                 run.stop_if_asked()  # it is done again from the start
             with run.autocast():
                 predictions.append(run.task.predict(run.network, to_device(batch, run.device)))
+            progress.update(1)
     predictions = in_order(process_group.gather(predictions))
     for name, text in run.task.files(predictions, split).items():
         run.folder.write_text(f"{PREDICTIONS}/{name}", text)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import MODULES, backend_for
 from luqrun.quant.recipe import Recipe
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 from luqrun.runtime import process_group
+from luqrun.train.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -62,25 +62,21 @@ class _Report:
     """The progress, as a bar on a terminal and as a line now and then elsewhere."""
 
     def __init__(self, no_bar: bool | None):
-        self.no_bar, self.bar, self.started, self.said = no_bar, None, time.monotonic(), time.monotonic()
+        self.no_bar, self.bar, self.started = no_bar, None, time.monotonic()
 
     def __enter__(self):
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
         if self.bar is None:
             log.info("compiling the kernels for this CPU: once, and half a minute or so (%d functions) ...", total)
-            self.started = self.said = now
-            self.bar = tqdm(total=total, desc="compiling", unit="function", disable=self.no_bar, leave=False)
-        self.bar.update(done - self.bar.n)
-        if self.bar.disable and now - self.said >= EVERY:
-            log.info("compiled %d of %d functions", done, total)
-            self.said = now
+            self.started = time.monotonic()
+            self.bar = Progress("compiling", total, "functions", self.no_bar, every=EVERY)
+        self.bar.update(done - self.bar.done)
 
     def __exit__(self, *failure) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self.bar.__exit__(*failure)
             if failure[0] is None:
                 seconds = time.monotonic() - self.started
                 log.info("compiled in %.0f s, which are no part of the time of training", seconds)

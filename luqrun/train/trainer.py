@@ -15,7 +15,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from tqdm import tqdm
 
 from luqrun.config import Config
 from luqrun.errors import UserError
@@ -40,6 +39,7 @@ from luqrun.train.averaging import average_weights
 from luqrun.train.evaluation import TEST, evaluate
 from luqrun.train.kernel_compilation import compile_training_kernels
 from luqrun.train.profiling import DATA, StepProfiler
+from luqrun.train.progress import Progress, describe
 from luqrun.train.schedules import build_optimizer, rate_of_step
 from luqrun.train.tracking import NoTracker, Tracker, log_last_pass
 
@@ -107,6 +107,8 @@ class Trainer:
         if self.steps_per_epoch == 0:
             wanted = f"schedule.accumulate={config.schedule.accumulate}"
             raise UserError(f"{wanted} is too large; it must be at most the {self.batches} batches of an epoch")
+        self.total_epochs = config.schedule.epochs + config.finetune.epochs
+        self.total_steps = self.total_epochs * self.steps_per_epoch
         # batch: micro-batches done in this epoch; sums, weight: of what is shown of this epoch's training so far.
         self.progress = {
             "epoch": 0, "batch": 0, "step": 0, "sums": {}, "weight": 0, "best": None, "average": None, "averaged": None,
@@ -120,7 +122,7 @@ class Trainer:
         if sizes[-1:] != [process_group.world_size()]:
             sizes.append(process_group.world_size())
         self.network = setup.wrap(self.model, config, device, any_size=is_batched(self.data))
-        left = self.total_epochs * self.steps_per_epoch - self.progress["step"]
+        left = self.total_steps - self.progress["step"]
         profiled = config.tracking.profile_steps if folder.writes else 0
         self.profiler = StepProfiler(folder.path, profiled, left, device)
         after = self.progress.get("latest", 0.0) if own else 0.0
@@ -143,10 +145,6 @@ class Trainer:
         self.folder.rewind(self.progress if start.own else {})
         log.info("continuing from %s: epoch %d, step %d", start.path, self.progress["epoch"] + 1, self.progress["step"])
         return start.own
-
-    @property
-    def total_epochs(self) -> int:
-        return self.config.schedule.epochs + self.config.finetune.epochs
 
     def phase(self, epoch: int) -> str:
         """train for the epochs of the schedule, finetune after them."""
@@ -171,8 +169,9 @@ class Trainer:
                 self._report_divergence("validation loss", metrics["val/loss"])
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
             self.tracker.row("epoch", epoch + 1, self.progress["step"], self.phase(epoch), metrics)
-            shown = self._show("train", metrics), self._show("val", metrics)
-            log.info("epoch %d/%d (%s): %s; %s", epoch + 1, self.total_epochs, self.phase(epoch), *shown)
+            shown = [describe(part, metrics, self.metric) for part in ("train", "val")]
+            where = epoch + 1, self.total_epochs, self.phase(epoch)
+            log.info("epoch %d/%d (%s): %s; %s; %s", *where, *shown, self._pace(self.total_epochs - epoch - 1))
             value = metrics[self.metric.name]
             is_best = self.metric.improves(value, self.progress["best"])
             best = value if is_best else self.progress["best"]
@@ -195,7 +194,7 @@ class Trainer:
         )
         usable = self.steps_per_epoch * accumulate
         title = f"epoch {epoch + 1}/{self.total_epochs} {self.phase(epoch)}"
-        bar = tqdm(total=usable, initial=progress["batch"], desc=title, unit="batch", disable=self.no_bar, leave=False)
+        bar = Progress(title, usable, "batches", self.no_bar, progress["batch"])
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
                 started, compiled = time.perf_counter(), compilations()
@@ -206,10 +205,9 @@ class Trainer:
                 self.throughput.count(time.perf_counter() - started, weight, compilations() > compiled)
                 progress["batch"] += accumulate
                 progress["step"] += 1
-                bar.update(accumulate)
                 step, metrics = progress["step"], {**self._train_metrics(), "train/loss": loss}
-                rate = f"{self.throughput.mean():.0f} {self.task.unit}/s"
-                bar.set_postfix_str(f"{self._show('train', metrics)}, {rate}", refresh=False)
+                shown = f"{describe('train', metrics, self.metric)}, {self._pace(self.total_epochs - epoch)}"
+                bar.update(accumulate, shown, f"step {step} of {self.total_steps}")
                 if tracking.log_every and step % tracking.log_every == 0:
                     row = {"loss": loss, "lr": self.learning_rate(step - 1)}
                     row[f"{self.task.unit}_per_second"] = self.throughput.take_recent()
@@ -327,11 +325,9 @@ class Trainer:
         means = {f"train/{name}": value / weight for name, value in sums.items()}
         return {**means, f"mean_{self.task.unit}_per_second": self.throughput.mean()}
 
-    def _show(self, part: str, metrics: dict[str, float]) -> str:
-        """Such as "val loss 0.123, top-1 45.67", of train or val; training need not have the task's metric."""
-        shown = f"{part} loss {metrics[f'{part}/loss']:.3f}"
-        value = metrics.get(f"{part}/{self.metric.short}")
-        return shown if value is None or self.metric.short == "loss" else f"{shown}, {self.metric.title} {value:.2f}"
+    def _pace(self, evaluations: int) -> str:
+        """Such as "812 images/s, 12 min left", with that many evaluations to come."""
+        return self.throughput.describe(self.task.unit, self.total_steps - self.progress["step"], evaluations)
 
     def _report_divergence(self, what: str, value: float) -> None:
         """Log what is known of each layer's last pass, and raise Diverged."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 
 import pytest
@@ -158,7 +159,8 @@ def test_interpolations_of_hydra_are_obeyed(luqrun, tmp_path, sweep):
     (run,) = tmp_path.rglob("run.json")
     assert run.relative_to(tmp_path).parts[:3] == ("outputs", "luqrun", "n0")
     if sweep:
-        (row,) = answer.out.rpartition("\nstatus ")[2].splitlines()[1:]
+        row, took = answer.out.rpartition("\nstatus ")[2].splitlines()[1:]
+        assert re.fullmatch(r"1 job in \d+ (s|min)", took)
         assert row.startswith("running ") or row.startswith("killed ")  # its work is not done here
         assert row.endswith(str(run.parent.relative_to(tmp_path)))
         assert "not run" not in answer.out

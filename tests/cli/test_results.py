@@ -103,13 +103,14 @@ def test_jobs_of_several_tasks_name_their_metrics(tmp_path):
 
     bleu = {"metric": {"name": "val/bleu", "label": "BLEU", "higher_is_better": True}}
     one, two = job("wmt", bleu, {"val/bleu": 26.754}), job("glyphs", {}, {"val/top1": 80.0})
-    assert [line.split()[1:3] for line in jobs_table([one]).splitlines()[1:]] == [
+    assert [line.split()[1:3] for line in jobs_table([one], 61.0).splitlines()[1:-1]] == [
         ["BLEU", "job"],
         ["26.75", "dataset=wmt"],
     ]
-    lines = jobs_table([one, two]).splitlines()
+    lines = jobs_table([one, two], 3900.0).splitlines()
     assert lines[1].split()[1] == "result"
     assert ["26.75 BLEU" in lines[2], "80.00 top-1 %" in lines[3]] == [True, True]
+    assert lines[4:] == ["2 jobs in 1 h 5 min"]
 
 
 def test_full_precision_says_so(tmp_path):

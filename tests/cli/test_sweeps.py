@@ -59,7 +59,7 @@ def luqrun(tmp_path, cache):
 
 def table(result) -> dict[str, str]:
     """The closing table: job -> status."""
-    rows = result.out.rpartition("\nstatus ")[2].splitlines()[1:]
+    rows = result.out.rpartition("\nstatus ")[2].splitlines()[1:-1]
     return {re.split(r"  +", row)[-2 if "outputs/" in row else -1]: row.split("  ")[0] for row in rows}
 
 

@@ -1,11 +1,14 @@
-"""scripts/tables.py: what it writes, prints and exits with."""
+"""luqrun-tables: what it writes, prints and exits with."""
 
 import csv
 import json
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from html import escape
+from importlib.metadata import EntryPoint
 from statistics import fmean, stdev
 
 import pytest
@@ -33,9 +36,9 @@ def refused(capsys, *arguments) -> str:
         main([str(each) for each in arguments])
     text = capsys.readouterr()
     assert ended.value.code == 1
-    assert text.err.startswith("tables.py: ")
+    assert text.err.startswith("luqrun-tables: ")
     assert text.err.count("\n") == 1
-    return text.err.removeprefix("tables.py: ").strip()
+    return text.err.removeprefix("luqrun-tables: ").strip()
 
 
 def test_unknown_tables_are_refused_with_the_known_ones(tmp_path, capsys):
@@ -65,7 +68,14 @@ def test_the_script_ends_with_the_same_codes(tmp_path):
 
     wrong = script(tmp_path, "--table", "fig3")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
-    assert wrong.stderr.startswith("tables.py: table fig3 is not known; allowed: ")
+    assert wrong.stderr.startswith("luqrun-tables: table fig3 is not known; allowed: ")
+
+
+@pytest.mark.parametrize("script", ["tables", "pictures"])
+def test_what_is_installed_is_what_the_script_calls(script):
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    function = EntryPoint(f"luqrun-{script}", commands[f"luqrun-{script}"], "console_scripts").load()
+    assert runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["main"] is function
 
 
 def test_help_is_printed(capsys):

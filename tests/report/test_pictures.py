@@ -66,8 +66,8 @@ def refused(draw, capsys):
             draw(*arguments)
         text = capsys.readouterr()
         assert (ended.value.code, text.out, text.err.count("\n")) == (1, "", 1)
-        assert text.err.startswith("pictures.py: ")
-        return text.err.removeprefix("pictures.py: ").strip()
+        assert text.err.startswith("luqrun-pictures: ")
+        return text.err.removeprefix("luqrun-pictures: ").strip()
 
     return refused
 
@@ -124,7 +124,7 @@ def test_the_script_refuses_what_is_no_run_and_writes_nothing(tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "pictures.py"), run_name="__main__")
     assert ended.value.code == 1
-    wanted = f"pictures.py: {tmp_path / 'nowhere'} is not a run folder: it has no config.yaml\n"
+    wanted = f"luqrun-pictures: {tmp_path / 'nowhere'} is not a run folder: it has no config.yaml\n"
     assert capsys.readouterr().err == wanted
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +147,7 @@ def test_without_a_checkpoint_there_is_health_and_without_curves_there_are_gradi
         assert draw(path) == 0
         text = capsys.readouterr()
         assert text.out.splitlines() == [str(path / "pictures" / f"{left}.{ending}") for ending in ("png", "svg")]
-        assert text.err.startswith("pictures.py: " + why.format(run=path))
+        assert text.err.startswith("luqrun-pictures: " + why.format(run=path))
         assert text.err.count("\n") == 1
 
 
@@ -185,7 +185,7 @@ def test_without_matplotlib_the_extra_is_named(run, tmp_path, monkeypatch, capsy
     hide(monkeypatch, "matplotlib")
     with pytest.raises(SystemExit):
         main([str(run), "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().err == "pictures.py: figures need matplotlib: pip install 'luqrun[plot]'\n"
+    assert capsys.readouterr().err == "luqrun-pictures: figures need matplotlib: pip install 'luqrun[plot]'\n"
 
 
 def backward(trainer, name, step):

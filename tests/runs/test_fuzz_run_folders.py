@@ -47,7 +47,7 @@ def check_report(pristine, done, *more) -> None:
         if code:
             assert code == 1
             assert len(err.splitlines()) == 1
-            assert err.startswith("tables.py: ")
+            assert err.startswith("luqrun-tables: ")
             return
         # Each run is in a table, left out by name, or (its cell is gone) not of the report's business.
         counted = {row["run"] for path in (outputs / "tables").glob("*.json") for row in json.loads(path.read_text())}
@@ -117,7 +117,7 @@ def test_the_command_in_a_garbled_folder(work, done, more):
         assert "Traceback" not in answer.err
         assert answer.code in (0, 1, 143)
         assert answer.code != 1 or answer.lines[-1].startswith("luqrun: ")
-        assert jobs_table([Job(["seed=0"], path) for path in folder.glob("outputs/*/*")] or [Job(["seed=0"], run)])
+        assert jobs_table([Job(["seed=0"], path) for path in folder.glob("outputs/*/*")] or [Job(["seed=0"], run)], 1.0)
 
 
 @pytest.mark.parametrize("name", ["run.json", "summary.json"])
@@ -165,7 +165,7 @@ def test_pictures_of_garbled_curves(work, tmp_path, capsys, events):
     with pytest.raises(SystemExit) as ended:
         pictures([str(run), "--layer", "none"])
     err = capsys.readouterr().err
-    assert (ended.value.code, len([line for line in err.splitlines() if "pictures.py: " in line])) == (1, 1)
+    assert (ended.value.code, len([line for line in err.splitlines() if "luqrun-pictures: " in line])) == (1, 1)
 
 
 @examples(8)

@@ -96,14 +96,15 @@ def test_a_run_prepares_before_its_first_step(tmp_path, monkeypatch):
 
 
 def test_the_progress_is_told_where_there_is_no_terminal(caplog, monkeypatch):
-    seconds = iter(range(0, 100, 3))
-    monkeypatch.setattr(kernel_compilation.time, "monotonic", lambda: next(seconds))
+    seconds = [0]
+    monkeypatch.setattr(kernel_compilation.time, "monotonic", lambda: seconds[0])
     with caplog.at_level(logging.INFO), kernel_compilation._Report(None) as report:
         for done in range(5):
             report(done, 4)
+            seconds[0] += 3
     first, *between, last = [record.getMessage() for record in caplog.records]
     assert "compiling the kernels" in first
-    assert between == ["compiled 2 of 4 functions", "compiled 4 of 4 functions"]
+    assert between == ["compiling: 2 of 4 functions", "compiling: 4 of 4 functions"]
     assert "no part of the time of training" in last
 
 

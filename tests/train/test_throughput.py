@@ -34,6 +34,21 @@ def test_steps_that_compile_are_no_part_of_the_time():
     assert (progress["seconds"], progress["trained"], run.mean()) == (3.0, 200, 50.0)
 
 
+def test_the_time_left_is_that_of_steps_and_evaluations_so_far():
+    progress = {**throughput.START, "step": 0, "evaluations": [], "evaluation_seconds": 0.0}
+    run = throughput.Throughput(progress)
+    assert run.seconds_left(10, 2) is None
+    assert run.describe("images", 10, 2) == "0 images/s"
+    for seconds in (10.0, 1.0, 1.0):  # the first warms up
+        run.count(seconds, 50)
+        progress["step"] += 1
+    assert run.seconds_left(120, 2) == 120.0
+    progress.update(evaluations=[{}, {}], evaluation_seconds=60.0)
+    assert run.seconds_left(120, 2) == 180.0
+    assert run.describe("images", 120, 2) == "50 images/s, 3 min left"
+    assert run.describe("images", 0, 0) == "50 images/s"
+
+
 def test_a_run_knows_the_steps_that_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     flags, count = [], throughput.Throughput.count
