@@ -6,7 +6,7 @@ MALLOC_PERTURB_=165 MALLOC_CHECK_=3 LD_PRELOAD=libc_malloc_debug.so.0 python scr
 
 The last also notices memory that is written outside its bounds or read before it is written (glibc 2.34; before,
 without LD_PRELOAD). Each unit (our own blocks, products of patches, oneDNN's convolution, floating point) is tried on
-any CPU, whether or not layers there would take it.
+any CPU that has it, whether or not layers there would take it.
 """
 
 import argparse

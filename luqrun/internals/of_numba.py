@@ -9,7 +9,9 @@ from numba.core import cgutils, event
 from numba.core.dispatcher import Dispatcher
 from numba.core.registry import cpu_target
 
-__all__ = ["Dispatcher", "cgutils", "compiled_for", "event", "is_there", "threading_layer"]
+__all__ = ["DOT", "Dispatcher", "cgutils", "compiled_for", "event", "is_there", "threading_layer"]
+# LLVM's name of the instruction of AVX-512 VNNI: int32 (16,) + products of uint8 (16, 4) and int8 (16, 4), as int32.
+DOT = "llvm.x86.avx512.vpdpbusd.512"
 _POOLS = {"tbb": "numba.np.ufunc.tbbpool", "omp": "numba.np.ufunc.omppool", "workqueue": "numba.np.ufunc.workqueue"}
 
 

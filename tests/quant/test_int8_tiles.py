@@ -74,7 +74,7 @@ def test_any_number_of_channels_and_nothing_beside_them(channels, dtype, tiles):
 @pytest.mark.parametrize(("low", "high"), [(-128, -128), (127, -128), (-128, 127)])
 def test_the_largest_sums(low, high, tiles):
     # As long as is allowed, of the codes with the largest products, which the shift makes larger still.
-    longest = int8_tiles.LONGEST
+    longest = int8_tiles.MOST_TERMS
     a, w = torch.full((1, longest, 1, 1), low).char(), torch.full((2, longest, 1, 1), high).char()
     geometry = *POINTWISE, tuple(a.shape), 2
     assert_exact(conv(a, w, geometry, torch.tensor(1.0)), exact(a, w, geometry), 1.0)
@@ -85,21 +85,40 @@ def test_the_largest_sums(low, high, tiles):
         assert found.item() == float(count * low * high * a.numel())
 
 
+@needs_tiles
+def test_long_sums_of_any_codes(tiles):
+    geometry = *POINTWISE, (3, int8_tiles.MOST_TERMS, 1, 1), 5
+    a, w = codes(*geometry[4], low=-128), codes(5, int8_tiles.MOST_TERMS, 1, 1, low=-128, seed=1)
+    assert_exact(conv(a, w, geometry, torch.tensor(1.0)), exact(a, w, geometry), 1.0)
+
+
 def test_where_blocks_serve(monkeypatch):
     monkeypatch.setattr(int8_tiles, "is_there", lambda: True)
-    longest = int8_tiles.LONGEST
-    assert int8_tiles.suits(longest, THREE)
-    assert not int8_tiles.suits(longest + 1, THREE)
-    assert not int8_tiles.suits(0, THREE)
-    assert not int8_tiles.suits(9, (*THREE[:3], (1, 2)))  # taps that are no neighbours
-    assert int8_tiles.suits(9, ((3, 1), *THREE[1:3], (2, 2)))
-    a, g = torch.zeros(1, 8, 4, 4), torch.zeros(1, 2, 4, 4)
+    longest = int8_tiles.MOST_TERMS
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta")
+
+    assert int8_tiles.suits(meta(1, longest, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits(meta(1, longest + 1, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits(meta(1, 0, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits(meta(1, 8, 9, 9), (*THREE[:3], (1, 2)), (7, 7))  # taps that are no neighbours
+    assert int8_tiles.suits(meta(1, 8, 9, 9), ((3, 1), *THREE[1:3], (2, 2)), (7, 7))
+    # What a stride leaves out lies between what is read: offsets would leave int32.
+    assert not int8_tiles.suits(meta(1, 1, 32768, 65544), ((1, 1), (1, 65543), (0, 0), (1, 1)), (32768, 2))
+    assert int8_tiles.suits_dgrad(meta(1, 8, 4, 4), THREE, (1, 8, 4, 4))
+    assert not int8_tiles.suits_dgrad(meta(1, 8, 4, 4), (*THREE[:3], (2, 2)), (1, 8, 6, 6))
+    assert not int8_tiles.suits_dgrad(meta(1, 1, 1, 1), ((1, 1), (65543, 65543), (0, 0), (1, 1)), (1, 1, 1, 1 << 29))
+    a, g = meta(1, 8, 4, 4), meta(1, 2, 4, 4)
     assert int8_tiles.suits_wgrad([g], a, (3, 3))
-    assert not int8_tiles.suits_wgrad([g[..., :3, :1]], a, (3, 3))
-    assert not int8_tiles.suits_wgrad([torch.zeros(1, 1, longest // 2 + 1, 1)] * 2, a, (3, 3))
-    assert not int8_tiles.suits_wgrad([g], torch.zeros(1, int8_tiles.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
+    assert not int8_tiles.suits_wgrad([meta(1, 2, 3, 1)], a, (3, 3))
+    assert not int8_tiles.suits_wgrad([meta(1, 1, longest // 2 + 1, 1)] * 2, a, (3, 3))
+    assert not int8_tiles.suits_wgrad([g], meta(1, int8_tiles.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
+    assert not int8_tiles.suits_wgrad([meta(1, 1, 250, 250)], meta(1, 1, 300, 300), (64, 64))  # quads for each tap
+    assert not int8_tiles.suits_wgrad([meta(256, 512, 256, 256)], meta(256, 256, 256, 256), (3, 3))  # sums of tasks
     monkeypatch.setattr(int8_tiles, "is_there", lambda: False)
-    assert not int8_tiles.suits(9, THREE)
+    assert not int8_tiles.suits(meta(1, 8, 4, 4), THREE, (4, 4))
+    assert not int8_tiles.suits_dgrad(meta(1, 8, 4, 4), THREE, (1, 8, 4, 4))
     assert not int8_tiles.suits_wgrad([g], a, (3, 3))
 
 
@@ -118,16 +137,28 @@ def chosen(monkeypatch):
 
 
 @needs_tiles
-def test_the_first_calls_of_a_shape_choose(chosen):
-    for rows in (33, 40, 63, 64):  # of a linear layer, of which batches have any number
+def test_the_first_calls_of_a_size_choose(chosen):
+    # Of a linear layer, of which batches have any number of rows; and of images.
+    for rows, kinds in ((33, 1), (40, 1), (63, 1), (64, 2)):
         geometry = *POINTWISE, (rows, 24, 1, 1), 10
         a, w = operands(geometry)
         assert_exact(conv(a, w, geometry, torch.tensor(0.3)), exact(a, w, geometry), torch.tensor(0.3))
-    assert len(chosen) == 2
-    for geometry in ((*THREE, (2, 8, 6, 7), 8), (*THREE, (3, 8, 6, 7), 8)):
-        a, w = operands(geometry)
-        conv(a, w, geometry, torch.tensor(0.3))
-    assert len(chosen) == 4
+        assert len(chosen) == kinds
+    for size, kinds in (((2, 8, 6, 7), 3), ((3, 8, 5, 4), 3), ((4, 8, 6, 7), 4), ((2, 8, 8, 7), 5)):
+        a, w = operands((*THREE, size, 8))
+        conv(a, w, (*THREE, size, 8), torch.tensor(0.3))
+        assert len(chosen) == kinds
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_scales_that_make_nan_of_sums_take_no_way_away(chosen, scale):
+    geometry = *THREE, (2, 8, 6, 7), 8
+    a, w = operands(geometry)
+    a[0] = 0
+    for _ in range(2):
+        assert_exact(conv(a, w, geometry, torch.tensor(scale)), exact(a, w, geometry), torch.tensor(scale))
+    assert len(chosen) == 1
 
 
 @needs_tiles

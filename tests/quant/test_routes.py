@@ -56,3 +56,36 @@ def test_each_key_and_number_of_threads_has_a_choice_of_its_own(clock, monkeypat
         assert len(calls) == 2 * TRIES
         fastest(key, made)
         assert len(calls) == 2 * TRIES + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+def test_nan_is_equal_to_nan_and_a_wrong_number_beside_it_is_none(clock, dtype):
+    value = torch.tensor([torch.nan if dtype.is_floating_point else 3, 1.0]).to(dtype)
+    wrong = value.clone()
+    wrong[1] = 2
+    made = {"exact": lambda: value.clone(), "right": lambda: value.clone(), "wrong": lambda: wrong}
+    fastest("key", made)
+    assert routes._chosen[("key", torch.get_num_threads())] == "exact"  # of equal times the first
+    clock_of = {"exact": 3.0, "right": 2.0, "wrong": 1.0}
+
+    def timed(name):
+        def run():
+            clock[0] += clock_of[name]
+            return made[name]()
+
+        return run
+
+    fastest("other key", {name: timed(name) for name in made})
+    assert routes._chosen[("other key", torch.get_num_threads())] == "right"
+
+
+def test_a_rehearsal_takes_every_way_and_chooses_none(clock):
+    calls = []
+    made = {"one": route(clock, [1.0] * 9, 1, calls), "other": route(clock, [1.0] * 9, 2, calls)}
+    with routes.rehearsal():
+        assert fastest("key", made).tolist() == [1.0] * 3
+        with routes.rehearsal():
+            pass
+        fastest("key", made)
+    assert calls == [1, 2, 1, 2]
+    assert not routes._chosen

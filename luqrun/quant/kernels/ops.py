@@ -68,9 +68,9 @@ def _are_plain(arguments: Sequence) -> bool:
         if kind in PLAIN:
             if argument.is_meta:
                 return False
-        elif kind in _NO_TENSORS:
-            continue
-        elif isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not _are_plain(argument)):
+        elif kind not in _NO_TENSORS and (
+            isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not _are_plain(argument))
+        ):
             return False
     return True
 

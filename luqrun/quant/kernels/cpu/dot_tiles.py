@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types as nb
 from numba.extending import intrinsic
 
-from luqrun.internals.of_numba import cgutils
+from luqrun.internals.of_numba import DOT, cgutils
 from luqrun.quant.kernels.cpu.int8_tiles import LANES
 
 ROWS = {1: 14, 2: 12}  # of a block, by its vectors of columns: with these the registers hold the sums
@@ -74,7 +74,7 @@ def _dot_tile(vectors: int):
         def codegen(context, builder, signature, args):
             left, offsets, runs, run_step, length, step, right, out = args
             dot = ir.FunctionType(_INTS, [_INTS] * 3)
-            dot = cgutils.get_or_insert_function(builder.module, dot, "llvm.x86.avx512.vpdpbusd.512")
+            dot = cgutils.get_or_insert_function(builder.module, dot, DOT)
             zeros = ir.Constant(_INTS, None)
             sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in rows]
             starts = [builder.sext(_load(builder, offsets, _INT, 4 * row), _ADDRESS) for row in rows]

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from luqrun.internals.of_numba import cgutils, event, threading_layer
+from luqrun.quant import routes
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.process import share_openmp
 from luqrun.quant.kernels.cpu.rows import f32, row_loop
@@ -98,15 +99,11 @@ def rehearsal() -> Iterator[list[Version]]:
     found: list[Version] = []
     before, _thread.rehearsed = _thread.rehearsed, {}
     try:
-        yield found
+        with routes.rehearsal():
+            yield found
     finally:
         found.extend(_thread.rehearsed.values())
         _thread.rehearsed = before
-
-
-def rehearses() -> bool:
-    """Whether this thread is in a rehearsal, where what is computed means nothing."""
-    return _thread.rehearsed is not None
 
 
 class _Announcing(event.Listener):

@@ -1,8 +1,8 @@
 """Convolutions and linear layers on int8 codes with int32 sums: exact whatever the order, and on a CPU with VNNI
 instructions faster than the bf16 units, let alone fp32's.
 
-Two ways lead there, of which the faster is taken: libraries' units (`int8_library`), and blocks of our own
-(`int8_tiles`). A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to others.
+Libraries' units do it (`int8_library`); where the CPU has AVX-512's VNNI our own blocks do it too (`int8_tiles`), and
+the faster of both is taken. A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to others.
 """
 
 from __future__ import annotations
@@ -48,16 +48,12 @@ def _by_the_fastest(
     gemm: str, x: Tensor, geometry: Sequence, rest: tuple, library: Callable[[], Tensor], tiles: Callable[[], Tensor]
 ) -> Tensor:
     """What both make of x (N, C, H, W), by the one that takes less time. rest: what else that depends on."""
-    from luqrun.quant.kernels.cpu import driver  # numba is loaded where it is needed
-
-    if driver.rehearses():  # each way has loops of its own
-        library()
-        return tiles()
-    images, *size = x.shape
-    if size[1:] == [1, 1]:
-        images = images.bit_length()  # rows of a linear layer: as many kinds as there are batches would be too many
+    # By powers of two: batches of text, and images of any size, would all be kinds of their own, each with a trial.
+    images, height, width = (x.shape[axis].bit_length() for axis in (0, 2, 3))
     # Blocks are exact whatever the numbers and sizes.
-    return fastest((gemm, images, *size, geometry, *rest), {"blocks of ours": tiles, "libraries": library})
+    return fastest(
+        (gemm, images, x.shape[1], height, width, geometry, *rest), {"blocks of ours": tiles, "libraries": library}
+    )
 
 
 def conv(
@@ -79,7 +75,7 @@ def conv(
     a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
     """
-    geometry, (depth, channels) = _pairs(kernel, stride, padding, dilation), matrix.shape
+    geometry, channels = _pairs(kernel, stride, padding, dilation), matrix.shape[1]
     ends = zip(a.shape[2:], *geometry, strict=True)
     size = a.shape[0], channels, *(out_size(*end) for end in ends)
 
@@ -91,10 +87,11 @@ def conv(
         int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, bool(signed.item()), out)
         return out
 
-    if 0 in size or not int8_tiles.suits(depth, geometry):
+    if 0 in size or not int8_tiles.suits(a, geometry, size[2:]):
         out = by_libraries()
     else:
-        out = _by_the_fastest("fprop", a, geometry, (channels, matrix.stride(), dtype), by_libraries, by_tiles)
+        rest = channels, matrix.stride(), dtype, bool(signed.item())
+        out = _by_the_fastest("fprop", a, geometry, rest, by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 
 
@@ -126,11 +123,10 @@ def conv_dgrad(
     def by_libraries() -> Tensor:
         return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
 
-    depth = len(matrix) * kernel[0] * kernel[1]
-    if 0 in shape or not g.numel() or geometry[3] != (1, 1) or not int8_tiles.suits(depth, geometry):
+    if 0 in shape or not g.numel() or not int8_tiles.suits_dgrad(g, geometry, shape):
         out = by_libraries()
     else:
-        out = _by_the_fastest("dgrad", g, geometry, (shape[1:], dtype), by_libraries, by_tiles)
+        out = _by_the_fastest("dgrad", g, geometry, (shape[1], dtype), by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 
 
@@ -164,6 +160,6 @@ def conv_wgrad(
     if empty_sum or not int8_tiles.suits_wgrad(grads, a, kernel):
         total = by_libraries()
     else:
-        rest = channels, height, width, len(grads)
+        rest = channels, len(grads)
         total = _by_the_fastest("wgrad", a, geometry, rest, by_libraries, by_tiles)
     return total.view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)

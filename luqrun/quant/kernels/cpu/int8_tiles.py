@@ -7,22 +7,29 @@ Its input gradient is one convolution for each of the pixels that a stride tells
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import scratch
 
 LANES = 16  # columns of a vector of sums
 COLUMNS = 2 * LANES  # of a panel of the right operand; the last panel may have LANES
-SHIFT = 128  # what makes signed codes unsigned
-LONGEST = (1 << 31) // (255 * 128)  # terms of a sum that int32 holds whatever the codes
-IMAGE_BYTES = 1 << 30  # that offsets in int32 reach
+MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
-FEWEST_PIXELS = 4  # of an image's output, which is taken four pixels at a time
+FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time
+IMAGE_BYTES, SUM_BYTES = (
+    1 << 28,
+    1 << 26,
+)  # that a task makes of one image, and all of a weight gradient's sums, at most
 TASK_BYTES = 1 << 18  # of images that a thread reads over and over
+# Where the sums of a weight gradient do not fit the cache beside them, of more images: they are passed over less often.
+LARGE_SUM_BYTES, LARGE_TASK_BYTES = 1 << 20, 1 << 20
 COPY = 32  # products that take as long as the copy of a byte
+PRODUCTS = 32  # that take as long as an element of other loops
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -35,16 +42,43 @@ def is_there() -> bool:
     return "+avx512vnni" in compiled_for()[1].split(",")
 
 
-def suits(depth: int, geometry: Pairs) -> bool:
-    """Whether a convolution of so many terms can be made of blocks. geometry: kernel, stride, padding, dilation."""
-    (_, across), *_, (_, apart) = geometry
-    return 0 < depth <= LONGEST and (apart == 1 or across == 1) and is_there()
+def suits(a: Tensor, geometry: Pairs, out_size: tuple[int, int]) -> bool:
+    """Whether a convolution of a can be made of blocks. geometry: kernel, stride, padding, dilation."""
+    kernel, _, _, (_, apart) = geometry
+    depth, padded = math.prod(kernel) * a.shape[1], _padded(geometry, out_size)
+    fits = 0 < depth <= MOST_TERMS and math.prod(padded) * a.shape[1] <= IMAGE_BYTES
+    return fits and (apart == 1 or kernel[1] == 1) and is_there()
+
+
+def suits_dgrad(g: Tensor, geometry: Pairs, shape: tuple[int, ...]) -> bool:
+    """Whether the gradient of an input of this shape can be."""
+    kernel, _, _, dilation = geometry
+    ends = zip(g.shape[2:], shape[2:], kernel, strict=True)
+    padded = math.prod(size + of + 2 * taps for size, of, taps in ends)  # as an upper limit
+    fits = math.prod(kernel) * g.shape[1] <= MOST_TERMS and padded * g.shape[1] <= IMAGE_BYTES
+    return fits and dilation == (1, 1) and is_there()
 
 
 def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int]) -> bool:
     """Whether a weight gradient can be."""
-    rows, pixels = kernel[0] * kernel[1] * a.shape[1], grads[0].shape[2] * grads[0].shape[3]
-    return rows <= MOST_TAPS and pixels >= FEWEST_PIXELS and pixels * len(grads) <= LONGEST and is_there()
+    taps, (images, channels, height, width) = math.prod(kernel), grads[0].shape
+    pixels, rows = height * width * len(grads), taps * a.shape[1]
+    if rows > MOST_TAPS or height * width < FEWEST_PIXELS or pixels > MOST_TERMS or not is_there():
+        return False
+    of_image = taps * -(-a.shape[1] // LANES) * LANES * height * -(-width // 4) * 4
+    sums = _tasks(images, pixels) * (rows + 1) * -(-channels // LANES) * LANES * 4
+    return of_image <= IMAGE_BYTES and sums <= SUM_BYTES
+
+
+def _padded(geometry: Pairs, out_size: tuple[int, int]) -> tuple[int, int]:
+    """Lines and columns of the input that a convolution to these pixels reads."""
+    (lines, across), (down, beside), _, (apart, _) = geometry
+    return (out_size[0] - 1) * down + apart * (lines - 1) + 1, (out_size[1] - 1) * beside + across
+
+
+def _tasks(images: int, pixels: int) -> int:
+    """Parts of a weight gradient, of so many pixels an image: one for each thread, or as many as int32 needs."""
+    return min(images, max(torch.get_num_threads(), -(-images // (MOST_TERMS // pixels))))
 
 
 def _images_a_task(images: int, image_bytes: int) -> int:
@@ -69,10 +103,12 @@ def _convolve(a: Tensor, weight: Tensor, scale: Tensor, signed: bool, out: Tenso
     """See tile_loops.convolve. where: padding, padded, source, taps, target."""
     from luqrun.quant.kernels.cpu import tile_loops
 
-    (images, channels, height, width), padded = a.shape, where[1]
+    (images, channels, height, width), (_, padded, _, taps, target) = a.shape, where
     address = a.data_ptr(), weight.data_ptr(), out.data_ptr()
     how = int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed, (images, height, width, channels)
-    tile_loops.convolve(out.numel(), *address, *how, *where, _images_a_task(images, padded[0] * padded[1] * channels))
+    products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2]
+    group = _images_a_task(images, padded[0] * padded[1] * channels)
+    tile_loops.convolve(max(a.numel(), products // PRODUCTS), *address, *how, *where, group)
 
 
 def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor) -> None:
@@ -82,10 +118,9 @@ def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool
     element, column = matrix.stride()
     strides = across * channels * element, channels * element, element, column
     weight = _pack(matrix.data_ptr(), out.shape[1], (lines, across, channels), strides)
-    padded = (out_height - 1) * stride[0] + down * (lines - 1) + 1, (out_width - 1) * stride[1] + across
     target = out_height, out_width, out.shape[1], 0, 0, 1, 1, out_height, out_width
     taps = lines, down, across * channels
-    _convolve(a, weight, scale, signed, out, padding, padded, (0, 0, *stride), taps, target)
+    _convolve(a, weight, scale, signed, out, padding, _padded(geometry, out.shape[2:]), (0, 0, *stride), taps, target)
 
 
 def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, out: Tensor) -> None:
@@ -133,28 +168,30 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs) -> Tensor:
 
     (kernel, stride, _, dilation), (images, channels, height, width) = geometry, grads[0].shape
     inputs, taps = a.shape[1], kernel[0] * kernel[1] * a.shape[1]
-    most = LONGEST // (height * width * len(grads))  # images a task, whose sums int32 holds
-    tasks = min(images, max(torch.get_num_threads(), -(-images // most)))
+    tasks = _tasks(images, height * width * len(grads))
     padded = -(-channels // LANES) * LANES
     sums = scratch("weight gradients", tasks * (taps + 1), padded, torch.int32)
     size, g_size = (images, a.shape[2], a.shape[3], inputs), (images, height, width, channels)
-    limit = TASK_BYTES << 2 if 4 * (taps + 1) * padded > TASK_BYTES << 2 else TASK_BYTES
+    limit = LARGE_TASK_BYTES if 4 * (taps + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
+    work = max(a.numel(), images * height * width * taps * channels // PRODUCTS)
     by_lines = _prefers_lines(kernel, stride, dilation, height, width, channels)
     for number, g in enumerate(grads):
-        address, how = (a.data_ptr(), g.data_ptr(), sums.data_ptr()), (by_lines, tasks, limit, int(number > 0))
-        tile_loops.convolve_for_weight(a.numel(), *address, SHIFT, size, g_size, *geometry, *how)
+        address, how = (a.data_ptr(), g.data_ptr(), sums.data_ptr()), (int(by_lines), tasks, limit, int(number > 0))
+        tile_loops.convolve_for_weight(work, *address, SHIFT, size, g_size, *geometry, *how)
     out = torch.empty(channels, taps, dtype=torch.float32, device="cpu")
     tile_loops.add_tasks(out.numel(), sums.data_ptr(), tasks, taps, channels, out.data_ptr())
     return out
 
 
-def _prefers_lines(kernel, stride, dilation, height: int, width: int, channels: int) -> int:
+def _prefers_lines(
+    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], height: int, width: int, channels: int
+) -> bool:
     """Whether quads of lines, which may end with pixels that are none, take less time than those of whole images, of
     which each tap needs its own."""
     if stride[0] != 1:
-        return 0
+        return False
     taps, pixels = kernel[0] * kernel[1], height * width
     of_lines, of_images = height * -(-width // 4) * 4, -(-pixels // 4) * 4
     copied = of_lines * kernel[1] * (1 + dilation[0] * (kernel[0] - 1) / height), of_images * taps
     multiplied = of_lines * taps * channels, of_images * taps * channels
-    return int(copied[0] * COPY + multiplied[0] <= copied[1] * COPY + multiplied[1])
+    return copied[0] * COPY + multiplied[0] <= copied[1] * COPY + multiplied[1]

@@ -18,8 +18,10 @@ QUADS = 4 * LANES  # bytes of a quad of 16 channels
 
 @row_loop()
 def _tile(columns, left, offsets, first, runs, run_step, length, step, right, out):
-    """The block for so many columns and the rows from offsets[first] on; returns how many it has. left, offsets, out:
-    arrays, which must be in use as long as their memory is."""
+    """The block for so many columns and the rows from offsets[first] on; returns how many it has.
+
+    left, offsets and out are arrays, and the caller must name them after the last block: numba frees an array after its
+    last use as one, whoever has its address."""
     begin, starts, to = left.ctypes.data, offsets.ctypes.data + 4 * first, out.ctypes.data
     if columns > LANES:
         dot_tile(begin, starts, runs, run_step, length, step, right, to)
@@ -86,7 +88,7 @@ def convolve(elements, a, weight, out, half, scale, shift, size, padding, padded
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; weight: from
     `pack_weight`. padding, padded: see `pad`: what is read has padded (lines, columns). source: (line, column) there of
     the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, bytes a run).
-    target: (H', W', K), the first (line, column), how far apart, and how many. group: images a task. elements: of out.
+    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task. elements: see driver.
     """
     images, _, _, channels = size
     out_height, out_width, out_channels, first_line, first_column, down, across, lines, columns = target
@@ -112,7 +114,7 @@ def convolve(elements, a, weight, out, half, scale, shift, size, padding, padded
                     at += 1
         offsets[pixels:] = offsets[pixels - 1]  # the last one once more
         nowhere, same = np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
-        shifts, sums = (np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32))
+        shifts, sums = np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
         for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
             wide = min(COLUMNS, out_channels - panel * COLUMNS)
             lanes = _panel_width(wide)
@@ -162,9 +164,10 @@ def convolve_for_weight(
     """int32 (tasks, R * S * C + 1, K, rounded up to LANES) at `sums` <- (+= if more) for each tap and input channel the
     products with each output channel, over the pixels of each task's images; in the last row what `shift` adds to each.
 
-    a, g: the addresses of int8 (N, H, W, C) and (N, H', W', K), with these sizes; shift: 128, or 0 where no a is
-    negative. by_lines: whether a line of a is made into quads once for all lines of the kernel, which stride and
-    dilation of the lines must allow. elements: of a.
+    a, g: the addresses of int8 (N, H, W, C) and (N, H', W', K), with these sizes; shift: 128, what is added to a.
+    by_lines: whether a line of a is made into quads once for all lines of the kernel, which needs a stride of 1 between
+    lines; else images are, for each tap. limit: bytes of quads at a time, where an image has no more. elements: see
+    driver.
     """
     images, _, _, channels = size
     _, out_height, out_width, out_channels = g_size
@@ -179,11 +182,11 @@ def convolve_for_weight(
     # Of an image: 16 of its channels, made into quads; one of g's.
     image_bytes, g_bytes = lines * quads * QUADS, g_lines * quads * 4
     parts = (channels + LANES - 1) // LANES
-    group = max(1, limit // (copies * parts * image_bytes + g_bytes * padded_channels))
+    group = max(1, limit // (copies * parts * image_bytes + g_bytes * COLUMNS))
     for task in prange(tasks):
         begin, end = images * task // tasks, images * (task + 1) // tasks
         memory = np.empty(copies * parts * group * image_bytes, np.uint8)
-        g_memory = np.empty(group * g_bytes * (padded_channels + LANES), np.uint8)
+        g_memory = np.empty(group * g_bytes * COLUMNS, np.uint8)
         most, places = max(channels, COLUMNS) + LANES, np.empty(4, np.int64)
         nothing, nowhere, same = np.zeros(most, np.uint8), np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
         offsets, found = np.zeros(rows_of_sums + MOST_ROWS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
