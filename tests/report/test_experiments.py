@@ -114,6 +114,7 @@ def test_every_command_parses_and_names_options_that_exist(table, scale):
         assert values.pop("dataset.root", None) == ("/data" if needs_root else None)
         assert values.pop("model.weights", None) == ("/data" if needs_weights else None)
         assert values.pop("seed") == wish.seed
+        assert values.pop("cell.row", wish.row) == wish.row
         assert "quant" in values
         for group, option in values.items():
             assert (CONF / group / f"{option}.yaml").is_file()

@@ -145,7 +145,7 @@ def test_optimizer_settings_arrive():
     [
         ({"name": "exponential"}, "schedule.name=exponential"),
         ({"optimizer": "adam"}, "schedule.optimizer=adam"),
-        ({"epochs": 0}, "schedule.epochs"),
+        ({"epochs": -1}, "schedule.epochs"),
         ({"lr": 0.0}, "schedule.lr"),
         ({"lr": math.nan}, "schedule.lr"),
         ({"finetune_lr": 0.0}, "schedule.finetune_lr"),
