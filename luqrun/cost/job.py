@@ -14,6 +14,7 @@ from luqrun.cost import picture, totals
 from luqrun.cost.gemms import BITS, Gemm, gemms_of
 from luqrun.cost.products import ATTENTION, Work, observe
 from luqrun.cost.text import markdown
+from luqrun.errors import UserError
 from luqrun.quant.convert import high_precision_layers
 from luqrun.quant.recipe import Recipe
 from luqrun.runs.folder import RunFolder, now
@@ -50,7 +51,11 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
     """What cost.json holds of a run, but for the seconds, and its GEMMs."""
     outline, recipe = outline_task(config), Recipe.from_config(config.quant)
     high = high_precision_layers(outline.network, recipe, example=outline.example)
-    work = observe(outline.network, outline.inputs)
+    try:
+        work = observe(outline.network, outline.inputs)
+    except (RuntimeError, NotImplementedError) as error:  # what the meta device answers who asks for values
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"model.name={config.model.name}: its shapes cannot be known without data ({why})") from error
     gemms = gemms_of(work.products, recipe, high, config.precision)
     # What the same step takes without a recipe, in either precision.
     everything = dict.fromkeys({product.layer for product in work.products}, "without a recipe")

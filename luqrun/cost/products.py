@@ -137,7 +137,8 @@ class _Watch(DispatchMode):
             if macs is None:
                 return result
             kind = self.unknown.get(name) or f"the operation {packet}"
-            wanted = [each.requires_grad for each in args if isinstance(each, Tensor)]
+            operands = [each for each in args if isinstance(each, Tensor)] if found is None else found[-2:]
+            wanted = [each.requires_grad for each in operands]
             wants = any(wanted[:1]), any(wanted[1:2])
             at = Product(name, UNKNOWN, 1, 1, macs, 1, wants, (0, 0, 0), what=kind, known_macs=macs)
             self.products.append(at)

@@ -77,9 +77,7 @@ def quantize_model(
     others = unquantized_layers(model, TWINS)
     left = _skipped(model, found, others, recipe.skip if skip is None else skip, example)
     others = {name: other for name, other in others.items() if name not in left}
-    for name, other in others.items():
-        if any(map(is_lazy, other.module.parameters(recurse=False))):
-            raise UserError(f"{name} ({other.kind}) has no shape yet: call the model once, then quantize_model")
+    _refuse_lazy(others)
     patched = _patched(found, left)
     left |= patched
     left |= _unreached(model, left)
@@ -126,6 +124,7 @@ def high_precision_layers(model: nn.Module, recipe: Recipe, *, example=None) -> 
     if not recipe.quantizes:
         return dict.fromkeys((*found, *others), NO_QUANTIZERS)
     left = _skipped(model, found, others, recipe.skip, example)
+    _refuse_lazy({name: other for name, other in others.items() if name not in left})
     left |= _patched(found, left)
     left |= _unreached(model, left)
     kinds = {name: f"luqrun does not quantize layers of the kind {other.kind}" for name, other in others.items()}
@@ -193,6 +192,12 @@ def _skipped(
                 raise UserError(f"skip: {entry!r} (quant.skip) matches no layer; allowed: {allowed}")
         left = dict.fromkeys(matched, entry) | left
     return left
+
+
+def _refuse_lazy(others: dict[str, Unquantized]) -> None:
+    for name, other in others.items():
+        if any(map(is_lazy, other.module.parameters(recurse=False))):
+            raise UserError(f"{name} ({other.kind}) has no shape yet: call the model once, then quantize_model")
 
 
 def _patched(found: dict[str, nn.Module], left: dict[str, str]) -> dict[str, str]:

@@ -57,7 +57,7 @@ class QuantLayer(nn.Module):
     health: dict | None
     kept: dict | None
     shares_ranges: bool
-    multiplication_free: bool
+    multiplication_free: bool = False
     computed: list[bool]
 
     @classmethod
@@ -70,7 +70,6 @@ class QuantLayer(nn.Module):
         layer.shares_ranges = False
         layer.streams, layer.copies, layer.renamed_in = first_streams(seed, index), CopyGroup(), None
         layer.computed = [False]
-        layer.multiplication_free = False
         layer._prepare_device()
         layer.remembers = [
             operand for operand in OPERANDS if any(each.range == "hindsight" for each in recipe.quantizers(operand))

@@ -5,16 +5,20 @@ import json
 import sys
 
 import pytest
+import torch
 from running import composed
+from torch import nn
 
 from luqrun.cli.results import closing_table
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import CostConfig, FinetuneConfig
 from luqrun.cost import job
+from luqrun.cost.text import markdown
 from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import run_id
 from luqrun.tasks import fingerprint_data
+from luqrun.tasks.outline import Outline
 
 IMAGENET = "model=resnet18", "dataset=imagenet", "dataset.batch_size=4"
 
@@ -169,13 +173,23 @@ def test_a_length_below_one_is_refused():
         config("cost.length=0")
 
 
+def test_a_forward_that_asks_for_values_is_refused(monkeypatch):
+    class Curious(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.layers[int(x.sum() > 0)](x)
+
+    with torch.device("meta"):
+        outline = Outline(Curious(), {"x": torch.empty(2, 4)}, None, 2, "row", "rows of 4")
+    monkeypatch.setattr(job, "outline_task", lambda config: outline)
+    with pytest.raises(UserError, match=r"model\.name=resnet8: its shapes cannot be known without data"):
+        job.count(config("quant=luq"))
+
+
 def test_unknown_layers_are_named_in_the_text(monkeypatch):
-    import torch
-    from torch import nn
-
-    from luqrun.cost.text import markdown
-    from luqrun.tasks.outline import Outline
-
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()

@@ -47,6 +47,8 @@ def test_patterns_patches_and_other_kinds():
     }
     with pytest.raises(UserError, match="matches no layer"):
         high_precision_layers(network, luqrun.recipe("luq", skip=("x",)))
+    with pytest.raises(UserError, match="has no shape yet"):
+        high_precision_layers(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), luqrun.recipe("luq", skip=()))
 
 
 def test_attention_that_is_left_takes_its_output_projection_along():
