@@ -130,7 +130,7 @@ def command(folder: Path, cache: Path, *arguments: str, work=None) -> Answer:
     try:
         with (
             mock.patch.object(sys, "argv", ["luqrun", *arguments]),
-            mock.patch.object(cli, "_work", work or _one_step),
+            mock.patch.object(cli, "work", work or _one_step),
             mock.patch.object(sweeps, "jobs", []),
             mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)),
             contextlib.redirect_stdout(out),

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -28,11 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 from luqrun import RESULTS, __version__
 from luqrun.cli import overrides, own_configs, plan, sweeps
 from luqrun.cli.callback import close_logs
-from luqrun.cli.messages import explain_override, one_line, out_of_memory, raised_by_hydra, refuse
+from luqrun.cli.messages import explain_override, one_line, raised_by_hydra, refuse
 from luqrun.cli.overrides import options_first, with_companions, with_parents_overrides
 from luqrun.cli.results import closing_table, jobs_table
 from luqrun.cli.startup import quick_start, quieten_libraries
 from luqrun.cli.validation import to_config, validate
+from luqrun.cli.work import work
 from luqrun.config import Config, conf_dir
 from luqrun.errors import UserError
 from luqrun.runs.folder import Busy, RunFolder, now, provenance, write_atomically
@@ -166,7 +166,7 @@ def job(composed: DictConfig) -> float | None:
             summary = process_group.run_on_first(lambda: _begin(config, data, folder, held))
             if summary is None:
                 with _marking_failure(folder):
-                    summary = _work(config, folder, requests)
+                    summary = work(config, folder, requests)
             if folder.writes:
                 print(_closing_table(config, summary, folder), flush=True)
             requests.raise_if_asked()
@@ -303,47 +303,6 @@ def _notes(data: dict, run: dict) -> str:
     notes = [] if root == data.get("root") else [f"with dataset.root={root}"]
     notes += [f"trained by {', then '.join(map(str, sizes))} processes"] if len(sizes) > 1 else []
     return f" ({'; '.join(notes)})" if notes else ""
-
-
-def _work(config: Config, folder: RunFolder, requests: Requests) -> dict:
-    # Imported here and not above: --help and typing errors do without torch.
-    from luqrun.quant.kernels import own_process
-
-    own_process()
-    if config.job == "rounding":
-        from luqrun.train import rounding_experiment
-
-        return rounding_experiment.run(config, folder)
-    if config.job == "cost":
-        from luqrun.cost import job as cost_job
-
-        return cost_job.run(config, folder)
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from luqrun.train import evaluation_job, trainer
-
-    run = evaluation_job.run if config.job == "evaluate" else trainer.run
-    try:
-        with logging_redirect_tqdm():
-            return process_group.recorded(run)(config, folder, requests)
-    except (MemoryError, RuntimeError) as error:
-        if process_group.lost_a_peer(error):
-            raise UserError(
-                "another process of this job has ended (it says why); the same command goes on from the last checkpoint"
-            ) from None
-        if not out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)
-        sizes = "".join(f", dataset.{key}={value}" for key, value in _sizes(config).items())
-        raise UserError(f"there is not enough memory for model.name={config.model.name}{sizes}") from None
-
-
-def _sizes(config: Config) -> dict[str, int]:
-    """By key under `dataset`, what decides how much memory a batch takes."""
-    text = config.dataset.max_length is not None
-    keys = ("batch_tokens", "batch_size", "max_length") if text else ("batch_size", "image_size")
-    sizes = {key: getattr(config.dataset, key) for key in keys}
-    return {key: value for key, value in sizes.items() if value is not None}
 
 
 def _mark_failed(folder: RunFolder, reason: str) -> None:

@@ -76,7 +76,7 @@ def test_a_relative_interpolation_is_obeyed(cache, tmp_path):
 
 
 def test_more_glyphs_than_memory(cache, tmp_path):
-    answer = command(tmp_path, cache, *TINY, "dataset.glyphs.train_images=2000000000", work=cli._work)
+    answer = command(tmp_path, cache, *TINY, "dataset.glyphs.train_images=2000000000", work=cli.work)
     assert (answer.code, len(answer.lines)) == (1, 1), answer
     assert "dataset.glyphs.train_images=2000000000 and val_images=94" in answer.lines[0]
     assert "GiB" in answer.lines[0]
@@ -96,7 +96,7 @@ def test_too_little_memory_is_one_line(asked, named, cache, tmp_path, monkeypatc
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr("luqrun.train.trainer.run", starved)
-    answer = command(tmp_path, cache, *asked, work=cli._work)
+    answer = command(tmp_path, cache, *asked, work=cli.work)
     assert (answer.code, len(answer.lines)) == (1, 1), answer
     assert "not enough memory for model.name=" in answer.lines[0]
     assert named in answer.lines[0]
