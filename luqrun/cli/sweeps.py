@@ -135,8 +135,9 @@ def _watched(launch: Callable) -> Callable:
     def watched(launcher: Launcher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int):
         if initial_job_idx == 0:
             jobs.clear()
-        for number, each in enumerate(job_overrides, initial_job_idx):
-            jobs.append(planned(launcher.hydra_context.config_loader, launcher.config, each, number)[0])
+        loader = launcher.hydra_context.config_loader
+        found = [planned(loader, launcher.config, each, at) for at, each in enumerate(job_overrides, initial_job_idx)]
+        jobs.extend([job for job, _ in found])
         if not ships_with_hydra(type(launcher)):  # the jobs' own words may be on no console
             for number, job in enumerate(jobs[initial_job_idx:], initial_job_idx):
                 print(f"to {type(launcher).__name__}: {_title(number, job.overrides)}", file=sys.stderr)

@@ -22,8 +22,8 @@ OPEN_ENDED = ("step", "inverse_sqrt")  # schedule.name: rates of a step that do 
 
 def parent_folder(resume: str) -> Path | None:
     """The run folder that `resume` names; None where it is no folder."""
-    path = Path(os.path.expanduser(resume))
-    return path if path.is_dir() else None
+    path = os.path.expanduser(resume)
+    return Path(path) if os.path.isdir(path) else None  # Path.is_dir raises for a name that is too long
 
 
 def last_checkpoint(folder: Path, run: dict) -> Path:

@@ -158,7 +158,7 @@ def test_speeds_that_are_none_are_refused(key, value):
         ),
         (
             ("dataset=squad", "model=bert", "schedule=squad", "model.weights=/nowhere"),
-            ("model.weights=/nowhere", "no such folder"),
+            ("model.weights=/nowhere", "no such file or folder"),
         ),
     ],
 )

@@ -39,7 +39,8 @@ def test_steps_grow_neither_memory_nor_threads_nor_open_files(shell, tmp_path):
     assert found["growth MiB"] < 8
     assert found["threads at the end"] <= found["threads after warm-up"]
     assert found["open_files at the end"] <= found["open_files after warm-up"] + 1  # one is open now and then
-    for kind, limit in (("metrics.jsonl", 100_000), ("run.log", 10_000), ("TensorBoard", 1_000_000)):
+    # The log has a line for each epoch of ten steps.
+    for kind, limit in (("metrics.jsonl", 100_000), ("run.log", 15_000), ("TensorBoard", 1_000_000)):
         assert found[f"{kind} bytes per 1,000 steps, second half"] < limit
 
 

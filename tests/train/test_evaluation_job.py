@@ -134,6 +134,6 @@ def test_the_report_reads_it_and_the_tables_show_it(trained, tmp_path, monkeypat
     assert lines[3].split() == ["quant=fp32", *(f"{summary[name]:.{3 if 'loss' in name else 2}f}" for name in SHOWN)]
     assert lines[4].endswith(f"{path}, trained with quant=luq")
     assert "tensorboard" not in lines[-1]
-    table = jobs_table([Job(["quant=fp32"], folder.path), Job(["quant=luq"], tmp_path / "none")])
+    table = jobs_table([Job(["quant=fp32"], folder.path), Job(["quant=luq"], tmp_path / "none")], 1.0)
     assert re.search(rf"finished +{summary['val/top1']:.2f} +quant=fp32", table)
     assert json.loads((folder.path / "metrics.jsonl").read_text())["phase"] == "evaluate"

@@ -10,10 +10,8 @@ from numba import types as nb
 from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import DOT, cgutils
-from luqrun.quant.kernels.cpu.int8_tiles import LANES
+from luqrun.quant.kernels.cpu.tile_sizes import LANES, ROWS
 
-ROWS = {1: 14, 2: 12}  # of a block, by its vectors of columns: with these the registers hold the sums
-MOST_ROWS = max(ROWS.values())
 _INT, _ADDRESS, _FLOAT, _HALF = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(16)
 _BYTE = ir.IntType(8)
 _INTS, _FLOATS, _HALVES, _BYTES = (ir.VectorType(kind, LANES) for kind in (_INT, _FLOAT, _HALF, _BYTE))

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import scratch
+from luqrun.quant.kernels.cpu.tile_sizes import COLUMNS, LANES
 
-LANES = 16  # columns of a vector of sums
-COLUMNS = 2 * LANES  # of a panel of the right operand; the last panel may have LANES
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
 FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time

@@ -39,8 +39,8 @@ _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_
 HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
 # The modules that hold compiled functions.
 _LOOPS = (
-    "block_loops", "block_rows", "dot_tiles", "driver", "encode", "int8_tiles", "loops", "philox", "quantize",
-    "rotation", "rows", "tile_loops",
+    "block_loops", "block_rows", "dot_tiles", "driver", "encode", "loops", "philox", "quantize", "rotation", "rows",
+    "tile_loops", "tile_sizes",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 

@@ -6,11 +6,11 @@ import numpy as np
 from numba import prange
 
 from luqrun.quant.kernels.cpu import rows
-from luqrun.quant.kernels.cpu.dot_tiles import MOST_ROWS, ROWS, dot_tile, interleave, narrow_dot_tile, store_scaled
+from luqrun.quant.kernels.cpu.dot_tiles import dot_tile, interleave, narrow_dot_tile, store_scaled
 from luqrun.quant.kernels.cpu.driver import accumulate, copy_quad, driver, floats, int8s, int32s, uint8s
-from luqrun.quant.kernels.cpu.int8_tiles import COLUMNS, LANES
 from luqrun.quant.kernels.cpu.loops import pad_line
 from luqrun.quant.kernels.cpu.rows import row_loop
+from luqrun.quant.kernels.cpu.tile_sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
 _ROWS, _NARROW_ROWS = ROWS[2], ROWS[1]
 QUADS = 4 * LANES  # bytes of a quad of 16 channels
