@@ -1,4 +1,4 @@
-"""The paper's tables and figures from run folders and summaries: luqrun-tables, where luqrun is not installed.
+"""The paper's tables and figures from run folders and summaries: the same as luqrun-tables, for a checkout.
 
 python scripts/tables.py outputs/                   Markdown, CSV, JSON and figures of what is there, in outputs/tables/
 python scripts/tables.py outputs/ --html --check    pages too; fails where the paper's ordering is not shown

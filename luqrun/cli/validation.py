@@ -17,7 +17,7 @@ from luqrun.cli.messages import one_line, unknown_key
 from luqrun.config import BATCH_NORMS, DEVICES, JOBS, PRECISIONS, RANGE_SCOPES, Config, CostConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import RunFolder
-from luqrun.runs.parent import parent_checkpoint, parent_folder
+from luqrun.runs.parent import is_same, parent_checkpoint, parent_folder
 from luqrun.runtime import process_group
 
 RESUMES = "allowed: auto, never, base, the folder of a finished run, or the path of a checkpoint (.pt)"
@@ -69,13 +69,19 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
         raise UserError(f"study={config.study} must be a folder name: letters, digits, '.', '_' and '-'")
     if not config.resume:
         raise UserError(f"resume= is empty; {RESUMES}")
+    if config.job != "train" and config.resume not in ("auto", "never"):
+        again = "the same command goes on, or shows its result again"
+        raise UserError(f"resume={config.resume} is for job=train, which has epochs to go on with; without it {again}")
     if config.resume not in ("auto", "never", "base") and not (
         folder is not None and RunFolder(folder()).goes_on_by_itself()
     ):
-        if parent_folder(config.resume):
-            parent_checkpoint(config)
+        if parent := parent_folder(config.resume):
+            if folder is None or not is_same(parent, folder()):
+                parent_checkpoint(config)
         elif not os.path.isfile(os.path.expanduser(config.resume)):
             raise UserError(f"resume={config.resume}: no such file; {RESUMES}")
+    if config.compile and os.environ.get("LUQRUN_KERNELS") == "mfbprop":
+        raise UserError("compile=true does not go with LUQRUN_KERNELS=mfbprop: its GEMMs are no operators of torch")
     for key, value in vars(config.tracking).items():
         check_at_least(f"tracking.{key}", value, 0)
     check_at_most("tracking.profile_steps", config.tracking.profile_steps, MAX_PROFILED)
@@ -115,6 +121,8 @@ def _validate_weights(config: Config) -> None:
     if config.job == "train" and config.schedule.epochs < (0 if alone else 1):
         more = "it must be at least 1, or 0 to fine-tune model.weights alone (with finetune.epochs above 0)"
         raise UserError(f"schedule.epochs={config.schedule.epochs} is too small; {more}")
+    if config.schedule.epochs == 0 and config.resume == "base":
+        raise UserError("resume=base does not go with schedule.epochs=0: the fine-tune starts from model.weights")
     if new_head and weights is None:
         raise UserError("model.new_head=true is for model.weights=FILE, which is not given: all weights are drawn")
     if config.job != "evaluate":
@@ -123,8 +131,6 @@ def _validate_weights(config: Config) -> None:
         raise UserError("job=evaluate needs model.weights=FILE, such as RUN/checkpoints/last.pt: what is evaluated")
     if new_head:
         raise UserError("model.new_head=true does not go with job=evaluate: a head that is drawn knows nothing")
-    if config.resume not in ("auto", "never"):
-        raise UserError(f"resume={config.resume} is for job=train; job=evaluate takes model.weights={config.resume}")
 
 
 def _validate_distributed(config: Config, device_type: str) -> None:

@@ -140,7 +140,10 @@ class _Watch(DispatchMode):
             operands = [each for each in args if isinstance(each, Tensor)] if found is None else found[-2:]
             wanted = [each.requires_grad for each in operands]
             wants = any(wanted[:1]), any(wanted[1:2])
-            at = Product(name, UNKNOWN, 1, 1, macs, 1, wants, (0, 0, 0), what=kind, known_macs=macs)
+            sizes = [each.numel() for each in operands[:2]] + [0] * (2 - len(operands[:2]))
+            whole = result if isinstance(result, Tensor) else result[0]
+            elements = sizes[0], sizes[1], whole.numel()
+            at = Product(name, UNKNOWN, 1, 1, macs, 1, wants, elements, what=kind, known_macs=macs)
             self.products.append(at)
         elif found is not None:
             *of, first, second = found

@@ -65,13 +65,14 @@ def _warnings(record: dict) -> list[str]:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     who = "1 layer is of a kind" if len(names) == 1 else f"{len(names)} layers are of kinds"
-    return [f"**{who} whose work is not known: {shown}. All shares are of the rest.**"]
+    return [f"**{who} whose work is not known: {shown}. All shares, bytes and bounds are of the rest.**"]
 
 
 def _reasons(record: dict) -> list[tuple[str, ...]]:
-    found = [
-        (row["why"], f"{row['gemms']}", f"{row['macs']:,}", _percent(row["share"])) for row in record["high_precision"]
-    ]
+    found = []
+    for row in record["high_precision"]:
+        known = ("not known", "not known") if row["macs"] is None else (f"{row['macs']:,}", _percent(row["share"]))
+        found.append((row["why"], f"{row['gemms']}", *known))
     return found or [("nothing", "0", "0", _percent(0.0))]
 
 

@@ -40,14 +40,18 @@ def shares(gemms: Sequence[Gemm]) -> dict[str, float]:
     return found
 
 
-def in_high_precision(gemms: Sequence[Gemm]) -> dict[str, tuple[int, int, float]]:
-    """By reason, in falling order: (GEMMs, multiply-accumulates, share of all matrix work) in high precision."""
+def in_high_precision(gemms: Sequence[Gemm]) -> dict[str, tuple[int, int | None, float | None]]:
+    """By reason, in falling order: (GEMMs, multiply-accumulates, share of all matrix work) in high precision. The last
+    two are None where they are not known of a GEMM."""
     found: dict[str, list[Gemm]] = {}
     for gemm in gemms:
         if gemm.why:
             found.setdefault(gemm.why, []).append(gemm)
-    rows = {why: (len(part), macs(part), share(macs(part), macs(gemms))) for why, part in found.items()}
-    return dict(sorted(rows.items(), key=lambda row: -row[1][1]))
+    rows = {}
+    for why, part in found.items():
+        known = all(gemm.macs is not None for gemm in part)
+        rows[why] = (len(part), macs(part), share(macs(part), macs(gemms))) if known else (len(part), None, None)
+    return dict(sorted(rows.items(), key=lambda row: -(row[1][1] or 0)))
 
 
 def uncounted(gemms: Iterable[Gemm]) -> list[str]:

@@ -74,6 +74,8 @@ def export(run: Path, out: Path, full: bool = False, best: bool = False) -> str:
         raise UserError(f"{run}: quant={config.quant.name} quantizes no weight in fprop; --full exports the others")
     model = _network(run, config, path)
     packed = dict(packed_weights(model))
+    if not packed:
+        raise UserError(f"{run}: quant.skip leaves no layer that is quantized; --full exports the weights")
     stored, tied = _without_ties(model.state_dict(), packed)
     parts = {f"{name}.{part}": tensor for name, each in packed.items() for part, tensor in each.tensors().items()}
     metadata |= {PACKED: HOW, "tied": json.dumps(tied)}
@@ -89,6 +91,8 @@ def _checkpoint(run: Path, record: dict, config: Config, best: bool) -> Path:
     status = record.get("status", "not begun")
     if config.job != "train":
         raise UserError(f"{run} is of job={config.job}, which trains no weights; export the run that trained them")
+    if status == "diverged":
+        raise UserError(f"{run} diverged at step {record.get('diverged_at_step')}: it has no weights to export")
     if status != "finished":
         raise UserError(f"{run} has not finished (its status: {status}); the same command goes on with it")
     if record.get("reused"):

@@ -108,11 +108,14 @@ def _reasons(records: Sequence[dict]) -> str:
     # A recipe without quantizers leaves all of it, and says nothing here.
     shown = [(record, rows) for record, rows in zip(records, of, strict=True) if record["shares"]["matrix"]]
     names = list(dict.fromkeys(why for _, rows in shown for why in rows))
-    rows = [
-        (record["model"], record["quant"], *(_percent(found[why]) if why in found else "" for why in names))
-        for record, found in shown
-    ]
+    rows = [(record["model"], record["quant"], *(_share(found, why) for why in names)) for record, found in shown]
     return _table(("network", "recipe", *names), rows)
+
+
+def _share(found: dict[str, float | None], why: str) -> str:
+    if why not in found:
+        return ""
+    return "not known" if found[why] is None else _percent(found[why])
 
 
 def _grouped(records: Sequence[dict]) -> str:

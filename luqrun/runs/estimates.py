@@ -47,7 +47,7 @@ class Estimates:
     def of(self, config: Config, processes: int, done: int) -> Estimate | None:
         """Of a run of which so many epochs are done; None where no finished run tells."""
         settings, parts = asdict(config), name_parts(config)
-        network = 2 if config.job == "train" else 1  # how many parts stand before the recipe
+        network = {"train": 2, "rounding": 1}.get(config.job, 3)  # how many parts stand before the recipe
         for length, alike in ((network + 1, True), (network, False)):
             kind = _kind(settings, processes, with_recipe=alike)
             named = "-".join(parts[:length]) + "-"

@@ -26,6 +26,11 @@ def parent_folder(resume: str) -> Path | None:
     return Path(path) if os.path.isdir(path) else None  # Path.is_dir raises for a name that is too long
 
 
+def is_same(parent: Path, folder: Path) -> bool:
+    """Whether a run would go on from itself: where it stopped before its first checkpoint, it begins again."""
+    return os.path.realpath(parent) == os.path.realpath(folder)
+
+
 def last_checkpoint(folder: Path, run: dict) -> Path:
     """Of a run; that of one taken over lies where it was trained. run: run.json."""
     # By name, as relpath made it: a study may be a link.
@@ -41,6 +46,8 @@ def parent_checkpoint(config: Config) -> Path:
         run, settings = read_json(folder, RUN), read_config(folder)
     except Unusable as reason:
         raise UserError(f"{named} is not the folder of a run ({reason}); such a one is outputs/STUDY/RUN_ID") from None
+    if (job := settings.get("job", "train")) != "train":
+        raise UserError(f"{named} is of job={job}, which trains nothing: there are no epochs to go on with")
     status = run.get("status")
     if status == "diverged":
         raise UserError(f"{named} diverged at step {run.get('diverged_at_step')}: there is nothing to go on from")
@@ -62,6 +69,8 @@ def parent_checkpoint(config: Config) -> Path:
 def epochs_before(config: Config) -> int:
     """How many epochs are done where a run of this config begins: those of what `resume` names; 0 where it does not
     say."""
+    if config.job != "train":
+        return 0
     if config.resume == "base":
         return config.schedule.epochs if config.finetune.epochs else 0
     folder = parent_folder(config.resume)

@@ -14,7 +14,7 @@ from luqrun.errors import UserError
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import Identity, difference, run_id, runs_beside
-from luqrun.runs.parent import last_checkpoint, parent_checkpoint, parent_folder
+from luqrun.runs.parent import is_same, last_checkpoint, parent_checkpoint, parent_folder
 from luqrun.runs.reading import RUN, usable_run
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,10 @@ def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
         if wanted == "base" and config.finetune.epochs > 0:
             path = base_checkpoint(config, folder, data)
             return _foreign(checkpoint.load(path, config, data), path, folder)
-        if wanted in ("auto", "never", "base"):
+        parent = parent_folder(wanted)
+        if wanted in ("auto", "never", "base") or (parent and is_same(parent, folder.path)):
             return None
-        if parent_folder(wanted):
+        if parent:
             path = parent_checkpoint(config)
             return _foreign(checkpoint.load(path, config, data, of_parent=True), path, folder)
         path = Path(os.path.expanduser(wanted))

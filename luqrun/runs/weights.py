@@ -111,7 +111,7 @@ def read_weights(weights: str) -> Weights:
         tensors, settings = content["model"], content["identity"].get("settings")
     else:
         tensors = _state_dict(_read_pickle(path), path)
-    for prefix in PREFIXES:
+    for prefix in (*PREFIXES, *PREFIXES):  # either may be inside the other
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return Weights(path, tensors, settings)

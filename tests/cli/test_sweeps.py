@@ -215,7 +215,8 @@ def test_processes_of_submitit_are_queued_again_and_told_of(tmp_path, cache):
     assert result.code == 1
     assert table(result) == {"schedule.epochs=0": "refused", "schedule.epochs=15": "finished"}
     assert complaints(result) == [
-        "luqrun: job 1 of 2 (schedule.epochs=0) was refused: schedule.epochs=0 is too small; it must be at least 1"
+        "luqrun: job 1 of 2 (schedule.epochs=0) was refused: schedule.epochs=0 is too small; it must be at least 1, "
+        "or 0 to fine-tune model.weights alone (with finetune.epochs above 0)"
     ]
     assert "Traceback" not in result.err
 

@@ -7,6 +7,8 @@ from running import TINY, composed, tiny
 from luqrun.cli.validation import to_config, validate
 from luqrun.config import Config
 from luqrun.errors import UserError
+from luqrun.runs.folder import RunFolder
+from luqrun.runs.start import find_start
 
 
 @pytest.mark.parametrize("there", ["checkpoints/last.pt", "checkpoints/previous.pt", "summary.json"])
@@ -21,6 +23,18 @@ def test_a_checkpoint_that_is_gone_is_not_missed_where_the_run_has_its_own(tmp_p
         validate(config)
 
 
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "failed"}')
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for name in ("run", "link"):
+        config = tiny(f"resume={tmp_path / name}")
+        validate(config, lambda: tmp_path / "run")
+        assert find_start(config, RunFolder(tmp_path / "run"), {}) is None
+        with pytest.raises(UserError, match="is not the folder of a run"):
+            validate(config, lambda: tmp_path / "other")
+
+
 # The override, and what the message must name: the key, and what is allowed.
 REFUSED = [
     ("+sead=1", "sead", ()),
@@ -28,6 +42,9 @@ REFUSED = [
     ("+schedule.epoch=3", "schedule", ("epoch",)),
     ("+quant.gradient.sample=2", "sample", ()),
     ("schedule.epochs=0", "schedule.epochs=0", ("at least 1",)),
+    ("model.weights=FILE schedule.epochs=0 finetune=fnt1 resume=base", "resume=base", ("model.weights",)),
+    ("job=cost resume=base", "resume=base", ("job=train",)),
+    ("job=evaluate model.weights=FILE resume=RUN", "resume=RUN", ("job=train",)),
     ("schedule.epochs=-3", "schedule.epochs=-3", ("at least 1",)),
     ("finetune.epochs=-1", "finetune.epochs=-1", ("at least 0",)),
     ("finetune.high_precision.fprop=[weights]", "finetune.high_precision.fprop=weights", ("activation, weight",)),

@@ -168,6 +168,20 @@ def test_shapes_that_only_data_tell_are_refused(overrides, words):
     assert [word for word in words if word not in str(refused.value)] == []
 
 
+def test_a_file_of_weights_tells_no_sizes(tmp_path):
+    file = tmp_path / "last.pt"
+    file.write_bytes(b"")
+    for name, model, words in (
+        ("facts", "bert_tiny", "beside it is no config.json"),
+        ("sentences", "transformer_tiny", "is not read by job=cost, nor the tokenizer beside it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            job.count(config(f"dataset={name}", f"model={model}", f"schedule={name}", f"model.weights={file}"))
+    with pytest.raises(UserError, match="there is no such file"):
+        job.count(config("dataset=glyphs", "model=resnet8", f"model.weights={tmp_path / 'gone.pt'}"))
+    assert job.count(config("dataset=glyphs", "model=resnet8", f"model.weights={file}"))
+
+
 def test_a_length_below_one_is_refused():
     with pytest.raises(UserError, match=r"cost\.length=0 is too small"):
         config("cost.length=0")
@@ -206,5 +220,7 @@ def test_unknown_layers_are_named_in_the_text(monkeypatch):
     assert record["uncounted"] == ["odd"]
     assert record["shares"]["layers"] == 1.0
     text = markdown({**record, "seconds": 0.1}, gemms)
-    assert "**1 layer is of a kind whose work is not known: odd. All shares are of the rest.**" in text
+    assert (
+        "**1 layer is of a kind whose work is not known: odd. All shares, bytes and bounds are of the rest.**" in text
+    )
     assert "unknown: Bilinear" in text

@@ -133,6 +133,7 @@ def test_a_kind_that_is_not_understood_is_counted_by_torchs_formula_or_named_wit
         "ConvTranspose2d",
         2 * 64 * 3 * 16,
     )
+    assert unknown.elements == (inputs["input"].numel(), 3 * 4 * 2 * 2, 4 * inputs["input"].numel() // 3 * 4)
     assert known.kind == LAYER
 
     class Pair(nn.Module):

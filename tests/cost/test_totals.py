@@ -56,7 +56,7 @@ def test_what_is_not_known_is_named_and_is_no_zero_of_the_rest():
     gemms = [AT_4, SKIPPED, blank]
     assert totals.uncounted(gemms) == ["d"]
     assert totals.uncounted([AT_4]) == []
-    assert list(totals.in_high_precision(gemms)) == ["last", "unknown: Bilinear"]
+    assert totals.in_high_precision(gemms) == {"last": (1, 60, 0.0625), "unknown: Bilinear": (1, None, None)}
     known = replace(blank, macs=40)
     assert totals.shares([AT_4, SKIPPED, known])["layers"] == 0.9
 

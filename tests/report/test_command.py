@@ -71,7 +71,7 @@ def test_the_script_ends_with_the_same_codes(tmp_path):
     assert wrong.stderr.startswith("luqrun-tables: table fig3 is not known; allowed: ")
 
 
-@pytest.mark.parametrize("script", ["tables", "pictures"])
+@pytest.mark.parametrize("script", ["tables", "pictures", "export"])
 def test_what_is_installed_is_what_the_script_calls(script):
     commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     function = EntryPoint(f"luqrun-{script}", commands[f"luqrun-{script}"], "console_scripts").load()

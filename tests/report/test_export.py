@@ -153,9 +153,11 @@ def change(run: Path, name: str, **fields) -> None:
 def test_what_cannot_be_exported_is_told_in_one_line(tmp_path, capsys):
     assert f"{tmp_path} is not a run folder: it has no config.yaml" in refusal(capsys, tmp_path)
     run = write_run(tmp_path / "run")
-    for status in ("running", "failed", "diverged"):
+    for status in ("running", "failed"):
         change(run, "run.json", status=status)
         assert f"{run} has not finished (its status: {status}); the same command" in refusal(capsys, run)
+    change(run, "run.json", status="diverged", diverged_at_step=3)
+    assert f"{run} diverged at step 3: it has no weights to export" in refusal(capsys, run)
     change(run, "run.json", status="finished", reused="../other")
     assert f"{run} was taken over, and has no checkpoint: export {run / '../other'}" in refusal(capsys, run)
     change(run, "run.json", reused=None)
@@ -163,6 +165,8 @@ def test_what_cannot_be_exported_is_told_in_one_line(tmp_path, capsys):
     assert f"{run} is of job=evaluate, which trains no weights; export the run" in refusal(capsys, run)
     change(run, "config.yaml", job="train", quant=asdict(tiny("quant=fp32").quant))
     assert f"{run}: quant=fp32 quantizes no weight in fprop; --full" in refusal(capsys, run)
+    change(run, "config.yaml", quant={**asdict(tiny().quant), "skip": ["*"]})
+    assert f"{run}: quant.skip leaves no layer that is quantized; --full" in refusal(capsys, run)
     change(run, "config.yaml", model={**asdict(tiny().model), "name": "vit_tiny"}, quant=asdict(tiny().quant))
     assert "is of another network: missing" in refusal(capsys, run)
     (run / "checkpoints" / "last.pt").write_bytes(b"PK")

@@ -101,6 +101,15 @@ def test_a_measurement_takes_from_its_start_to_its_end(tmp_path):
     assert estimate(tmp_path) is None
 
 
+def test_an_evaluation_is_told_by_those_of_its_recipe(tmp_path):
+    times = {"start": "2026-01-01T00:00:00Z", "end": "2026-01-01T00:00:10Z"}
+    evaluation = "job=evaluate", "model.weights=FILE"
+    finished(tmp_path, tiny(*evaluation), {"val/top1": 1.0}, **times)
+    for number in range(TRIED):  # newer ones of another recipe
+        finished(tmp_path, tiny(*evaluation, "quant=fp32", f"seed={number}"), {"val/top1": 1.0}, age=-1, **times)
+    assert estimate(tmp_path, *evaluation, "seed=3").alike
+
+
 def test_what_of_a_run_is_done(tmp_path):
     assert epochs_done(tmp_path) == 0
     rows = [{"kind": "epoch", "epoch": 4}, {"kind": "step", "epoch": 5}]

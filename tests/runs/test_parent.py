@@ -141,6 +141,13 @@ def test_a_run_without_an_end_to_go_on_from_is_refused(tmp_path, run, words):
     assert words in refused(parent(tmp_path, *OPEN, run=run), *ON)
 
 
+def test_a_run_that_trained_nothing_is_refused(tmp_path):
+    folder = parent(tmp_path, *OPEN)
+    settings = OmegaConf.load(folder.path / "config.yaml")
+    OmegaConf.save({**settings, "job": "evaluate"}, folder.path / "config.yaml")
+    assert "is of job=evaluate, which trains nothing: there are no epochs to go on with" in refused(folder, *ON)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     folder = parent(tmp_path, *OPEN)
     (folder.checkpoints / "last.pt").unlink()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luqrun.config import COMPANIONS, Config
 from luqrun.errors import UserError, check_choice
 from luqrun.runs.metric import Metric
-from luqrun.runs.weights import Weights, fingerprint_weights, read_weights
+from luqrun.runs.weights import Weights, find_file, fingerprint_weights, read_weights
 from luqrun.tasks.classification.data import (
     build_dataset,
     fingerprint_dataset,
@@ -74,6 +74,8 @@ class Predicted(NamedTuple):
 
 def outline(config: Config) -> Outline:
     """As luqrun.tasks.outline_task."""
+    if config.model.weights is not None:
+        find_file(config.model.weights)  # its shapes are the network's, or a training would refuse it
     classes, channels = shape_without_data(config.dataset)
     dataset = config.dataset
     shape = dataset.batch_size, channels, dataset.image_size, dataset.image_size

@@ -69,11 +69,16 @@ def fingerprint(config: Config) -> dict:
 def outline(config: Config) -> Outline:
     """As luqrun.tasks.outline_task: windows of cost.length tokens, by default dataset.max_length. Of model.weights
     config.json alone is read."""
+    from luqrun.tasks.question_answering.weights import sizes_folder
+
     dataset, length = config.dataset, config.cost.length or config.dataset.max_length
     check_at_most("cost.length", length, dataset.max_length)
     if config.model.weights is None and dataset.vocabulary is None and dataset.name == GENERATED:
         what = f"dataset={dataset.name} says only with its text how many subwords there are, and job=cost reads none"
         raise UserError(f"{what}; give dataset.vocabulary")
+    if is_file(config.model.weights) and sizes_folder(config.model.weights) is None:
+        what = f"model.weights={config.model.weights}: beside it is no config.json, which says the sizes to job=cost"
+        raise UserError(f"{what}; leave it out, and give dataset.vocabulary")
     with torch.device("meta"):
         network = _drawn(config.model, dataset.vocabulary or VOCABULARY)
         ids = torch.zeros(dataset.batch_size, length, dtype=torch.long)

@@ -67,6 +67,9 @@ def fingerprint(config: Config) -> dict:
 def outline(config: Config) -> Outline:
     """As luqrun.tasks.outline_task: pairs of sentences of cost.length subwords on either side, as many as
     dataset.batch_tokens allows. The vocabulary is what dataset.vocabulary says, which a small text does not fill."""
+    if config.model.weights is not None:
+        what = f"model.weights={config.model.weights} is not read by job=cost, nor the tokenizer beside it"
+        raise UserError(f"{what}; leave it out, and give dataset.vocabulary")
     dataset, length = config.dataset, config.cost.length or USUAL_LENGTH
     check_at_most("cost.length", length, dataset.max_length)
     pairs = dataset.batch_tokens // length
