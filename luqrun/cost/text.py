@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from luqrun.cost.gemms import Gemm
 
@@ -17,9 +17,9 @@ def markdown(record: dict, gemms: Sequence[Gemm]) -> str:
         f"{record['precision']}. Counted from shapes in {record['seconds']:.1f} s; nothing was computed."
         f"{_micro(record)}",
         *_warnings(record),
-        _table(("", "value"), _totals(record)),
+        table(("", "value"), _totals(record)),
         "## What stays in high precision",
-        _table(("why", "GEMMs", "MACs a step", "of all matrix work"), _reasons(record)),
+        table(("why", "GEMMs", "MACs a step", "of all matrix work"), _reasons(record)),
         _outside(record),
         "## Bound on the speed-up",
         _bounds(record),
@@ -27,7 +27,7 @@ def markdown(record: dict, gemms: Sequence[Gemm]) -> str:
         "Shape: groups x (rows x inner) x (inner x columns). Kept: what the forward pass keeps for this GEMM, in bits; "
         "what an earlier layer keeps is not kept again. MACs are those of one pass; x N: each of N samples of the "
         "gradient is a GEMM.",
-        _table(("layer", "GEMM", "shape", "MACs a step", "operands", "kept", "4 bits"), map(_row, gemms)),
+        table(("layer", "GEMM", "shape", "MACs a step", "operands", "kept", "4 bits"), map(_row, gemms)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,7 +126,8 @@ def _row(gemm: Gemm) -> tuple[str, ...]:
     return gemm.layer or "the model", gemm.gemm, shape, counted, sides, kept, answer
 
 
-def _table(header: Sequence[str], rows) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

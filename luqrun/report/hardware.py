@@ -8,6 +8,7 @@ from pathlib import Path
 
 from luqrun.cost import gates
 from luqrun.cost.job import DATA
+from luqrun.cost.text import table
 from luqrun.errors import UserError
 
 TITLE = "Hardware: how much of a network is 4-bit, what it saves, and multipliers without multiplications"
@@ -92,7 +93,7 @@ def _networks(records: Sequence[dict]) -> str:
                 f"{record['seconds']:.1f}",
             )
         )
-    return _table((*head, "bound, over fp32; bf16; 8-bit", "seconds"), rows)
+    return table((*head, "bound, over fp32; bf16; 8-bit", "seconds"), rows)
 
 
 def _ratio(bytes_: dict, what: str, other: str) -> str:
@@ -109,7 +110,7 @@ def _reasons(records: Sequence[dict]) -> str:
     shown = [(record, rows) for record, rows in zip(records, of, strict=True) if record["shares"]["matrix"]]
     names = list(dict.fromkeys(why for _, rows in shown for why in rows))
     rows = [(record["model"], record["quant"], *(_share(found, why) for why in names)) for record, found in shown]
-    return _table(("network", "recipe", *names), rows)
+    return table(("network", "recipe", *names), rows)
 
 
 def _share(found: dict[str, float | None], why: str) -> str:
@@ -149,7 +150,7 @@ def _counts(rows: Sequence[dict]) -> str:
         for row in rows
     ]
     head = "network", "forward, ours", "torch", "backward, ours", "ours as torch counts", "torch", "equal"
-    return _table(head, body)
+    return table(head, body)
 
 
 def _multiplier(found: dict) -> str:
@@ -178,7 +179,7 @@ def _gates() -> str:
     parts = [
         "Our own count of logic, from the cells below: no wires, registers, timing or synthesis. Prices of a cell are "
         "stated: two-input gates as in textbooks, and two-input NANDs when a cell is made of nothing else.",
-        _table(
+        table(
             ("cell", *prices),
             [(cell, *(f"{price[cell]}" for price in prices.values())) for cell in prices["gates"]],
         ),
@@ -193,7 +194,7 @@ def _gates() -> str:
             for part in gates.BLOCKS[block]
         ]
         rows.append(("**total**", "", *(f"**{gates.total(block, price)}**" for price in prices.values())))
-        parts += [f"### {block[0].upper()}{block[1:]}", _table(("part", "cells", *prices), rows)]
+        parts += [f"### {block[0].upper()}{block[1:]}", table(("part", "cells", *prices), rows)]
     found = {name: gates.comparison(price) for name, price in prices.items()}
     rows = [
         ("standard block / multiplication-free", *(f"{each['ratio']:.2f}" for each in found.values())),
@@ -204,7 +205,7 @@ def _gates() -> str:
         rows.append((f"a whole MAC with an {name} accumulator shrinks by", *shrinks))
     parts += [
         "### Compared",
-        _table(("", *prices), rows),
+        table(("", *prices), rows),
         f"The paper says about {gates.PAPER_RATIO} times (section 7). Its own table of gates was not available, and "
         "none of its numbers is used here. Ours clears the product of a zero operand in both blocks, which makes them "
         f"more alike: without that the ratio is {_without_zero():.1f} in gates.",
@@ -217,11 +218,6 @@ def _without_zero() -> float:
     of_zero = [part for part in gates.BLOCKS["standard"] if part in gates.OF_ZERO]
     zero = sum(gates.price(part.cells, prices) for part in of_zero)
     return (gates.total("standard", prices) - zero) / (gates.total("multiplication-free", prices) - zero)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _percent(value: float) -> str:

@@ -79,18 +79,20 @@ def conv(
     ends = zip(a.shape[2:], *geometry, strict=True)
     size = a.shape[0], channels, *(out_size(*end) for end in ends)
 
+    has_sign = bool(signed.item())
+
     def by_libraries() -> Tensor:
         return int8_library.conv(a, matrix, scale, geometry, dtype, signed)
 
     def by_tiles() -> Tensor:
         out = empty(size, True, dtype, a.device)
-        int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, bool(signed.item()), out)
+        int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, has_sign, out)
         return out
 
     if 0 in size or not int8_tiles.suits(a, geometry, size[2:]):
         out = by_libraries()
     else:
-        rest = channels, matrix.stride(), dtype, bool(signed.item())
+        rest = channels, matrix.stride(), dtype, has_sign
         out = _by_the_fastest("fprop", a, geometry, rest, by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import scratch
-from luqrun.quant.kernels.cpu.tile_sizes import COLUMNS, LANES
+from luqrun.quant.kernels.cpu.tile_sizes import LANES
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
 FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time
-IMAGE_BYTES, SUM_BYTES = (
-    1 << 28,
-    1 << 26,
-)  # that a task makes of one image, and all of a weight gradient's sums, at most
+IMAGE_BYTES = 1 << 28  # that a task makes of an image, at most
+SUM_BYTES = 1 << 26  # of the sums of all tasks of a weight gradient, at most
 TASK_BYTES = 1 << 18  # of images that a thread reads over and over
 # Where the sums of a weight gradient do not fit the cache beside them, of more images: they are passed over less often.
 LARGE_SUM_BYTES, LARGE_TASK_BYTES = 1 << 20, 1 << 20
@@ -64,9 +62,14 @@ def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int]) -> bo
     pixels, rows = height * width * len(grads), taps * a.shape[1]
     if rows > MOST_TAPS or height * width < FEWEST_PIXELS or pixels > MOST_TERMS or not is_there():
         return False
-    of_image = taps * -(-a.shape[1] // LANES) * LANES * height * -(-width // 4) * 4
-    sums = _tasks(images, pixels) * (rows + 1) * -(-channels // LANES) * LANES * 4
+    of_image = taps * _up(a.shape[1], LANES) * height * _up(width, 4)
+    sums = _tasks(images, pixels) * (rows + 1) * _up(channels, LANES) * 4
     return of_image <= IMAGE_BYTES and sums <= SUM_BYTES
+
+
+def _up(number: int, step: int) -> int:
+    """The next multiple."""
+    return -(-number // step) * step
 
 
 def _padded(geometry: Pairs, out_size: tuple[int, int]) -> tuple[int, int]:
@@ -90,10 +93,8 @@ def _pack(weight: int, channels: int, taps: tuple[int, int, int], strides: tuple
     """See tile_loops.pack_weight. weight: an address."""
     from luqrun.quant.kernels.cpu import tile_loops  # compiled code is loaded when it is first needed
 
-    depth = taps[0] * -(-taps[1] * taps[2] // 4)
-    whole, rest = divmod(channels, COLUMNS)
-    columns = whole * COLUMNS + (0 if rest == 0 else LANES if rest <= LANES else COLUMNS)
-    out = torch.empty(columns * depth * 4, dtype=torch.int8, device="cpu")
+    depth = taps[0] * _up(taps[1] * taps[2], 4) // 4
+    out = torch.empty(_up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
     tile_loops.pack_weight(out.numel(), weight, out.data_ptr(), channels, taps, strides, depth)
     return out
 
@@ -168,7 +169,7 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs) -> Tensor:
     (kernel, stride, _, dilation), (images, channels, height, width) = geometry, grads[0].shape
     inputs, taps = a.shape[1], kernel[0] * kernel[1] * a.shape[1]
     tasks = _tasks(images, height * width * len(grads))
-    padded = -(-channels // LANES) * LANES
+    padded = _up(channels, LANES)
     sums = scratch("weight gradients", tasks * (taps + 1), padded, torch.int32)
     size, g_size = (images, a.shape[2], a.shape[3], inputs), (images, height, width, channels)
     limit = LARGE_TASK_BYTES if 4 * (taps + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
@@ -190,7 +191,7 @@ def _prefers_lines(
     if stride[0] != 1:
         return False
     taps, pixels = kernel[0] * kernel[1], height * width
-    of_lines, of_images = height * -(-width // 4) * 4, -(-pixels // 4) * 4
+    of_lines, of_images = height * _up(width, 4), _up(pixels, 4)
     copied = of_lines * kernel[1] * (1 + dilation[0] * (kernel[0] - 1) / height), of_images * taps
     multiplied = of_lines * taps * channels, of_images * taps * channels
     return copied[0] * COPY + multiplied[0] <= copied[1] * COPY + multiplied[1]
