@@ -76,8 +76,10 @@ class Job:
         except UserError:
             return Outcome("damaged")
         status = run.get("status")
-        if status is None:
-            status = "killed" if died else "not run"
+        if status is None and not died:
+            status = "elsewhere" if folder.is_locked() else "not run"  # it may have just begun there
+        elif status is None:
+            status = "killed"
         elif status == "failed" and str(run.get("reason")).startswith("stopped by "):  # a signal
             status = "interrupted"
         elif status == "running":
@@ -163,7 +165,7 @@ def planned(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], n
         composed.hydra.job.id = composed.hydra.job.num = number
     hydra_config = HydraConfig.instance()
     of_the_sweep = hydra_config.cfg
-    hydra_config.set_config(composed)  # for ${hydra:job.num} in what names the folder
+    hydra_config.cfg = composed  # for ${hydra:job.num} in what names the folder
     try:
         folder = Path(composed.hydra.sweep.dir, composed.hydra.sweep.subdir)
     finally:

@@ -30,18 +30,26 @@ MAX_PROFILED = 1000  # steps; a profile is kept in memory
 
 def to_config(composed: DictConfig) -> Config:
     """The typed config of one run, not yet validated. Raises UserError for unknown or missing keys and wrong types."""
-    values = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    names = [key for key in composed if key != "hydra"]
+    values = composed
     try:
         if OmegaConf.get_type(composed) is not Config:  # of a main configuration without the schema in its defaults
-            values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
-        parts = {key: OmegaConf.to_object(part) if OmegaConf.is_config(part) else part for key, part in values.items()}
+            given = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
+            values = OmegaConf.merge(OmegaConf.structured(Config), given)
+            names = list(values)
+        parts = {name: _plain(values[name]) for name in names}
     except MissingMandatoryValue:
-        raise UserError(f"not set: {', '.join(sorted(OmegaConf.missing_keys(values)))}") from None
+        missing = OmegaConf.missing_keys(OmegaConf.masked_copy(values, names))
+        raise UserError(f"not set: {', '.join(sorted(missing))}") from None
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from None
     for key in _unknown_keys(parts, Config):
         raise UserError(unknown_key(key))
     return Config(**parts)
+
+
+def _plain(part: object) -> object:
+    return OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
 
 
 def _unknown_keys(values: dict, schema: type, prefix: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
@@ -158,10 +159,10 @@ def _composing_once(private: Callable) -> Callable:
     def compose(self, defaults, repo):
         key = (_folders(repo), repr(defaults))
         if key not in composed:
-            if len(composed) == COMPOSED:  # the oldest: half a MiB each
+            if len(composed) == COMPOSED:  # the oldest
                 del composed[next(iter(composed))]
-            composed[key] = private(self, defaults=defaults, repo=_Copies(repo))
-        return copy.deepcopy(composed[key])  # overrides change it
+            composed[key] = pickle.dumps(private(self, defaults=defaults, repo=_Copies(repo)), pickle.HIGHEST_PROTOCOL)
+        return pickle.loads(composed[key])  # a copy, for overrides change it; a deep copy takes three times as long
 
     return compose
 
