@@ -1,5 +1,6 @@
 """Files of weights: which kinds are read, how one is named, and what is refused in a line that names it."""
 
+import hashlib
 import os
 import pickle
 from argparse import Namespace
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import assert_same_tensors, tiny
+from running import assert_same_tensors, composed, tiny
 from safetensors.torch import save_file
 from torch import nn
 
+from luqrun import tasks
+from luqrun.cli.validation import to_config
 from luqrun.errors import UserError
 from luqrun.runs import checkpoint
-from luqrun.runs.weights import PACKED, find_file, fingerprint_weights, is_file, read_weights
+from luqrun.runs.weights import OF_TEXT, PACKED, find_file, fingerprint_weights, is_file, read_weights
+from luqrun.tasks import fingerprint_data
 
 STATE = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.tensor([1.0, -1.0])}
 
@@ -156,7 +160,29 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
     other.write_bytes(run.read_bytes())
     first = fingerprint_weights(str(run))
     assert fingerprint_weights(str(other)) == first
-    (tmp_path / "b" / "tokenizer.json").write_text("{}")
-    assert fingerprint_weights(str(other)) != first
+    for number, name in enumerate(OF_TEXT):
+        (tmp_path / "b" / name).write_text("{}")
+        assert fingerprint_weights(str(other)) == first
+        assert fingerprint_weights(str(other), OF_TEXT[: number + 1]) != first
+        assert fingerprint_weights(str(other), OF_TEXT[number + 1 :]) == first
     one, two = write(tmp_path / "1.pt", STATE), write(tmp_path / "2.pt", {**STATE, "fc.bias": torch.tensor([1.0, 1.0])})
     assert fingerprint_weights(str(one)) != fingerprint_weights(str(two))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reads"),
+    [
+        (("dataset=glyphs", "model=resnet8"), False),
+        (("dataset=sentences", "model=transformer_tiny", "schedule=sentences"), True),
+        (("dataset=facts", "model=bert_tiny", "schedule=facts"), True),
+    ],
+    ids=["images", "sentences", "questions"],
+)
+def test_what_lies_beside_a_file_counts_where_it_is_read(tmp_path, monkeypatch, overrides, reads):
+    file = write(tmp_path / "w.pt", STATE)
+    config = to_config(composed(*overrides, f"model.weights={file}"))
+    first = fingerprint_data(config)["weights"]
+    assert first == hashlib.sha256(hashlib.sha256(file.read_bytes()).digest()).hexdigest()[:16]  # as runs recorded it
+    monkeypatch.setattr(tasks, "_fingerprints", {})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert (fingerprint_data(config)["weights"] != first) == reads
