@@ -146,8 +146,8 @@ def test_a_fine_tune_from_a_base_that_has_no_end_in_this_command_is_refused(luqr
     result = luqrun("-m", *TINY, "quant=fp32", "resume=base", "finetune=none,fnt1", "job=plan")
     assert [row[0] for row in rows(result)] == ["finished" if finished else why, "refused"]
     assert result.code == 1
-    line = f"job 2 of 2 would be refused: resume=base: the run without fine-tuning, {base.path.relative_to(tmp_path)}, is"
-    assert line in result.err
+    path = base.path.relative_to(tmp_path)
+    assert f"job 2 of 2 would be refused: resume=base: the run without fine-tuning, {path}, is" in result.err
 
 
 def test_a_fine_tune_from_a_base_that_is_to_be_taken_over_is_not(luqrun, tmp_path):
