@@ -171,7 +171,7 @@ def _starts_as_pickle(path: Path) -> bool:
 
 
 def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict) and type(content.get("version")) is int and "optimizer" in content:
+    if isinstance(content, dict) and content.keys() >= checkpoint.EVER and isinstance(content["progress"], dict):
         raise UserError(
             f"{path} is a damaged checkpoint of luqrun, or one of an earlier luqrun (version {content['version']} of "
             f"checkpoints, here it is {checkpoint.VERSION}): its checksum is not there; {ADVICE}"

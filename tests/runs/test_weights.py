@@ -132,8 +132,23 @@ def test_a_checkpoint_of_an_earlier_luqrun_is_refused(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / "last.pt")
     monkeypatch.undo()
     assert "of an earlier luqrun (version 3 of checkpoints, here it is 4)" in refusal(path)
-    content = {"version": 1, "model": STATE, "optimizer": {}}  # before they had a checksum
+    progress = {"epoch": 0, "batch": 0, "step": 0}
+    # Before they had a checksum.
+    content = {"version": 1, "config": {}, "num_classes": 3, "model": STATE, "optimizer": {}, "progress": progress}
     assert "of an earlier luqrun (version 1 of checkpoints" in refusal(write(path, content))
+
+
+def test_a_checkpoint_that_lost_its_checksum_is_told_as_one(tmp_path):
+    path = write_checkpoint(tmp_path / "last.pt")
+    path.write_bytes(path.read_bytes().partition(b"\nsha256 ")[0])
+    assert "is a damaged checkpoint of luqrun, or one of an earlier luqrun (version 4" in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("more", [{}, {"config": {"lr": 0.1}, "epoch": 3}, {"progress": 0.5}])
+def test_a_checkpoint_of_another_script_may_have_a_version_too(tmp_path, key, more):
+    content = {"version": 2, "optimizer": {"state": {}}, key: STATE, **more}
+    assert_same_tensors(read_weights(str(write(tmp_path / "w.pt", content))).tensors, STATE)
 
 
 @pytest.mark.parametrize(
