@@ -13,7 +13,7 @@ RESULTS = 2
 # Imported on first use: `import luqrun` stays free of torch and everything heavier.
 _HOMES = {
     "Recipe": "luqrun.quant.recipe",
-    "recipe": "luqrun.config",
+    "recipe": "luqrun.recipes",
     "Quantizer": "luqrun.quant.quantizer",
     "quantizer": "luqrun.quant.quantizer",
     "QuantizedTensor": "luqrun.quant.quantizer",

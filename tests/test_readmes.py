@@ -74,3 +74,10 @@ def test_commands_name_what_exists(name, command):
 
 def test_commands_are_found():
     assert {name for name, _ in COMMANDS} >= {"README.md", "conf/README.md", "outputs/published/README.md"}
+
+
+@pytest.mark.parametrize(("file", "keys"), [("run.json", ("parent", "reused")), ("summary.json", ("evaluated",))])
+def test_what_a_run_folder_says_of_other_runs_is_described(file, keys):
+    text = (ROOT / "conf" / "README.md").read_text()
+    rows = " ".join(line for line in text.splitlines() if line.startswith(f"| `{file}` |"))
+    assert [key for key in keys if f"`{key}`" not in rows] == []

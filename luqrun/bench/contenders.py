@@ -15,7 +15,7 @@ from luqrun.bench.format_errors import MXFP4, NVFP4, STOCHASTIC
 from luqrun.bench.formulas import formula_model, luq, sawb_int4
 from luqrun.bench.timing import Contender
 from luqrun.bench.workloads import TextWorkload, Workload
-from luqrun.config import ScheduleConfig, recipe
+from luqrun.config import ScheduleConfig
 from luqrun.quant import function, gemms, kernels, operands, quantizer
 from luqrun.quant.convert import quantize_model
 from luqrun.quant.encoding import Encoding
@@ -25,6 +25,7 @@ from luqrun.quant.grids import Lines, grid_of
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
+from luqrun.recipes import recipe
 from luqrun.train.schedules import build_optimizer
 
 E3M0 = Quantizer("e3m0", "absmax", "stochastic")

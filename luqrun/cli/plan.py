@@ -51,6 +51,11 @@ class Planned:
         """Whether the command would train here."""
         return self.state in (BEGUN, MISSING)
 
+    @property
+    def will_end(self) -> bool:
+        """Whether the command brings a result here, which may not be there yet."""
+        return self.runs or self.state == TAKEN_OVER
+
 
 def taken_from(arguments: Sequence[str]) -> list[str]:
     """The command line without job=plan: its jobs are those of the command without."""
@@ -89,13 +94,17 @@ def _plan(config: DictConfig) -> list[Planned]:
     plan = []
     for job, own in composed:
         again = found.get(job.folder)
-        plan.append(Planned(job, AGAIN) if again else _planned(job, own, estimates, found))
-        found.setdefault(job.folder, plan[-1])
+        if again and again.state != REFUSED:
+            plan.append(Planned(job, AGAIN))
+            continue
+        before = {folder for folder, planned in found.items() if planned.will_end}
+        found[job.folder] = _planned(job, own, estimates, before)
+        plan.append(found[job.folder])
     return plan
 
 
 def _planned(job: Job, composed: DictConfig, estimates: dict[Path, Estimates], before: Collection[Path]) -> Planned:
-    """before: the folders of the jobs that the command runs before this one."""
+    """before: the folders to which jobs before this one bring a result."""
     from luqrun.runs.start import check_base  # loads torch
     from luqrun.tasks import fingerprint_data
 

@@ -68,6 +68,9 @@ def validate(config: Config, folder: Callable[[], Path] | None = None) -> None:
     holds a checkpoint or a result.
     """
     _check_values(config)
+    if config.job == "plan":
+        how = "a word of the command line alone, as in luqrun -m seed=0,1 job=plan"
+        raise UserError(f"job=plan is {how}: not in a file, nor in a list of values")
     check_choice("job", config.job, JOBS)
     check_choice("device", config.device, DEVICES)
     check_choice("precision", config.precision, PRECISIONS)

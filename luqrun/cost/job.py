@@ -15,6 +15,7 @@ from luqrun.cost.gemms import BITS, Gemm, gemms_of
 from luqrun.cost.products import ATTENTION, Work, observe
 from luqrun.cost.text import markdown
 from luqrun.errors import UserError
+from luqrun.internals.of_torch import asks_for_values
 from luqrun.quant.convert import high_precision_layers
 from luqrun.quant.recipe import Recipe
 from luqrun.runs.folder import RunFolder, now
@@ -53,7 +54,9 @@ def count(config: Config) -> tuple[dict, list[Gemm]]:
     high = high_precision_layers(outline.network, recipe, example=outline.example)
     try:
         work = observe(outline.network, outline.inputs)
-    except RuntimeError as error:  # what the meta device answers who asks for values
+    except (RuntimeError, TypeError) as error:
+        if not asks_for_values(error):
+            raise
         why = " ".join(str(error).split())[:100]
         raise UserError(f"model.name={config.model.name}: its shapes cannot be known without data ({why})") from error
     gemms = gemms_of(work.products, recipe, high, config.precision)
@@ -104,7 +107,7 @@ def summary_of(record: dict) -> dict:
         "matrix_macs_per_step": record["macs"]["matrix"],
         **{f"bytes_{what}": number for what, number in record["bytes"]["recipe"].items()},
         **{f"bytes_{what}_{of}": record["bytes"][of][what] for of in BITS for what in ("kept", "moved")},
-        **{f"bound_over_{name}": bound for name, bound in record["bounds"].items()},
+        **{f"bound_{name if name == totals.FREE else f'over_{name}'}": each for name, each in record["bounds"].items()},
         "layers_of_unknown_work": len(record["uncounted"]),
         "seconds": record["seconds"],
     }

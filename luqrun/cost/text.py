@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from luqrun.cost.gemms import Gemm
+from luqrun.cost.totals import FREE
 
 NAMES = {"fp32": "fp32", "bf16": "bf16", "8bit": "8-bit units"}
 
@@ -103,7 +104,7 @@ def _outside(record: dict) -> str:
 def _bounds(record: dict) -> str:
     speeds, bound = record["speeds"], record["bounds"]
     shown = ", ".join(f"{name.removeprefix('speed_')} {value:g}" for name, value in speeds.items())
-    limit = bound["at_no_time"]
+    limit = bound[FREE]
     limit = f"{limit:.2f}" if limit is not None else "any number of"
     found = ", ".join(f"{_times(bound[name])} over {NAMES[name]}" for name in NAMES)
     return (

@@ -13,6 +13,7 @@ from luqrun.config import CostConfig
 from luqrun.cost.gemms import BITS, Gemm
 from luqrun.cost.products import ATTENTION, UNKNOWN
 
+FREE = "with_free_4bit"  # the bound if 4-bit products took no time
 OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}  # float32 numbers a parameter, beside the weight itself
 
 
@@ -72,13 +73,13 @@ def seconds(gemms: Iterable[Gemm], cost: CostConfig, precision: str, narrow: int
 
 def bounds(gemms: Sequence[Gemm], cost: CostConfig, precision: str) -> dict[str, float | None]:
     """How many times as fast the matrix products can be at most: than all of them in fp32, than all in bf16, and than
-    the same recipe's on 8-bit units. at_no_time: than all of them in `precision`, if 4-bit products took no time; None
-    where there would be nothing left."""
+    the same recipe's on 8-bit units. with_free_4bit: than all of them in `precision`, if 4-bit products took no time;
+    None where there would be nothing left."""
     here, all_of_it = seconds(gemms, cost, precision), float(macs(gemms))
     rest = seconds([gemm for gemm in gemms if gemm.width != 4], cost, precision)
     found = {name: all_of_it / getattr(cost, f"speed_{name}") / here if here else None for name in BITS}
     found["8bit"] = seconds(gemms, cost, precision, narrow=8) / here if here else None
-    found["at_no_time"] = all_of_it / getattr(cost, f"speed_{precision}") / rest if rest else None
+    found[FREE] = all_of_it / getattr(cost, f"speed_{precision}") / rest if rest else None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -141,6 +142,11 @@ def has_dispatch(x: Tensor) -> bool:
     if type(x) in PLAIN or type(x).__module__.startswith("torch._subclasses"):
         return False
     return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def asks_for_values(error: Exception) -> bool:
+    """Whether torch says so to who asks a tensor on the meta device, which has a shape alone, what it holds."""
+    return re.search(r"\bmeta tensors?\b|register_meta|\bmeta device type\b", str(error), re.IGNORECASE) is not None
 
 
 def keep_results(operator: str, library: torch.library.Library) -> None:

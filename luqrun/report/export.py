@@ -20,10 +20,10 @@ from luqrun.quant.convert import quantize_model
 from luqrun.quant.packed import packed_weights
 from luqrun.quant.recipe import Recipe
 from luqrun.report.records import printable
-from luqrun.report.stored_config import stored_config
+from luqrun.report.stored_config import stored_config, with_own_weights
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder, write_atomically
-from luqrun.runs.weights import PACKED, SETTINGS, SETTINGS_OF_RUN, is_file, read_weights
+from luqrun.runs.weights import PACKED, SETTINGS_OF_RUN, read_weights
 from luqrun.tasks import bare_network
 from luqrun.train.starting_weights import OPTIONAL, load_weights
 
@@ -105,9 +105,7 @@ def _checkpoint(run: Path, record: dict, config: Config, best: bool) -> Path:
 
 def _network(run: Path, config: Config, path: Path) -> nn.Module:
     """The run's network, quantized, with the weights of a checkpoint."""
-    # What belongs to its own weights lies in the run folder: they may be gone.
-    if is_file(config.model.weights) or (run / SETTINGS).is_file():
-        config.model.weights = str(path)
+    config = with_own_weights(config, run, path)
     try:
         network, example = bare_network(config, checkpoint.read(path))
     except KeyError as size:

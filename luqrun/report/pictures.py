@@ -21,7 +21,7 @@ from luqrun.quant.formats import get_format
 from luqrun.quant.recipe import Recipe
 from luqrun.report.figures import pyplot, save
 from luqrun.report.records import printable
-from luqrun.report.stored_config import stored_config
+from luqrun.report.stored_config import stored_config, with_own_weights
 from luqrun.runs import checkpoint
 from luqrun.runs.reading import CONFIG
 from luqrun.tasks import build_task
@@ -86,7 +86,7 @@ def layer_gradients(run: Path, layer: str | None) -> LayerGradient:
     path = run / "checkpoints" / checkpoint.LAST
     if not path.exists():
         raise NothingToShow(f"{path} is not there")
-    task = build_task(config)
+    task = build_task(with_own_weights(config, run, path))
     recipe = Recipe.from_config(config.quant)
     model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example())
     content = checkpoint.read(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from yaml import YAMLError
 from luqrun.config import PRECISIONS, Config
 from luqrun.errors import UserError, check_choice
 from luqrun.runs.reading import CONFIG, read_config
+from luqrun.runs.weights import SETTINGS, is_file
 from luqrun.tasks import validate_task
 
 
@@ -24,4 +26,12 @@ def stored_config(run: Path) -> Config:
         check_choice("precision", config.precision, PRECISIONS)
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError, TypeError) as error:  # UserError too
         raise UserError(f"{run / CONFIG}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    return config
+
+
+def with_own_weights(config: Config, run: Path, path: Path) -> Config:
+    """The settings of a run that started from model.weights, with its own checkpoint in their place: they may be gone,
+    and what belonged to them (tokenizer, sizes) lies in the run folder. Those of another run as they are."""
+    if is_file(config.model.weights) or (run / SETTINGS).is_file():
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, weights=str(path)))
     return config

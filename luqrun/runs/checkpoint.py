@@ -22,7 +22,8 @@ from luqrun.runs.identity import Identity, difference
 from luqrun.runs.parent import why_not_on
 
 VERSION = 4
-KEYS = {"version", "identity", "model", "optimizer", "progress"}
+EVER = {"version", "model", "optimizer", "progress"}  # the keys of every version; others' checkpoints have no progress
+KEYS = EVER | {"identity"}
 PREVIOUS, BEST = "previous.pt", "best.pt"
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64

@@ -274,7 +274,8 @@ def runs_beside(config: Config, data: dict, folder: Path) -> str:
     """A line that names the runs beside this folder with the same settings and another result, or another layout; ""
     where there are none. They stay as they are.
 
-    Settings are compared as far as both runs know them.
+    Settings are compared as far as both runs know them. Other weights in another file are another setting: a file is
+    named where its content has changed.
     """
     ours = Identity.of(config, data)
     settings, found = flatten(ours.settings), []
@@ -288,12 +289,23 @@ def runs_beside(config: Config, data: dict, folder: Path) -> str:
                 why = why or "of an earlier luqrun, which named its folder otherwise"
             elif why and last.is_file() and not difference(Identity.stored(None, run), ours, ("processes",)):
                 why += f", whose last checkpoint resume={last} takes"
-            theirs = flatten(deciding_settings(read_config(path))) if why else {}
+            given = read_config(path) if why else {}
         except Unusable:
             continue
-        if why and all(theirs[key] == settings[key] for key in theirs.keys() & settings.keys()):
+        if not why or _other_weights(given, run, config, data):
+            continue
+        theirs = flatten(deciding_settings(given))
+        if all(theirs[key] == settings[key] for key in theirs.keys() & settings.keys()):
             found.append(f"{path}, a run {why}")
     if not found:
         return ""
     more = f"; and {len(found) - SHOWN} more" if found[SHOWN:] else ""
     return f"of the same settings, beside this run: {'; '.join(found[:SHOWN])}{more}. Nothing is taken over from there"
+
+
+def _other_weights(given: dict, run: dict, config: Config, data: dict) -> bool:
+    """Whether a run was given another file as model.weights, or none, and so other weights. given: its config.yaml."""
+    model = given.get("model")
+    path = model.get("weights") if isinstance(model, dict) else None
+    same_file = _whole_path(path) == _whole_path(config.model.weights)
+    return not same_file and (run.get("data") or {}).get("weights") != data.get("weights")

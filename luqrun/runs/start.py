@@ -38,15 +38,15 @@ def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
     if not own.exists() and not previous.exists():
         if wanted == "base" and config.finetune.epochs > 0:
             path = base_checkpoint(config, folder, data)
-            return _foreign(checkpoint.load(path, config, data), path, folder)
+            return _foreign(checkpoint.load(path, config, data), path, config, folder, data)
         parent = parent_folder(wanted)
         if wanted in ("auto", "never", "base") or (parent and is_same(parent, folder.path)):
             return None
         if parent:
             path = parent_checkpoint(config)
-            return _foreign(checkpoint.load(path, config, data, of_parent=True), path, folder)
+            return _foreign(checkpoint.load(path, config, data, of_parent=True), path, config, folder, data)
         path = Path(os.path.expanduser(wanted))
-        return _foreign(checkpoint.load(path, config, data, any_processes=True), path, folder)
+        return _foreign(checkpoint.load(path, config, data, any_processes=True), path, config, folder, data)
     if wanted == "never":
         raise UserError(f"resume=never, but {own.parent} exists: choose another study=, or delete the run folder")
     if wanted not in ("auto", "base"):
@@ -67,11 +67,31 @@ def find_start(config: Config, folder: RunFolder, data: dict) -> Start | None:
         return start
 
 
-def _foreign(content: dict, path: Path, folder: RunFolder) -> Start:
+def _foreign(content: dict, path: Path, config: Config, folder: RunFolder, data: dict) -> Start:
     """A start from another run's checkpoint, which run.json names: by its run folder, where it lies in one."""
     parent = path.parent.parent if (path.parent.parent / RUN).is_file() else path
     folder.update_run(parent=os.path.relpath(parent, folder.path))  # so that outputs/ can be moved as a whole
+    if content["progress"].get("best") is not None and folder.writes:
+        _take_over_best(content, path.with_name(checkpoint.BEST), config, folder, data)
     return Start(content, path, own=False)
+
+
+def _take_over_best(content: dict, path: Path, config: Config, folder: RunFolder, data: dict) -> None:
+    """Make the best.pt beside a checkpoint this run's own: it counts those epochs as its own, and none of them may be
+    surpassed. content: of the checkpoint."""
+    value = content["progress"]["best"]
+    try:
+        best = checkpoint.read(path)
+        same_run = not difference(Identity(**best["identity"]), Identity(**content["identity"]))
+        why = "" if same_run and best["progress"].get("best") == value else f"{path} is not of these epochs"
+    except UserError as error:
+        why = str(error).removesuffix(f"; {checkpoint.ADVICE}")
+    if why:
+        log.warning("%s: there is no %s before an epoch is better than %g", why, checkpoint.BEST, value)
+        return
+    sizes = {name: value for name, value in best.items() if name not in checkpoint.KEYS}
+    parts = (best[name] for name in ("model", "optimizer", "progress"))
+    checkpoint.save(folder.checkpoints / checkpoint.BEST, config, data, *parts, sizes)
 
 
 def diverged_base(config: Config, folder: RunFolder, data: dict) -> Path | None:

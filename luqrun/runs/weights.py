@@ -23,7 +23,8 @@ KEY = "model.weights"
 KINDS = "safetensors, a state_dict that torch.save wrote, or a run's checkpoints/last.pt"
 WITHIN = ("state_dict", "model", "model_state_dict", "net")  # where training scripts keep the state_dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-SETTINGS = "config.json"  # of a network for text; beside it its tokenizer
+SETTINGS = "config.json"  # of a network for text
+OF_TEXT = (TOKENIZER, SETTINGS)  # what networks for text read beside a file of weights
 ADVICE = f"{KEY} takes {KINDS}"
 # Of the metadata of an export (luqrun.report.export): how its codes are read, and the settings that decided the run.
 PACKED, SETTINGS_OF_RUN = "luqrun.packed", "luqrun.settings"
@@ -84,10 +85,11 @@ def beside(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
-def fingerprint_weights(weights: str) -> str:
-    """16 hex digits of a hash of the file's content, and of the tokenizer and the sizes that lie beside it."""
+def fingerprint_weights(weights: str, read_beside: tuple[str, ...] = ()) -> str:
+    """16 hex digits of a hash of the file's content, and of those files beside it that are read too, where they are
+    there."""
     path, whole = find_file(weights), hashlib.sha256()
-    for each in (path, beside(path) / TOKENIZER, beside(path) / SETTINGS):
+    for each in (path, *(beside(path) / name for name in read_beside)):
         if each == path or each.is_file():
             try:
                 with each.open("rb") as file:
@@ -169,7 +171,7 @@ def _starts_as_pickle(path: Path) -> bool:
 
 
 def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict) and type(content.get("version")) is int and "optimizer" in content:
+    if isinstance(content, dict) and content.keys() >= checkpoint.EVER and isinstance(content["progress"], dict):
         raise UserError(
             f"{path} is a damaged checkpoint of luqrun, or one of an earlier luqrun (version {content['version']} of "
             f"checkpoints, here it is {checkpoint.VERSION}): its checksum is not there; {ADVICE}"

@@ -13,12 +13,13 @@ from luqrun.bench.formulas import FormulaAttention, FormulaConv2d, FormulaLinear
 from luqrun.bench.gemm import checked, operands, units
 from luqrun.bench.memory import kept_for_backward, peak, peak_of_allocations, resident_peaks
 from luqrun.bench.workloads import Workload
-from luqrun.config import ModelConfig, recipe
+from luqrun.config import ModelConfig
 from luqrun.quant import gemms, kernels
 from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import ops, reference
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
+from luqrun.recipes import recipe
 from luqrun.tasks.classification.networks import build_model
 
 CPU = torch.device("cpu")

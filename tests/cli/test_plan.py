@@ -133,6 +133,35 @@ def test_a_fine_tune_from_a_base_needs_it_before_or_in_the_same_command(luqrun, 
     assert [row[0] for row in rows(luqrun(*common, "finetune=fnt1"))] == ["missing"]
 
 
+@pytest.mark.parametrize("why", ["refused", "elsewhere", "its checkpoint is gone"])
+def test_a_fine_tune_from_a_base_that_has_no_end_in_this_command_is_refused(luqrun, tmp_path, locked, why):
+    finished = why == "its checkpoint is gone"
+    run, summary = (FINISHED, SUMMARY) if finished else ({**FINISHED, "status": "running"}, None)
+    base = made(tmp_path, run=run, summary=summary)
+    if why == "refused":
+        (base.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(tiny("seed=3"))))
+        base.append_metrics({"kind": "epoch", "epoch": 1})
+    elif why == "elsewhere":
+        locked(base)
+    result = luqrun("-m", *TINY, "quant=fp32", "resume=base", "finetune=none,fnt1", "job=plan")
+    assert [row[0] for row in rows(result)] == ["finished" if finished else why, "refused"]
+    assert result.code == 1
+    path = base.path.relative_to(tmp_path)
+    assert f"job 2 of 2 would be refused: resume=base: the run without fine-tuning, {path}, is" in result.err
+
+
+def test_a_fine_tune_from_a_base_that_is_to_be_taken_over_is_not(luqrun, tmp_path):
+    made(tmp_path, summary=SUMMARY, study="other")
+    result = luqrun("-m", *TINY, "quant=fp32", "reuse=true", "resume=base", "finetune=none,fnt1", "job=plan")
+    assert [row[0] for row in rows(result)] == ["taken over", "missing"]
+
+
+def test_a_job_that_is_refused_twice_is_told_twice(luqrun):
+    result = luqrun("-m", *TINY, "seed=-1", "tracking.log_every=1,2", "job=plan")
+    assert [row[0] for row in rows(result)] == ["refused", "refused"]
+    assert result.err.count("seed=-1 is too small") == 2
+
+
 def test_a_folder_that_was_set_by_hand_tells_no_time(luqrun, tmp_path):
     made(tmp_path, summary=SUMMARY)
     assert rows(luqrun(*TINY, "quant=fp32", "seed=1", "hydra.run.dir=here", "job=plan"))[0][:2] == (
@@ -141,20 +170,30 @@ def test_a_folder_that_was_set_by_hand_tells_no_time(luqrun, tmp_path):
     )
 
 
-def test_what_another_process_runs_is_left_to_it(luqrun, tmp_path):
-    folder = made(tmp_path, run={**FINISHED, "status": "running"})
-    read, write = os.pipe()
-    process = os.fork()
-    if process == 0:
-        with folder.locked():
-            os.write(write, b".")
-            os.read(os.pipe()[0], 1)
-    try:
+@pytest.fixture
+def locked():
+    """locked(folder): another process works there until the test ends."""
+    processes = []
+
+    def locked(folder: RunFolder) -> None:
+        read, write = os.pipe()
+        process = os.fork()
+        if process == 0:
+            with folder.locked():
+                os.write(write, b".")
+                os.read(os.pipe()[0], 1)
+        processes.append(process)
         os.read(read, 1)
-        assert rows(luqrun("-m", *TINY, "quant=fp32", "job=plan"))[0][0] == "elsewhere"
-    finally:
+
+    yield locked
+    for process in processes:
         os.kill(process, 9)
         os.waitpid(process, 0)
+
+
+def test_what_another_process_runs_is_left_to_it(luqrun, tmp_path, locked):
+    locked(made(tmp_path, run={**FINISHED, "status": "running"}))
+    assert rows(luqrun("-m", *TINY, "quant=fp32", "job=plan"))[0][0] == "elsewhere"
 
 
 def test_jobs_of_several_processes_have_their_own_folders(luqrun):

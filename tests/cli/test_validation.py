@@ -41,6 +41,8 @@ REFUSED = [
     ("+task=rounding", "task is not a key", ("job=rounding",)),
     ("+schedule.epoch=3", "schedule", ("epoch",)),
     ("+quant.gradient.sample=2", "sample", ()),
+    ("job=plan", "job=plan", ("command line alone", "not in a file")),
+    ("job=plans", "job=plans", ("train, evaluate",)),
     ("schedule.epochs=0", "schedule.epochs=0", ("at least 1",)),
     ("model.weights=FILE schedule.epochs=0 finetune=fnt1 resume=base", "resume=base", ("model.weights",)),
     ("job=cost resume=base", "resume=base", ("job=train",)),

@@ -48,6 +48,11 @@ def test_resnet18_under_luq(tmp_path):
     assert summary["cost/share_of_macs_4bit"] == summary["cost/share_of_matrix_work_4bit"]
     assert summary["cost/layers_of_unknown_work"] == 0
     assert 1 < summary["cost/bound_over_8bit"] < 2  # 4-bit units are twice as fast
+    assert (
+        summary["cost/bound_with_free_4bit"]
+        == json.loads((folder.path / "cost.json").read_text())["bounds"]["with_free_4bit"]
+        > 2
+    )
     assert summary["cost/bytes_kept_fp32"] == 2 * summary["cost/bytes_kept_bf16"]
     assert summary["cost/bytes_kept"] < summary["cost/bytes_kept_fp32"]
     assert all(key.startswith("cost/") for key in summary)
@@ -98,7 +103,7 @@ def test_text_has_products_of_activations_in_high_precision():
 def test_bf16_is_high_precision_where_a_run_has_it():
     record, gemms = job.count(config(*IMAGENET, "quant=luq", "precision=bf16"))
     assert {side.format for gemm in gemms if gemm.why for side in gemm.sides} == {"bf16"}
-    assert record["bounds"]["at_no_time"] == pytest.approx(18.0258, abs=1e-4)
+    assert record["bounds"]["with_free_4bit"] == pytest.approx(18.0258, abs=1e-4)
 
 
 def test_speeds_are_keys():
@@ -201,6 +206,16 @@ def test_a_forward_that_asks_for_values_is_refused(monkeypatch):
     monkeypatch.setattr(job, "outline_task", lambda config: outline)
     with pytest.raises(UserError, match=r"model\.name=resnet8: its shapes cannot be known without data"):
         job.count(config("quant=luq"))
+
+
+def test_an_error_of_another_kind_is_raised_as_it_is(monkeypatch):
+    with torch.device("meta"):
+        outline = Outline(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)), {"input": torch.empty(2, 4)}, None, 2, "row", ""
+        )
+    monkeypatch.setattr(job, "outline_task", lambda config: outline)
+    with pytest.raises(RuntimeError, match="reduction dim"):
+        job.count(config("quant=fp32"))
 
 
 def test_unknown_layers_are_named_in_the_text(monkeypatch):

@@ -38,11 +38,11 @@ def test_the_bound_is_amdahls():
         "fp32": pytest.approx(1000 / seconds),
         "bf16": pytest.approx(500 / seconds),
         "8bit": pytest.approx((900 / 4 + 100) / seconds),
-        "at_no_time": pytest.approx(10.0),
+        "with_free_4bit": pytest.approx(10.0),
     }
-    assert totals.bounds([AT_4], SPEEDS, "fp32")["at_no_time"] is None
-    assert totals.bounds([SKIPPED], SPEEDS, "bf16") == {"fp32": 2.0, "bf16": 1.0, "8bit": 1.0, "at_no_time": 1.0}
-    assert totals.bounds([], SPEEDS, "fp32") == dict.fromkeys(("fp32", "bf16", "8bit", "at_no_time"))
+    assert totals.bounds([AT_4], SPEEDS, "fp32")["with_free_4bit"] is None
+    assert totals.bounds([SKIPPED], SPEEDS, "bf16") == {"fp32": 2.0, "bf16": 1.0, "8bit": 1.0, "with_free_4bit": 1.0}
+    assert totals.bounds([], SPEEDS, "fp32") == dict.fromkeys(("fp32", "bf16", "8bit", "with_free_4bit"))
 
 
 def test_samples_take_time_and_no_share():

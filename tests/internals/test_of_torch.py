@@ -120,3 +120,29 @@ def test_the_outermost_module_is_known():
     outer(torch.ones(1))
     assert seen == [outer]
     assert of_torch.outermost_module() is None
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.equal(x, x),
+        lambda x: x[0].repeat_interleave(x[0].long()),
+    ],
+    ids=["item", "tolist", "numpy", "nonzero", "mask", "equal", "repeat"],
+)
+def test_who_asks_for_values_that_are_not_there_is_known(ask):
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        ask(torch.empty(2, 3, device="meta"))
+    assert of_torch.asks_for_values(error.value)
+
+
+@pytest.mark.parametrize("fail", [lambda x: x @ x, lambda x: x.view(5), lambda x: nn.Module()(x), lambda x: x + "a"])
+def test_what_fails_for_another_reason_is_not_taken_for_that(fail):
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        fail(torch.empty(2, 3, device="meta"))
+    assert not of_torch.asks_for_values(error.value)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from running import composed, last, quiet_machine, tiny
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_packed import multiplied, read_packed
 
 from luqrun.cli.validation import to_config
@@ -180,3 +180,36 @@ def test_the_script_is_the_same_function():
     found = subprocess.run([sys.executable, script, "nowhere"], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == "luqrun-export: nowhere is not a run folder: it has no config.yaml\n"
+
+
+def test_the_reader_without_luqrun_lists_and_refuses_in_one_line(tmp_path, capsys):
+    good = exported(write_run(tmp_path / "run"))
+    capsys.readouterr()
+    read_packed.main([str(good)])
+    assert "conv1.weight (" in capsys.readouterr().out
+    with safe_open(good, framework="pt") as file:
+        metadata = file.metadata()
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("nowhere", "cut", "plain", "keys", "json", "codes")}
+    files["cut"].write_bytes(good.read_bytes()[:-5])
+    tensors = load_file(good)
+    save_file(tensors, files["plain"])
+    save_file(tensors, files["keys"], {name: text for name, text in metadata.items() if name != "tied"})
+    save_file(tensors, files["json"], {**metadata, "weights": "{"})
+    short = {name: each[:-1] if name.endswith(".codes") else each for name, each in tensors.items()}
+    save_file({name: each.clone() for name, each in short.items()}, files["codes"], metadata)
+    words = dict.fromkeys(files, "damaged (")
+    words |= {"nowhere": "No such file", "plain": "not a file of packed codes, as luqrun-export RUN writes"}
+    for name, path in files.items():
+        with pytest.raises(SystemExit) as end:
+            read_packed.main([str(path)])
+        assert str(end.value.code).startswith(f"read_packed.py: {path}: {words[name]}")
+        assert "\n" not in end.value.code
+    assert capsys.readouterr().out == ""
+    for arguments in ([], [str(good), "more"]):
+        with pytest.raises(SystemExit, match=r"usage: python scripts/read_packed\.py FILE"):
+            read_packed.main(arguments)
+
+
+def test_what_the_reader_refuses_ends_with_exit_code_1():
+    found = subprocess.run([sys.executable, read_packed.__file__], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "usage: python scripts/read_packed.py FILE\n")

@@ -15,6 +15,7 @@ from running import build_trainer, composed, quiet_machine, tiny, train
 from shell import ROOT
 
 from luqrun import tasks
+from luqrun.cli.validation import to_config
 from luqrun.config import DatasetConfig, ModelConfig
 from luqrun.quant.convert import quantized_layers, set_step
 from luqrun.report.summaries import read_inputs
@@ -248,6 +249,32 @@ def test_the_gradient_of_a_fine_tuned_run_in_bf16_says_so(pictures, tmp_path):
     figure = pictures.draw_gradients(found)
     assert found.state in figure.axes[0].get_title()
     assert [text.get_text() for text in figure.texts] == ["a/run"]
+
+
+FACTS = ("dataset=facts", "model=bert_tiny", "schedule=facts", "dataset.examples=64", "device=cpu", "dataset.workers=0")
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_file_of_weights_that_a_run_began_with_may_be_gone(tmp_path, text):
+    if text:
+        pytest.importorskip("transformers", reason="the extra text is not installed")
+    overrides = FACTS if text else ("quant=luq", "dataset.glyphs.train_images=32")
+    config = to_config(composed(*overrides)) if text else tiny(*overrides)
+    found = []
+    with quiet_machine(tmp_path / "cache"):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            trainer = Trainer(config, RunFolder(tmp_path / name), torch.device("cpu"))
+            trainer.save_checkpoint()
+            trainer.tracker.close()
+            path = tmp_path / name / "config.yaml"
+            path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            config.model.weights = str(tmp_path / "a" / "checkpoints" / "last.pt")
+    for each in (tmp_path / "a").rglob("last.pt"):
+        found.append(layer_gradients(tmp_path / "a", None).values)
+        each.unlink()
+    found.append(layer_gradients(tmp_path / "b", None).values)
+    assert torch.equal(*found)
 
 
 @pytest.fixture

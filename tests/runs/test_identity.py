@@ -232,3 +232,21 @@ def test_of_many_runs_beside_three_are_named(tmp_path):
         hold(tmp_path, tiny(), {**RUN, "results": 1}, name=f"{ours.name[:-8]}0000000{number}")
     line = runs_beside(tiny(), {}, ours)
     assert (line.count("RESULTS 1"), "; and 2 more. " in line) == (3, True)
+
+
+def test_of_runs_from_weights_those_of_the_same_file_with_another_content_are_named(tmp_path):
+    def hold_one(number, file, content, **more):
+        data = {"weights": content} if content else {}
+        name = f"{ours.name[:-8]}0000000{number}"
+        return hold(tmp_path, tiny(*file), {**RUN, "data": data, **more}, name=name).path
+
+    file = ("model.weights=a.pt",)
+    ours = tmp_path / run_id(tiny(*file), {"weights": "1"})
+    changed = hold_one(1, file, "0")
+    hold_one(2, ("model.weights=b.pt",), "2")
+    hold_one(3, (), None)
+    copied = hold_one(4, ("model.weights=copy-of-a.pt",), "1", results=1)
+    line = runs_beside(tiny(*file), {"weights": "1"}, ours)
+    assert f"{changed}, a run of other data: other weights; {copied}, a run of RESULTS 1 (" in line
+    assert "00000002" not in line
+    assert "00000003" not in line

@@ -50,6 +50,14 @@ def test_it_is_the_longer_run_bit_for_bit(outputs):
     assert "epoch 1/3" not in outputs["text"]
 
 
+def test_its_best_epoch_may_be_one_of_the_parent(outputs):
+    best = [checkpoint.read(outputs[name].checkpoints / "best.pt") for name in ("on", 3)]
+    assert best[1]["progress"]["epoch"] == 1  # no later one is better
+    assert_same_tensors(*({k: v for k, v in each.items() if k != "progress"} for each in best))
+    assert_same_tensors(*({k: each["progress"][k] for k in ("epoch", "step", "best")} for each in best))
+    assert outputs["on"].summary()["best_metric"] == best[0]["progress"]["best"]
+
+
 def test_it_names_its_parent_and_leaves_it_alone(outputs):
     on, one = outputs["on"], outputs[1]
     assert (on.path / on.run()["parent"]).resolve() == one.path.resolve()

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from running import assert_same_tensors, last, metrics, train
+from running import assert_same_tensors, last, metrics, tiny, train
 
 from luqrun.errors import UserError
 from luqrun.runs import checkpoint
+from luqrun.runs.metric import Metric
 from luqrun.train import trainer
 from luqrun.train.trainer import Trainer
 
@@ -112,6 +113,33 @@ def test_a_trained_run_can_be_fine_tuned_later(tmp_path, trained):
     # The other run's checkpoint is not touched, and its lines are not copied.
     assert last(base)["progress"]["epoch"] == 1
     assert {line["phase"] for line in metrics(tuned)} == {"finetune"}
+
+
+@pytest.mark.parametrize("kept", ["of the run", "of another run", "of a later epoch", None])
+def test_the_best_of_epochs_that_another_run_trained(tmp_path, trained, monkeypatch, caplog, kept):
+    shutil.copytree(trained("quant=fp32").checkpoints, tmp_path / "given")
+    other = trained("quant=fp32", "seed=5")
+    monkeypatch.setattr(Metric, "improves", lambda metric, value, best: best is None)  # the first epoch is the best
+    last_one, best = tmp_path / "given" / "last.pt", tmp_path / "given" / "best.pt"
+    before = torch.load(best, weights_only=True)
+    if kept == "of another run":
+        shutil.copy(other.checkpoints / "best.pt", best)
+    elif kept == "of a later epoch":
+        progress = {**before["progress"], "best": before["progress"]["best"] + 1}
+        checkpoint.save(best, tiny("quant=fp32"), {}, before["model"], before["optimizer"], progress)
+    elif kept is None:
+        best.unlink()
+    _, folder = train(tmp_path / "run", "quant=fp32", "finetune=fnt1", f"resume={last_one}")
+    if kept == "of the run":
+        found = checkpoint.read(folder.checkpoints / "best.pt")
+        assert_same_tensors(found["model"], before["model"])
+        assert found["num_classes"] == before["num_classes"]
+        assert found["identity"] == checkpoint.read(folder.checkpoints / "last.pt")["identity"]
+    else:
+        assert not (folder.checkpoints / "best.pt").exists()
+        why = "no such file" if kept is None else "is not of these epochs"
+        value = before["progress"]["best"]
+        assert f"{why}: there is no best.pt before an epoch is better than {value:g}" in caplog.text
 
 
 def test_resume_from_a_path_refuses_another_run(tmp_path, trained):

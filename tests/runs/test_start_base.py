@@ -9,6 +9,7 @@ from running import assert_same_tensors, last, tiny, train
 
 from luqrun.config import CellConfig, TrackingConfig
 from luqrun.errors import UserError
+from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import run_id
 from luqrun.runs.start import base_checkpoint, diverged_base
@@ -96,6 +97,9 @@ def test_trained_apart_or_in_one_run_it_is_the_same(tmp_path):
     _, whole = run("whole", "finetune=fnt2")
     assert_same_tensors(last(apart)["model"], last(whole)["model"])
     assert summary["finetune"] == whole.summary()["finetune"]
+    best, of_whole = (checkpoint.read(each.checkpoints / "best.pt") for each in (apart, whole))
+    assert best["identity"] == of_whole["identity"]
+    assert_same_tensors(best["model"], of_whole["model"])
     assert contents(base) == before
     # Once begun, it goes on from its own checkpoint, with or without the base.
     shutil.rmtree(base.path)

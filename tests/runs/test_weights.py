@@ -1,5 +1,6 @@
 """Files of weights: which kinds are read, how one is named, and what is refused in a line that names it."""
 
+import hashlib
 import os
 import pickle
 from argparse import Namespace
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import assert_same_tensors, tiny
+from running import assert_same_tensors, composed, tiny
 from safetensors.torch import save_file
 from torch import nn
 
+from luqrun import tasks
+from luqrun.cli.validation import to_config
 from luqrun.errors import UserError
 from luqrun.runs import checkpoint
-from luqrun.runs.weights import PACKED, find_file, fingerprint_weights, is_file, read_weights
+from luqrun.runs.weights import OF_TEXT, PACKED, find_file, fingerprint_weights, is_file, read_weights
+from luqrun.tasks import fingerprint_data
 
 STATE = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.tensor([1.0, -1.0])}
 
@@ -128,8 +132,23 @@ def test_a_checkpoint_of_an_earlier_luqrun_is_refused(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / "last.pt")
     monkeypatch.undo()
     assert "of an earlier luqrun (version 3 of checkpoints, here it is 4)" in refusal(path)
-    content = {"version": 1, "model": STATE, "optimizer": {}}  # before they had a checksum
+    progress = {"epoch": 0, "batch": 0, "step": 0}
+    # Before they had a checksum.
+    content = {"version": 1, "config": {}, "num_classes": 3, "model": STATE, "optimizer": {}, "progress": progress}
     assert "of an earlier luqrun (version 1 of checkpoints" in refusal(write(path, content))
+
+
+def test_a_checkpoint_that_lost_its_checksum_is_told_as_one(tmp_path):
+    path = write_checkpoint(tmp_path / "last.pt")
+    path.write_bytes(path.read_bytes().partition(b"\nsha256 ")[0])
+    assert "is a damaged checkpoint of luqrun, or one of an earlier luqrun (version 4" in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("more", [{}, {"config": {"lr": 0.1}, "epoch": 3}, {"progress": 0.5}])
+def test_a_checkpoint_of_another_script_may_have_a_version_too(tmp_path, key, more):
+    content = {"version": 2, "optimizer": {"state": {}}, key: STATE, **more}
+    assert_same_tensors(read_weights(str(write(tmp_path / "w.pt", content))).tensors, STATE)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +175,29 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
     other.write_bytes(run.read_bytes())
     first = fingerprint_weights(str(run))
     assert fingerprint_weights(str(other)) == first
-    (tmp_path / "b" / "tokenizer.json").write_text("{}")
-    assert fingerprint_weights(str(other)) != first
+    for number, name in enumerate(OF_TEXT):
+        (tmp_path / "b" / name).write_text("{}")
+        assert fingerprint_weights(str(other)) == first
+        assert fingerprint_weights(str(other), OF_TEXT[: number + 1]) != first
+        assert fingerprint_weights(str(other), OF_TEXT[number + 1 :]) == first
     one, two = write(tmp_path / "1.pt", STATE), write(tmp_path / "2.pt", {**STATE, "fc.bias": torch.tensor([1.0, 1.0])})
     assert fingerprint_weights(str(one)) != fingerprint_weights(str(two))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reads"),
+    [
+        (("dataset=glyphs", "model=resnet8"), False),
+        (("dataset=sentences", "model=transformer_tiny", "schedule=sentences"), True),
+        (("dataset=facts", "model=bert_tiny", "schedule=facts"), True),
+    ],
+    ids=["images", "sentences", "questions"],
+)
+def test_what_lies_beside_a_file_counts_where_it_is_read(tmp_path, monkeypatch, overrides, reads):
+    file = write(tmp_path / "w.pt", STATE)
+    config = to_config(composed(*overrides, f"model.weights={file}"))
+    first = fingerprint_data(config)["weights"]
+    assert first == hashlib.sha256(hashlib.sha256(file.read_bytes()).digest()).hexdigest()[:16]  # as runs recorded it
+    monkeypatch.setattr(tasks, "_fingerprints", {})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert (fingerprint_data(config)["weights"] != first) == reads

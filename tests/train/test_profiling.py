@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from luqrun.config import recipe
 from luqrun.quant.convert import quantize_model
+from luqrun.recipes import recipe
 from luqrun.train import profiling
 from luqrun.train.profiling import DATA, KINDS, OTHER, StepProfiler, by_kind, kind_of, kinds_table
 

@@ -13,10 +13,11 @@ from running import composed, quiet_machine
 
 from luqrun.cli.results import closing_table
 from luqrun.cli.validation import to_config, validate
-from luqrun.config import FinetuneConfig, ModelConfig, recipe
+from luqrun.config import FinetuneConfig, ModelConfig
 from luqrun.errors import UserError
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
+from luqrun.recipes import recipe
 from luqrun.runs.folder import RunFolder
 from luqrun.runs.identity import run_id
 from luqrun.train import rounding_experiment

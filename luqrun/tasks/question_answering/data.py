@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from luqrun.config import Config, DatasetConfig, ModelConfig
 from luqrun.errors import UserError, check_at_least, check_at_most, check_choice
 from luqrun.runs.folder import TOKENIZER
+from luqrun.runs.weights import OF_TEXT, is_file
 from luqrun.runs.weights import fingerprint_weights as fingerprint_file
-from luqrun.runs.weights import is_file
 from luqrun.tasks.padding import describe_padding
 from luqrun.tasks.question_answering import GENERATED, NAMES
 from luqrun.tasks.settings import check_common, check_read, check_text_model
@@ -117,7 +117,7 @@ def fingerprint_dataset(config: Config) -> dict[str, object]:
 
         found |= squad.fingerprint(config.dataset)
     if is_file(config.model.weights):
-        found["weights"] = fingerprint_file(config.model.weights)
+        found["weights"] = fingerprint_file(config.model.weights, OF_TEXT)
     elif config.model.weights is not None:
         from luqrun.tasks.question_answering.weights import fingerprint_weights
 

@@ -17,7 +17,7 @@ from luqrun.internals.of_torch import innermost
 from luqrun.internals.of_transformers import require_text, sacrebleu
 from luqrun.runs.folder import TOKENIZER
 from luqrun.runs.metric import Metric
-from luqrun.runs.weights import Weights, beside, find_file, fingerprint_weights, read_weights
+from luqrun.runs.weights import OF_TEXT, Weights, beside, find_file, fingerprint_weights, read_weights
 from luqrun.tasks.outline import Outline
 from luqrun.tasks.settings import check_text_model, check_text_optimizer
 from luqrun.tasks.task import Task
@@ -61,7 +61,7 @@ def validate(config: Config) -> None:
 def fingerprint(config: Config) -> dict:
     """As luqrun.tasks.fingerprint_data. Raises UserError as `build` does."""
     found, weights = fingerprint_dataset(config.dataset), config.model.weights
-    return found if weights is None else {**found, "weights": fingerprint_weights(weights)}
+    return found if weights is None else {**found, "weights": fingerprint_weights(weights, OF_TEXT)}
 
 
 def outline(config: Config) -> Outline:
