@@ -20,7 +20,8 @@ from luqrun.quant.grids import Lines, grid_of
 from luqrun.quant.kernels import blocks, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8
-from luqrun.quant.kernels.cpu.driver import CHUNK, THREADED, threads_for
+from luqrun.quant.kernels.cpu.driver import THREADED, threads_for
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer

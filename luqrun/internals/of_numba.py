@@ -9,7 +9,7 @@ from numba.core import cgutils, event
 from numba.core.dispatcher import Dispatcher
 from numba.core.registry import cpu_target
 
-__all__ = ["DOT", "Dispatcher", "cgutils", "compiled_for", "event", "is_there", "threading_layer"]
+__all__ = ["DOT", "Dispatcher", "address_of", "cgutils", "compiled_for", "event", "is_there", "threading_layer"]
 # LLVM's name of the instruction of AVX-512 VNNI: int32 (16,) + products of uint8 (16, 4) and int8 (16, 4), as int32.
 DOT = "llvm.x86.avx512.vpdpbusd.512"
 _POOLS = {"tbb": "numba.np.ufunc.tbbpool", "omp": "numba.np.ufunc.omppool", "workqueue": "numba.np.ufunc.workqueue"}
@@ -20,6 +20,13 @@ def compiled_for() -> tuple[str, str]:
     is decorated fixes the features, whatever numba.config says later."""
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
     return name, features
+
+
+def address_of(function: Dispatcher, signature: tuple) -> int:
+    """Where C, or compiled code, finds a function of numbers, compiled now where it is not yet."""
+    function.compile(signature)
+    compiled = function.overloads[signature]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
 
 
 def is_there(layer: str) -> bool:

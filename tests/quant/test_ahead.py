@@ -16,7 +16,8 @@ from luqrun.quant.kernels.cpu import ahead, driver
 
 LOOPS = """
 import numpy as np
-from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
+from luqrun.quant.kernels.cpu.driver import driver, floats
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.cpu.rows import row_loop
 
 @row_loop()

@@ -155,11 +155,14 @@ from luqrun.quant.kernels.philox import make_stream
 assert not rows.HAS_FMA
 x, stream, scale = torch.randn(5000), make_stream(3), np.float32(0.06)
 words, found = reference.random_words(stream, 0, x.numel()).numpy().astype(np.uint32), np.zeros(5000, np.int8)
+bits, drawn = x.numpy().view(np.int32), rows.STOCHASTIC
 for name, rounding, underflow in (("e3m0", "stochastic", "stochastic"), ("int4", "nearest", None)):
     form = FORMATS[name]
-    how = form.logarithmic, rows.MODES[rounding], rows.MODES[underflow], False
-    ends = np.float32(-form.limit), np.float32(form.limit)
-    encode.encode(x.numpy().view(np.int32), found, words, scale, *ends, *how)
+    low, high = np.float32(-form.limit), np.float32(form.limit)
+    if form.logarithmic:
+        encode.powers(bits, found, words, scale, high, drawn, drawn, False)
+    else:
+        encode.integers(bits, found, words, scale, low, high, rows.NEAREST, False)
     how = torch.tensor(scale), torch.tensor(True), Encoding(name, rounding=rounding, underflow=underflow), stream
     assert torch.equal(torch.from_numpy(found), reference.encode(x, *how)[0])
 """

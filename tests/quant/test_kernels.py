@@ -11,7 +11,7 @@ from luqrun.quant import kernels
 from luqrun.quant.formats import FORMATS, pack
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu.driver import CHUNK, ROW
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 from luqrun.quant.kernels.layout import in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import make_stream
 

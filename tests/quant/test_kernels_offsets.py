@@ -12,13 +12,13 @@ from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import driver, loops, philox, quantize
-from luqrun.quant.kernels.cpu.driver import ROW
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 from luqrun.quant.kernels.philox import make_stream
 
 STREAM = make_stream(2**61 + 11, 3, 2, 7, 1, 4)
 NAME = philox.stream_words(STREAM.numpy(), 0)
-# First elements: multiples of ROW, as a task's are; bytes of four an element leave 2^31 and 2^32 much earlier.
-STARTS = pytest.mark.parametrize("start", [2**29, 2**30, 2**31 - ROW, 2**31, 2**32, 2**34, 2**40 + 5 * ROW])
+# First elements: multiples of CHUNK, as a task's are; bytes of four an element leave 2^31 and 2^32 much earlier.
+STARTS = pytest.mark.parametrize("start", [2**29, 2**30, 2**31 - CHUNK, 2**31, 2**32, 2**34, 2**40 + 5 * CHUNK])
 COUNT = 2 * ROW + 37
 
 
@@ -33,11 +33,27 @@ def back(tensor, elements):
     return tensor.data_ptr() - elements * tensor.element_size()
 
 
-def how_to(form, rounding, underflow, x, codes):
-    """What the loops take: logarithmic, rounding, underflow; form; ends."""
-    coding = int(form.logarithmic), cpu.MODES[rounding], cpu.MODES[underflow]
-    ends = np.array([0.05, 0 if form.logarithmic else -form.limit, form.limit], np.float32)
-    return int(x.dtype == torch.bfloat16), coding, cpu._form(form, codes.dtype), ends
+def request(form, rounding, underflow, like, stored, **more):
+    """What the tasks of quantize are told, but for what they find; and the array that has it."""
+    bits, pair, kind, floating = cpu._form(form, stored.dtype)
+    coder = {0: quantize.encode_integers, 1: quantize.encode_powers}.get(floating, quantize.encode_floats)
+    told = np.zeros(1, quantize.REQUEST)
+    numbers = {
+        **{"half": like.dtype == torch.bfloat16, "bits": bits, "pair": pair, "kind": kind, "floating": floating},
+        **{"rounding": cpu.MODES[rounding], "underflow": cpu.MODES[underflow], "coder": coder.address()},
+        **{"scale": 0.05, "low": 0 if form.logarithmic else -form.limit, "high": form.limit, "name": NAME.ctypes.data},
+    }
+    for name, value in {**numbers, **more}.items():
+        told[0][name] = value
+    return told
+
+
+def at_task(function, told, number):
+    """Run a task; the pattern of the largest magnitude (int32) that it found."""
+    found = np.zeros(1, np.int32)
+    told[0]["largest"] = found.ctypes.data - 4 * number
+    function.serial(told.ctypes.data, number)
+    return found[0]
 
 
 def guarded(count, dtype):
@@ -62,11 +78,12 @@ def test_encoding(name, start, monkeypatch):
                 guarded(COUNT, dtype),
                 guarded(COUNT * form.field_bits // 8 + 1, torch.uint8),
             )
-            half, coding, kinds, ends = how_to(form, rounding, underflow, x, codes)
-            found = quantize._flat_task(
-                back(x, start), half, start, start + COUNT, back(codes, start),
-                fields.data_ptr() - start * form.field_bits // 8, coding, kinds, NAME, ends, half == 0, True,
+            told = request(
+                form, rounding, underflow, x, codes, x=back(x, start), elements=start + COUNT,
+                codes=back(codes, start), fields=fields.data_ptr() - start * form.field_bits // 8,
+                finite=x.dtype == torch.float32, observe=True,
             )  # fmt: skip
+            found = at_task(quantize.encode_flat, told, start // CHUNK)
             with monkeypatch.context() as patch:
                 words_from(patch, start)
                 scale, signed = torch.tensor(0.05), torch.tensor(True)
@@ -74,7 +91,7 @@ def test_encoding(name, start, monkeypatch):
             assert_identical(codes, expected)
             packed = reference.pack(expected, form)
             assert torch.equal(fields[: packed.numel()], packed)
-            assert np.int32(found).view(np.float32) == x.float().abs().max()
+            assert found.view(np.float32) == x.float().abs().max()
             assert_edges(edges)
             assert_edges(byte_edges)
 
@@ -90,10 +107,9 @@ def test_encoding_of_images(size, start, finite, channels):
     first = image * channels * pixels
     x = normal(1, channels, *size).clamp(-3.2, 3.2).to(memory_format=LAST)  # 64 scales: `finite` promises as much
     edges, codes = guarded(channels * pixels, torch.int8)
-    half, coding, kinds, ends = how_to(form, "stochastic", "stochastic", x, codes)
-    how = coding, kinds, NAME, ends, finite, False
-    address = back(x, first), half, image, image + 1, pixels, channels, back(codes, first)
-    quantize._images_task(*address, *how)
+    sizes = {"each": 1, "images": image + 1, "pixels": pixels, "channels": channels}
+    at = {"x": back(x, first), "codes": back(codes, first), "finite": finite}
+    at_task(quantize.encode_images, request(form, "stochastic", "stochastic", x, codes, **sizes, **at), image)
     # Element first + i takes word (first + i) % 4 of counter (first + i) // 4.
     group = np.arange(first // 4, (first + channels * pixels) // 4 + 1, dtype=np.uint64)
     counter = group & np.uint64(0xFFFFFFFF), group >> np.uint64(32), NAME[2], NAME[3]
@@ -112,9 +128,20 @@ def test_measuring(start):
     x = normal(COUNT)
     x[-1], x[3] = -9.0, 8.0
     for each in (x, x.bfloat16()):
-        extremes, sums = np.zeros(2, np.int32), np.zeros(2, np.float64)
-        half = int(each.dtype == torch.bfloat16)
-        quantize._measure_task(back(each, start), half, start, start + COUNT, 1, extremes, sums)
+        extremes, sums, number = np.zeros(2, np.int32), np.zeros(2, np.float64), start // CHUNK
+        found = {"extremes": extremes.ctypes.data - 8 * number, "sums": sums.ctypes.data - 16 * number}
+        told = request(
+            FORMATS["int4"],
+            "nearest",
+            None,
+            each,
+            each,
+            x=back(each, start),
+            elements=start + COUNT,
+            moments=1,
+            **found,
+        )
+        quantize.measure.serial(told.ctypes.data, number)
         expected = reference.statistics(each, True)
         assert extremes[:1].view(np.float32)[0] == expected[0] == 9.0
         assert extremes[1] < 0
@@ -149,10 +176,10 @@ def test_patches(images, channels):
     a = torch.randint(-7, 8, (2, height, width, channels), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     line = width * 9 * channels
     edges, block = guarded(2 * height * line, torch.int8)
-    geometry = (height, width), kernel, stride, padding, dilation
+    geometry = height, width, *kernel, *stride, *padding, *dilation
     first, size = (images - 2) * height, (images, height, width, channels)
     address = back(a, (images - 2) * height * width * channels)
-    loops.patches(block.numel(), block.data_ptr(), address, first, size, *geometry)
+    loops.patches(2 * height, block.numel(), block.data_ptr(), address, first, *size, *geometry)
     columns = torch.nn.functional.unfold(a.permute(0, 3, 1, 2).float(), kernel, dilation, padding, stride)
     expected = columns.view(2, channels, 9, height * width).permute(0, 3, 2, 1).reshape(-1)
     assert torch.equal(block, expected.char())

@@ -11,7 +11,7 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, SAWB
 from luqrun.quant.kernels import fuses, ops, reference
 from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu.driver import CHUNK
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.quantizer import Quantizer
 

@@ -22,6 +22,7 @@ from luqrun.quant.kernels.cpu import blocks, driver, loops, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
 from luqrun.quant.kernels.cpu.driver import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
+from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.layout import dense, empty, pixels_of
 
 KINDS = {
@@ -72,7 +73,8 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     x, found = loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
     how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
     address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
-    numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers)
+    functions = driver.run.address(x.numel()), numba_quantize.measure.address(), 0, 0
+    numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers, functions)
     return found[2:].clone()  # memory of its own, as the operator promises
 
 
@@ -120,8 +122,10 @@ def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Te
     """The codes and fields of numba_quantize.quantize. addresses: of results and outputs, whose tensors the caller
     holds; the rest: as there."""
     wanted, count, layout = dtype, x.numel(), _layout(x)
-    # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards.
-    later = packed and layout[1] > 0 and STOCHASTIC in how[1:3]
+    # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards. Without draws
+    # the order of the elements does not matter.
+    by_images = layout[1] > 0 and STOCHASTIC in how[1:3]
+    later = packed and by_images
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
@@ -133,14 +137,28 @@ def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Te
     if count or how[3] != GIVEN:
         outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
         address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)
-        numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers)
+        layout = layout if by_images else (layout[0], 0, 0, 0)
+        functions = _functions(count, how[3] != GIVEN, by_images, form)
+        numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers, functions)
     if later:
         _pack(codes, fields, form)
     return codes if dtype == wanted else codes.to(wanted), fields
 
 
+def _functions(elements: int, measures: bool, by_images: bool, form: Format) -> tuple[int, int, int, int]:
+    """The functions that numba_quantize.quantize takes."""
+    if form.logarithmic:
+        coder = numba_quantize.encode_powers
+    else:
+        coder = numba_quantize.encode_floats if form.floating else numba_quantize.encode_integers
+    encode = numba_quantize.encode_images if by_images else numba_quantize.encode_flat
+    measure = numba_quantize.measure.address() if measures else 0
+    return driver.run.address(elements), measure, encode.address(), coder.address()
+
+
 def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:
-    loops.pack(codes.numel(), codes.data_ptr(), fields.data_ptr(), _form(form, codes.dtype))
+    count = codes.numel()
+    loops.pack(chunks(count), count, count, codes.data_ptr(), fields.data_ptr(), *_form(form, codes.dtype))
 
 
 def pack(codes: Tensor, form: Format) -> Tensor:
@@ -157,7 +175,8 @@ def unpack(
     """See reference.unpack."""
     stored = dtype if dtype in KINDS else form.code_dtype
     codes = empty(shape, channels_last, stored, fields.device)
-    loops.unpack(math.prod(shape), fields.data_ptr(), codes.data_ptr(), int(signed.item()), _form(form, stored))
+    count, addresses = codes.numel(), (fields.data_ptr(), codes.data_ptr())
+    loops.unpack(chunks(count), count, count, *addresses, int(signed.item()), *_form(form, stored))
     return codes.to(dtype)
 
 
@@ -166,8 +185,9 @@ def relu_(x: Tensor, most: float | None = None) -> Tensor:
     assert x.dtype in (torch.float32, torch.bfloat16)
     assert dense(x) is x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
-    half = int(x.dtype == torch.bfloat16)
-    loops.rectify(x.numel(), x.data_ptr(), half, mask.data_ptr(), _pattern(math.nan if most is None else most, half))
+    half, count = int(x.dtype == torch.bfloat16), x.numel()
+    most = _pattern(math.nan if most is None else most, half)
+    loops.rectify(chunks(count), count, count, x.data_ptr(), half, mask.data_ptr(), most)
     return mask
 
 
@@ -183,6 +203,6 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     assert grad.dtype in (torch.float32, torch.bfloat16)
     grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     out = torch.empty_like(grad)
-    half = int(grad.dtype == torch.bfloat16)
-    loops.apply_mask(grad.numel(), grad.data_ptr(), half, mask.data_ptr(), out.data_ptr())
+    half, count = int(grad.dtype == torch.bfloat16), grad.numel()
+    loops.apply_mask(chunks(count), count, count, grad.data_ptr(), half, mask.data_ptr(), out.data_ptr())
     return out

@@ -7,45 +7,56 @@ luqrun.quant.kernels.blocks.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, prange
+from numba import carray
 
 from luqrun.quant.kernels.blocks import RMS_CLIP
 from luqrun.quant.kernels.cpu import block_rows, rows
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FLOAT32_MAX, FP32
-from luqrun.quant.kernels.cpu.driver import CHUNK, ROW, driver, floats, halves, pointer, uint8s, uint32s
+from luqrun.quant.kernels.cpu.driver import floats, halves, integers, pointer, tasks, uint8s, uint32s
+from luqrun.quant.kernels.cpu.encode import float_of
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
-from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, row_loop
+from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 
 PANEL = 2048  # elements that are worked on together
 
 
-@driver
-def words(elements, out, layout, stream, sample):
-    """The random words of a tensor's elements, uint32 at `out` in memory order. layout: images, pixels, channels (no
-    images: row-major). out has room for a multiple of four words."""
-    images, pixels, channels = layout
+@tasks
+def words(request, number):
+    """The random words of elements number * CHUNK up, uint32 at `out` in memory order. out has room for a multiple of
+    four words."""
+    elements, out, stream, sample = integers(request, 0, 4)
     name = stream_words(carray(pointer(stream), (6,), np.int64), sample)
-    if images == 0:
-        for task in prange((elements + CHUNK - 1) // CHUNK):
-            for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-                count = (min(elements - first, ROW) + 3) // 4
-                fill_words(carray(pointer(out + 4 * first), (2 * count,), np.uint64), first // 4, count, name)
-        return
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = (min(elements - first, ROW) + 3) // 4
+        fill_words(carray(pointer(out + 4 * first), (2 * count,), np.uint64), first // 4, count, name)
+
+
+@tasks
+def words_of_images(request, image):
+    """`words` of an image, (pixels, channels), of a channels_last tensor: see quantize.encode_images."""
+    out, stream, sample, pixels, channels = integers(request, 0, 5)
+    name = stream_words(carray(pointer(stream), (6,), np.int64), sample)
     aligned = pixels % 4 == 0
     block = min(pixels, max(4, ROW // channels // 4 * 4))
-    for image in prange(images):
-        scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
-        counters, lanes = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
-        word, first = counters.view(np.uint32), image * channels * pixels
-        if not aligned:
-            fill_words(counters, first // 4, scratch, name)
-        for above in range(0, pixels, block):
-            count = min(block, pixels - above)
-            drawn = carray(pointer(out + 4 * (first + above * channels)), (count, channels), np.uint32)
-            if aligned:
-                fill_pixels(drawn, counters, lanes, (first + above) // 4, pixels // 4, name)
-            else:
-                transpose(word[first % 4 + above :], drawn, pixels)
+    scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
+    counters, lanes = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
+    word, first = counters.view(np.uint32), image * channels * pixels
+    if not aligned:
+        fill_words(counters, first // 4, scratch, name)
+    for above in range(0, pixels, block):
+        count = min(block, pixels - above)
+        drawn = carray(pointer(out + 4 * (first + above * channels)), (count, channels), np.uint32)
+        if aligned:
+            fill_pixels(drawn, counters, lanes, (first + above) // 4, pixels // 4, name)
+        else:
+            transpose(word[first % 4 + above :], drawn, pixels)
+
+
+@row_loop()
+def _six_floats(patterns):
+    a, b, c, d, e, f = patterns
+    return float_of(i32(a)), float_of(i32(b)), float_of(i32(c)), float_of(i32(d)), float_of(i32(e)), float_of(i32(f))
 
 
 @row_loop()
@@ -142,10 +153,8 @@ def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
             scales[j] = block_rows.draw_e4m3(gain * scales[j], words[j])
 
 
-@driver
-def encode_blocks(
-    elements, x, half, drawn, stream, sample, values, values_half, fields, scales, grid, block, how, numbers
-):
+@tasks
+def encode_blocks(request, task):
     """Codes times scales, fields and scales of a tensor.
 
     x, values, scales: addresses; fields: of a byte an element, or 0. half, values_half: bf16 or not. drawn: addresses
@@ -155,104 +164,104 @@ def encode_blocks(
     exponent, what four over six compares, eden, mantissa and bits of the fields. numbers (float32): the largest code,
     unit, top, headroom, and of e4m3 the encode scale and the tensor's scale.
     """
+    elements, x, half, stream, sample, values, values_half, fields, scales = integers(request, 0, 9)
+    drawn, grid, block = integers(request, 9, 2), integers(request, 11, 4), integers(request, 15, 2)
+    how, numbers = integers(request, 17, 10), _six_floats(integers(request, 27, 6))
+    strip, each = integers(request, 33, 2)
     outer, height, between, columns = grid
     down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
-    stride, strip = between * columns, max(1, PANEL // (block[0] * block[1]))
-    strip = min(strip, across)
-    strips = (across + strip - 1) // strip
-    panels = outer * down * between * strips
-    size = strip * block[0] * block[1]
-    each = max(1, CHUNK // size)
+    stride, strips = between * columns, (across + strip - 1) // strip
+    panels, size = outer * down * between * strips, strip * block[0] * block[1]
     draws = how[1] == STOCHASTIC
-    for task in prange((panels + each - 1) // each):
-        panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
-        words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
-        spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
-        codes, others = np.empty(size, np.float32), np.empty(size, np.float32)
-        expanded, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
-        chosen, finer = np.empty(strip, np.float32), np.empty(strip, np.float32)
-        clips, by, patterns = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.int32)
-        sums = np.empty(strip, np.float64), np.empty(strip, np.float64)
-        space, of_blocks = (codes, others, expanded, decoded), (chosen, finer, clips, by)
-        for number in range(task * each, min(panels, (task + 1) * each)):
-            band, left = number // strips, number % strips * strip
-            high_band, middle = band // between, band % between
-            image, row = high_band // down, high_band % down
-            high = min(block[0], height - row * block[0])
-            start_row = ((image * height + row * block[0]) * between + middle) * columns
-            end = min(across, left + strip)
-            while left < end:
-                # A short block at the end is a panel of its own.
-                whole = min(end, columns // block[1])
-                count = whole - left if left < whole else 1
-                wide = block[1] if left < whole else columns - left * block[1]
-                start, first, run = start_row + left * block[1], band * across + left, count * wide
-                where = (start, stride, high, run)
-                _load_panel(x, half, start, stride, high, run, elements, panel, raw)
-                _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
-                if numbers[3] != f32(1):
-                    block_rows.scale_by(panel, numbers[3], panel, high * run)
-                if how[3] == E8M0:
-                    block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
-                elif how[3] == E4M3:
-                    block_rows.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
-                else:
-                    block_rows.fp32_scales(clips, chosen, count, numbers[2])
-                if draws and drawn[0] != 0:
-                    block_rows.gather(uint32s(drawn[0], elements), words, *where)
-                elif draws:
-                    _draw_panel(words, spare, *where, name)
-                _code_panel(panel, chosen, words, high, count, wide, by, expanded, codes, how, numbers)
-                if how[6] != 0:
-                    if draws:
-                        block_rows.gather(uint32s(drawn[1], elements), more, *where)
-                    _choose_finer(panel, more, high, count, wide, space, of_blocks, sums, how, numbers)
-                if how[7]:
-                    block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
-                    _correct(panel, more, high, count, wide, space, of_blocks, sums, numbers)
-                _decode_panel(codes, chosen, numbers[1], high, count, wide, by, expanded, decoded)
-                if values_half:
-                    rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
-                    block_rows.scatter(raw, halves(values, elements), *where)
-                else:
-                    block_rows.scatter(decoded, floats(values, elements), *where)
-                if fields != 0:
-                    block_rows.to_fields(codes[: high * run], coded, how[8], how[9])
-                    block_rows.scatter(coded, uint8s(fields, elements), *where)
-                kept = scales + (4 if how[3] == FP32 else 1) * first
-                block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
-                left += count
+    panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
+    words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
+    spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
+    codes, others = np.empty(size, np.float32), np.empty(size, np.float32)
+    expanded, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
+    chosen, finer = np.empty(strip, np.float32), np.empty(strip, np.float32)
+    clips, by, patterns = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.int32)
+    sums = np.empty(strip, np.float64), np.empty(strip, np.float64)
+    space, of_blocks = (codes, others, expanded, decoded), (chosen, finer, clips, by)
+    for number in range(task * each, min(panels, (task + 1) * each)):
+        band, left = number // strips, number % strips * strip
+        high_band, middle = band // between, band % between
+        image, row = high_band // down, high_band % down
+        high = min(block[0], height - row * block[0])
+        start_row = ((image * height + row * block[0]) * between + middle) * columns
+        end = min(across, left + strip)
+        while left < end:
+            # A short block at the end is a panel of its own.
+            whole = min(end, columns // block[1])
+            count = whole - left if left < whole else 1
+            wide = block[1] if left < whole else columns - left * block[1]
+            start, first, run = start_row + left * block[1], band * across + left, count * wide
+            where = (start, stride, high, run)
+            _load_panel(x, half, start, stride, high, run, elements, panel, raw)
+            _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
+            if numbers[3] != f32(1):
+                block_rows.scale_by(panel, numbers[3], panel, high * run)
+            if how[3] == E8M0:
+                block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
+            elif how[3] == E4M3:
+                block_rows.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
+            else:
+                block_rows.fp32_scales(clips, chosen, count, numbers[2])
+            if draws and drawn[0] != 0:
+                block_rows.gather(uint32s(drawn[0], elements), words, *where)
+            elif draws:
+                _draw_panel(words, spare, *where, name)
+            _code_panel(panel, chosen, words, high, count, wide, by, expanded, codes, how, numbers)
+            if how[6] != 0:
+                if draws:
+                    block_rows.gather(uint32s(drawn[1], elements), more, *where)
+                _choose_finer(panel, more, high, count, wide, space, of_blocks, sums, how, numbers)
+            if how[7]:
+                block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
+                _correct(panel, more, high, count, wide, space, of_blocks, sums, numbers)
+            _decode_panel(codes, chosen, numbers[1], high, count, wide, by, expanded, decoded)
+            if values_half:
+                rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
+                block_rows.scatter(raw, halves(values, elements), *where)
+            else:
+                block_rows.scatter(decoded, floats(values, elements), *where)
+            if fields != 0:
+                block_rows.to_fields(codes[: high * run], coded, how[8], how[9])
+                block_rows.scatter(coded, uint8s(fields, elements), *where)
+            kept = scales + (4 if how[3] == FP32 else 1) * first
+            block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
+            left += count
 
 
-@driver
-def decode_blocks(elements, fields, scales, values, half, grid, block, kind, table, unit):
+@tasks
+def decode_blocks(request, task):
     """The inverse of `encode_blocks`: values from fields, a byte an element, and scales. kind: scale format; table: the
     address of the code, as float32, of each field."""
+    fields, scales, values, half, kind, table = integers(request, 0, 6)
+    grid, block = integers(request, 6, 4), integers(request, 10, 2)
+    pattern, strip, each = integers(request, 12, 3)
+    unit = float_of(i32(pattern))
     outer, height, between, columns = grid
     down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
-    strip = max(1, PANEL // block[1])
     strips = (across + strip - 1) // strip
     panels = outer * height * between * strips
-    each = max(1, CHUNK // max(1, min(strip, across) * block[1]))
     codes = floats(table, 256)
-    for task in prange((panels + each - 1) // each):
-        by, expanded = np.empty(strip, np.float32), np.empty(strip * block[1], np.float32)
-        exact = np.empty(strip * block[1], np.float32)
-        for number in range(task * each, min(panels, (task + 1) * each)):
-            band, left = number // strips, number % strips * strip
-            row_of, middle = band // between, band % between
-            image, row = row_of // height, row_of % height
-            count = min(across, left + strip) - left
-            first = ((image * down + row // block[0]) * between + middle) * across + left
-            start = ((image * height + row) * between + middle) * columns + left * block[1]
-            run = min(columns, (left + count) * block[1]) - left * block[1]
-            kept = scales + (4 if kind == FP32 else 1) * first
-            block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
-            block_rows.scale_by(by, unit, by, count)
-            block_rows.expand(by, expanded, 1, count, block[1])
-            source = uint8s(fields + start, run)
-            out = exact[:run] if half else floats(values + 4 * start, run)
-            for j in range(run):
-                out[j] = codes[source[j]] * expanded[j]
-            if half:
-                rows.round_to_bf16(exact[:run].view(np.int32), halves(values + 2 * start, run))
+    by, expanded = np.empty(strip, np.float32), np.empty(strip * block[1], np.float32)
+    exact = np.empty(strip * block[1], np.float32)
+    for number in range(task * each, min(panels, (task + 1) * each)):
+        band, left = number // strips, number % strips * strip
+        row_of, middle = band // between, band % between
+        image, row = row_of // height, row_of % height
+        count = min(across, left + strip) - left
+        first = ((image * down + row // block[0]) * between + middle) * across + left
+        start = ((image * height + row) * between + middle) * columns + left * block[1]
+        run = min(columns, (left + count) * block[1]) - left * block[1]
+        kept = scales + (4 if kind == FP32 else 1) * first
+        block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
+        block_rows.scale_by(by, unit, by, count)
+        block_rows.expand(by, expanded, 1, count, block[1])
+        source = uint8s(fields + start, run)
+        out = exact[:run] if half else floats(values + 4 * start, run)
+        for j in range(run):
+            out[j] = codes[source[j]] * expanded[j]
+        if half:
+            rows.round_to_bf16(exact[:run].view(np.int32), halves(values + 2 * start, run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,11 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor, stored_as
 from luqrun.quant.kernels.cpu import block_loops, loops
+from luqrun.quant.kernels.cpu.block_loops import PANEL
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FP32, MAE, MSE
 from luqrun.quant.kernels.cpu.driver import INT8, loadable
-from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC, f32
+from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC
+from luqrun.quant.kernels.cpu.sizes import CHUNK, chunks
 from luqrun.quant.kernels.layout import empty, is_channels_last, pixels_of
 from luqrun.quant.kernels.philox import SCALE_SAMPLES
 from luqrun.quant.scale_formats import dtype_of
@@ -57,14 +60,18 @@ def encode_blocks(
     elif how.four_over_six and draws:
         second = words_of(x.numel(), pixels_of(x), stream, SCALE_SAMPLES + sample)
     if x.numel():
-        numbers = (*_numbers(how), f32(encode_scale.item()), f32(tensor_scale.item()))
+        numbers = patterns_of(*_numbers(how), encode_scale.item(), tensor_scale.item())
         drawn, names = (first.data_ptr(), second.data_ptr()), (stream.data_ptr(), sample)
         halves = int(x.dtype == torch.bfloat16), int(stored == torch.bfloat16)
         addresses = values.data_ptr(), halves[1], fields.data_ptr() if packed else 0, scales.data_ptr()
         sizes, side = _merged(grid, block)
+        strip = min(max(1, PANEL // (side[0] * side[1])), -(-sizes[3] // side[1]))
+        each = max(1, CHUNK // (strip * side[0] * side[1]))
+        panels = sizes[0] * -(-sizes[1] // side[0]) * sizes[2] * -(-sizes[3] // (side[1] * strip))
         block_loops.encode_blocks(
-            x.numel(), x.data_ptr(), halves[0], drawn, *names, *addresses, sizes, side, _how(how), numbers
-        )
+            -(-panels // each), x.numel(), x.numel(), x.data_ptr(), halves[0], *names, *addresses,
+            *drawn, *sizes, *side, *_how(how), *numbers, strip, each,
+        )  # fmt: skip
     fields = _joined(fields, how.form) if packed else fields
     return values.to(dtype), fields, scales, (tensor_scale / how.headroom).clone()
 
@@ -87,11 +94,17 @@ def decode_blocks(
         flat = fields
         if how.form.field_bits == 4:
             flat = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
-            loops.unpack(flat.numel(), fields.data_ptr(), flat.data_ptr(), 0, _FIELDS)
+            count = flat.numel()
+            loops.unpack(chunks(count), count, count, fields.data_ptr(), flat.data_ptr(), 0, *_FIELDS)
         half, table = int(stored == torch.bfloat16), _table(how.form)
         addresses = flat.data_ptr(), scales.data_ptr(), values.data_ptr(), half
-        kind, unit = KINDS[how.scale_format], f32(how.form.unit)
-        block_loops.decode_blocks(values.numel(), *addresses, sizes, side, kind, table.data_ptr(), unit)
+        strip = min(max(1, PANEL // side[1]), -(-sizes[3] // side[1]))
+        each = max(1, CHUNK // (strip * side[1]))
+        panels = math.prod(sizes[:3]) * -(-sizes[3] // (side[1] * strip))
+        block_loops.decode_blocks(
+            -(-panels // each), values.numel(), *addresses, KINDS[how.scale_format], table.data_ptr(), *sizes, *side,
+            *patterns_of(how.form.unit), strip, each,
+        )  # fmt: skip
     return values.to(dtype)
 
 
@@ -112,7 +125,11 @@ def words_of(count: int, layout: tuple[int, int, int], stream: Tensor, sample: i
     """Of so many elements in memory order (see block_loops.words); int32, with some room at the end."""
     out = torch.empty((count + 7) // 4 * 4, dtype=torch.int32, device="cpu")
     if count:
-        block_loops.words(count, out.data_ptr(), layout, stream.data_ptr(), sample)
+        (images, pixels, channels), names = layout, (stream.data_ptr(), sample)
+        if images:
+            block_loops.words_of_images(images, count, out.data_ptr(), *names, pixels, channels)
+        else:
+            block_loops.words(chunks(count), count, count, out.data_ptr(), *names)
     return out
 
 
@@ -121,7 +138,8 @@ def _joined(fields: Tensor, form: Format) -> Tensor:
     if form.field_bits == 8:
         return fields
     packed = torch.empty(form.field_bytes(fields.numel()), dtype=torch.uint8, device="cpu")
-    loops.pack(fields.numel(), fields.data_ptr(), packed.data_ptr(), _FIELDS)
+    count = fields.numel()
+    loops.pack(chunks(count), count, count, fields.data_ptr(), packed.data_ptr(), *_FIELDS)
     return packed
 
 
@@ -152,6 +170,11 @@ def _how(how: Encoding) -> tuple[int, ...]:
 
 
 @functools.cache
-def _numbers(how: Encoding) -> tuple[f32, ...]:
+def _numbers(how: Encoding) -> tuple[float, ...]:
     """The first four `numbers` of block_loops.encode_blocks."""
-    return f32(how.form.limit), f32(how.form.unit), f32(how.top), f32(how.headroom)
+    return how.form.limit, how.form.unit, how.top, how.headroom
+
+
+def patterns_of(*numbers: float) -> tuple[int, ...]:
+    """Their bits as float32, which is how a request holds them."""
+    return struct.unpack(f"{len(numbers)}i", struct.pack(f"{len(numbers)}f", *numbers))

@@ -10,7 +10,7 @@ from numba import types as nb
 from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import DOT, cgutils
-from luqrun.quant.kernels.cpu.tile_sizes import LANES, ROWS
+from luqrun.quant.kernels.cpu.sizes import LANES, ROWS
 
 _INT, _ADDRESS, _FLOAT, _HALF = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(16)
 _BYTE = ir.IntType(8)

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import types
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,22 +20,21 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, typeof
+from numba import carray, prange, typeof
 from numba import types as nb
 from numba.extending import intrinsic
 from torch import Tensor
 
-from luqrun.internals.of_numba import cgutils, event, threading_layer
+from luqrun.internals.of_numba import address_of, cgutils, event, threading_layer
 from luqrun.quant import routes
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.process import share_openmp
 from luqrun.quant.kernels.cpu.rows import f32, row_loop
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.layout import dense
 
 log = logging.getLogger(__name__)
 
-ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
-CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
 INT8, INT16, FLOAT32, BF16 = 0, 1, 2, 3  # what the codes are stored as
 
 
@@ -50,34 +50,83 @@ _home = os.getpid()  # OpenMP's threads do not survive a fork: a DataLoader's wo
 
 
 class driver:
-    """A loop over tasks on torch's threads; the first argument says how many elements it has. A process that was
-    forked, as a DataLoader's worker, or has one thread, runs a version without OpenMP, compiled when first needed."""
+    """A compiled function that Python calls; the first argument says how many elements it has.
 
-    def __init__(self, function):
+    threads: its loop over tasks runs on torch's threads. A process that was forked, as a DataLoader's worker, or has
+    one thread, runs a version without OpenMP, compiled when first needed.
+    """
+
+    def __init__(self, function, threads=True):
         functools.update_wrapper(self, function)
         # A name of its own: numba's cache does not tell parallel code from serial code.
         twin = types.FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
         twin.__module__ = function.__module__
         self.serial = row_loop()(function)
-        self.parallel = row_loop(parallel=_PARALLEL)(twin) if THREADED else self.serial
+        self.parallel = row_loop(parallel=_PARALLEL)(twin) if threads and THREADED else self.serial
+        self.integers = (nb.int64,) * function.__code__.co_argcount
+        self.addresses = {}
 
     def __call__(self, elements, *rest):
-        alone = torch.get_num_threads() == 1 or not THREADED or os.getpid() != _home
-        loop = self.serial if alone else self.parallel
+        loop = self._loop()
         if _thread.rehearsed is not None:
-            _thread.rehearsed[loop] = Version(self, not alone, tuple(typeof(each) for each in (elements, *rest)))
+            self._rehearse(loop, tuple(typeof(each) for each in (elements, *rest)))
             return
-        if not alone:
-            _launch()
-            threads = 1 if elements <= CHUNK else threads_for(elements)
-            if _thread.mask != threads:
-                numba.set_num_threads(threads)
-                _thread.mask = threads
+        if loop is not self.serial:
+            _use_threads(elements)
         if loop.overloads:
             loop(elements, *rest)
         else:
             with event.install_listener("numba:compile", _Announcing(loop)):
                 loop(elements, *rest)
+
+    def address(self, elements=0) -> int:
+        """Where compiled code finds it, whose arguments are integers and which returns nothing: see `call2`. elements:
+        how many it will have. In a rehearsal 0."""
+        loop = self._loop()
+        if _thread.rehearsed is not None:
+            self._rehearse(loop, self.integers)
+            return 0
+        if loop is not self.serial:
+            _use_threads(elements)
+        if loop not in self.addresses:
+            with event.install_listener("numba:compile", _Announcing(loop)):
+                self.addresses[loop] = address_of(loop, self.integers)
+        return self.addresses[loop]
+
+    def _loop(self):
+        alone = torch.get_num_threads() == 1 or os.getpid() != _home
+        return self.serial if alone else self.parallel
+
+    def _rehearse(self, loop, signature) -> None:
+        _thread.rehearsed[loop] = Version(self, loop is not self.serial, signature)
+
+
+class tasks(driver):
+    """A loop over tasks on torch's threads: compiled is what one of them does, a function of (request, number).
+
+    The request is the address of the integers that the loop is called with: see `integers`. `run` calls the function by
+    its address. numba compiles all that a function calls once more with each caller, and in a parallel loop three
+    times; so it is compiled once.
+    """
+
+    def __init__(self, function):
+        super().__init__(function, threads=False)
+
+    def __call__(self, count, elements, *numbers):
+        """count: of tasks; elements: how many they have, which decides on threads; numbers: integers."""
+        request = array("q", numbers)
+        run(elements, count, self.address(), request.buffer_info()[0])
+
+
+unthreaded = functools.partial(driver, threads=False)  # itself a task, or what starts them
+
+
+def _use_threads(elements: int) -> None:
+    _launch()
+    threads = 1 if elements <= CHUNK else threads_for(elements)
+    if _thread.mask != threads:
+        numba.set_num_threads(threads)
+        _thread.mask = threads
 
 
 class Version(NamedTuple):
@@ -150,6 +199,50 @@ def threads_for(elements: int) -> int:
     if not THREADED or elements <= CHUNK or os.getpid() != _home:
         return 1
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+
+def _call(context, builder, signature, args):
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * (len(args) - 1)).as_pointer()
+    builder.call(builder.inttoptr(args[0], kind), args[1:])
+    return context.get_dummy_value()
+
+
+@intrinsic
+def call2(typingctx, function, a, b):
+    """Call what is at an address with two integers."""
+    return nb.void(*[nb.int64] * 3), _call
+
+
+@intrinsic
+def call4(typingctx, function, a, b, c, d):
+    return nb.void(*[nb.int64] * 5), _call
+
+
+@intrinsic
+def call6(typingctx, function, a, b, c, d, e, f):
+    return nb.void(*[nb.int64] * 7), _call
+
+
+@intrinsic(prefer_literal=True)
+def integers(typingctx, request, first, count):
+    """int64 number `first` and up at the address `request`, so many, as a tuple. count: a literal."""
+    if not isinstance(count, nb.IntegerLiteral):
+        return None
+    kind = nb.UniTuple(nb.int64, count.literal_value)
+
+    def codegen(context, builder, signature, args):
+        start = builder.gep(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), [args[1]])
+        each = [builder.load(builder.gep(start, [ir.IntType(64)(at)])) for at in range(count.literal_value)]
+        return context.make_tuple(builder, signature.return_type, each)
+
+    return kind(nb.int64, nb.int64, count), codegen
+
+
+@driver
+def run(elements, tasks, function, request):
+    """Call the function at an address with (request, number) for each number below tasks. elements: see driver."""
+    for number in prange(tasks):
+        call2(function, request, number)
 
 
 @intrinsic

@@ -143,31 +143,43 @@ def _encode_floats(bits, out, words, scale, high, mantissa, rounding, swift):
 
 
 @row_loop()
-def encode(bits, out, words, scale, low, high, floating, rounding, underflow, finite):
-    """Encode one row, all 1-D; words may be longer. floating: see Format. finite: no element is Inf or NaN, whose codes
-    are 0, nor, where the format is logarithmic and the scale `is_swift`, beyond high * scale.
+def powers(bits, out, words, scale, high, rounding, underflow, finite):
+    """Encode one row in a logarithmic format, all 1-D; words may be longer. finite: no element is Inf or NaN, whose
+    codes are 0, nor, where the scale `is_swift`, beyond high * scale.
 
     What LUQ uses gets loops of its own, with scales that are neither tiny nor huge: LLVM keeps tests of several flags
-    in a loop.
+    in a loop. So it is in the other formats.
     """
     if not scale > f32(0):
         out[:] = 0
-    elif floating == 1:
-        if rounding == STOCHASTIC and underflow == STOCHASTIC and is_swift(scale):
-            if finite:
-                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, True, True)
-            else:
-                _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, False, True)
+    elif rounding == STOCHASTIC and underflow == STOCHASTIC and is_swift(scale):
+        if finite:
+            _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, True, True)
         else:
-            _encode_powers(bits, out, words, scale, high, rounding, underflow, False, False)
-    elif floating > 1:
-        mantissa = i32(floating - 1)
-        if not is_swift(scale):
-            _encode_floats(bits, out, words, scale, high, mantissa, rounding, False)
-        elif rounding == NEAREST:
-            _encode_floats(bits, out, words, scale, high, mantissa, NEAREST, True)
-        else:
-            _encode_floats(bits, out, words, scale, high, mantissa, STOCHASTIC, True)
+            _encode_powers(bits, out, words, scale, high, STOCHASTIC, STOCHASTIC, False, True)
+    else:
+        _encode_powers(bits, out, words, scale, high, rounding, underflow, False, False)
+
+
+@row_loop()
+def floats(bits, out, words, scale, high, floating, rounding):
+    """Encode one row in a format with a mantissa. floating: see Format."""
+    mantissa = i32(floating - 1)
+    if not scale > f32(0):
+        out[:] = 0
+    elif not is_swift(scale):
+        _encode_floats(bits, out, words, scale, high, mantissa, rounding, False)
+    elif rounding == NEAREST:
+        _encode_floats(bits, out, words, scale, high, mantissa, NEAREST, True)
+    else:
+        _encode_floats(bits, out, words, scale, high, mantissa, STOCHASTIC, True)
+
+
+@row_loop()
+def integers(bits, out, words, scale, low, high, rounding, finite):
+    """Encode one row in an integer format. finite: no element is Inf or NaN, whose codes are 0."""
+    if not scale > f32(0):
+        out[:] = 0
     elif rounding == NEAREST and finite and is_swift(scale):
         _encode_integers(bits, out, words, scale, low, high, NEAREST, True)
     else:

@@ -18,6 +18,7 @@ from luqrun.quant.kernels.cpu import int8_direct
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT, has_amx
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, multiply, scratch
 from luqrun.quant.kernels.cpu.proofs import Proofs, random_codes
+from luqrun.quant.kernels.cpu.sizes import CHUNK, chunks
 from luqrun.quant.kernels.layout import empty, in_channels_last
 
 CHUNK_BYTES = 1 << 22  # of patches at a time
@@ -49,7 +50,8 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> None:
     """The numbers at `address`, float32 or bf16, <- int32 sums * scale in one pass, where torch makes two copies."""
     assert dtype in (torch.float32, torch.bfloat16)
-    _loops().rescale(sums.numel(), sums.data_ptr(), address, int(dtype == torch.bfloat16), scale.data_ptr())
+    count, half = sums.numel(), int(dtype == torch.bfloat16)
+    _loops().rescale(chunks(count), count, count, sums.data_ptr(), address, half, scale.data_ptr())
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -87,8 +89,8 @@ class Patches(NamedTuple):
                 block = a[first * line : (first + lines) * line]
             else:
                 block = scratch(name, lines * line, self.depth, torch.int8)
-                address = block.data_ptr(), a.data_ptr()
-                _loops().patches(block.numel(), *address, first, self.size, self.out_size, *self.geometry)
+                addresses, places = (block.data_ptr(), a.data_ptr()), (each for part in self.geometry for each in part)
+                _loops().patches(lines, block.numel(), *addresses, first, *self.size, *self.out_size, *places)
             yield first * line, block
 
 
@@ -153,10 +155,12 @@ def _conv_directly(a: Tensor, matrix: Tensor, scale: Tensor, patches: Patches, s
         size = kind.images, kind.height, kind.width, channels
         padded = scratch("padded", kind.images * kind.height, kind.width * channels, torch.uint8)
         address = padded.data_ptr(), a.data_ptr() + first * height * width * channels
-        _loops().pad(padded.numel(), *address, shift, (kind.images, height, width, channels), padding, size[1:3])
+        ends = kind.images, height, width, channels, *padding, *size[1:3]
+        _loops().pad(kind.images * kind.height, padded.numel(), *address, shift, *ends)
         sums = int8_direct.convolve(padded.view(size), packed, kind)
-        address = sums.data_ptr(), shifts.data_ptr()
-        _loops().rescale_shifted(sums.numel(), *address, sums.shape[1], to, half, scale.data_ptr())
+        count, wide, address = sums.numel(), sums.shape[1], (sums.data_ptr(), shifts.data_ptr())
+        tasks = -(-sums.shape[0] // max(CHUNK // wide, 1))
+        _loops().rescale_shifted(tasks, count, count, *address, wide, to, half, scale.data_ptr())
         to += sums.numel() * out.element_size()
     return True
 
@@ -208,7 +212,8 @@ def conv_dgrad(
         products = _multiply(rows[first * pixels : (first + count) * pixels], matrix)
         sums = scratch("patches", count * height * width, channels, torch.int32)
         address, size = (sums.data_ptr(), products.data_ptr()), (count, height, width, channels)
-        _loops().fold(sums.numel(), *address, out_size, size, *geometry)
+        places = (each for part in geometry for each in part)
+        _loops().fold(count * height, sums.numel(), *address, *out_size, *size, *places)
         _rescale(sums, scale, out.data_ptr() + first * image * dtype.itemsize, dtype)
     return out
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import scratch
-from luqrun.quant.kernels.cpu.tile_sizes import LANES
+from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
@@ -95,7 +95,8 @@ def _pack(weight: int, channels: int, taps: tuple[int, int, int], strides: tuple
 
     depth = taps[0] * _up(taps[1] * taps[2], 4) // 4
     out = torch.empty(_up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
-    tile_loops.pack_weight(out.numel(), weight, out.data_ptr(), channels, taps, strides, depth)
+    panels = -(-channels // COLUMNS)
+    tile_loops.pack_weight(panels, out.numel(), weight, out.data_ptr(), channels, depth, *taps, *strides)
     return out
 
 
@@ -105,10 +106,11 @@ def _convolve(a: Tensor, weight: Tensor, scale: Tensor, signed: bool, out: Tenso
 
     (images, channels, height, width), (_, padded, _, taps, target) = a.shape, where
     address = a.data_ptr(), weight.data_ptr(), out.data_ptr()
-    how = int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed, (images, height, width, channels)
+    how, size = (int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed), (images, height, width, channels)
     products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2]
     group = _images_a_task(images, padded[0] * padded[1] * channels)
-    tile_loops.convolve(max(a.numel(), products // PRODUCTS), *address, *how, *where, group)
+    work, places = max(a.numel(), products // PRODUCTS), (each for part in where for each in part)
+    tile_loops.convolve(-(-images // group), work, *address, *how, group, *size, *places)
 
 
 def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor) -> None:
@@ -177,9 +179,11 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs) -> Tensor:
     by_lines = _prefers_lines(kernel, stride, dilation, height, width, channels)
     for number, g in enumerate(grads):
         address, how = (a.data_ptr(), g.data_ptr(), sums.data_ptr()), (int(by_lines), tasks, limit, int(number > 0))
-        tile_loops.convolve_for_weight(work, *address, SHIFT, size, g_size, *geometry, *how)
+        places = (each for part in geometry for each in part)
+        tile_loops.convolve_for_weight(tasks, work, *address, SHIFT, *how, *size, *g_size, *places)
     out = torch.empty(channels, taps, dtype=torch.float32, device="cpu")
-    tile_loops.add_tasks(out.numel(), sums.data_ptr(), tasks, taps, channels, out.data_ptr())
+    parts = padded // LANES
+    tile_loops.add_tasks(parts, out.numel(), sums.data_ptr(), tasks, taps, channels, out.data_ptr())
     return out
 
 

@@ -3,85 +3,86 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.driver import (
-    CHUNK,
     INT8,
-    ROW,
     accumulate,
     copy,
-    driver,
     fields_row,
     floats,
     halves,
     int16s,
     int32s,
+    integers,
     store,
+    tasks,
     uint8s,
 )
 from luqrun.quant.kernels.cpu.rows import i32, row_loop
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 
 
-@driver
-def pack(elements, codes, fields, form):
+@tasks
+def pack(request, number):
     """int8 or int16 codes to their fields: see `quantize`."""
-    for task in prange((elements + CHUNK - 1) // CHUNK):
-        coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
-        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-            count = min(ROW, elements - first)
-            if form[2] != INT8:
-                rows.copy(int16s(codes + 2 * first, count), coded[:count])
-            fields_row(coded[:count], codes, fields, first, form, split, scratch)
+    elements, codes, fields = integers(request, 0, 3)
+    form = integers(request, 3, 4)
+    coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = min(ROW, elements - first)
+        if form[2] != INT8:
+            rows.copy(int16s(codes + 2 * first, count), coded[:count])
+        fields_row(coded[:count], codes, fields, first, form, split, scratch)
 
 
-@driver
-def unpack(elements, fields, codes, signed, form):
+@tasks
+def unpack(request, number):
     """Fields to codes: the inverse of `pack`; signed: whether an integer format's codes have a sign."""
-    for task in prange((elements + CHUNK - 1) // CHUNK):
-        split, coded = np.empty(ROW, np.uint8), np.empty(ROW, np.int32)
-        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-            count = min(ROW, elements - first)
-            row = split[:count]
-            if form[1]:
-                rows.split(uint8s(fields + first // 2, (count + 1) // 2), row)
-            else:
-                row = uint8s(fields + first, count)
-            if form[2] == INT8 and not form[3]:
-                rows.extend_signs(row, uint8s(codes + first, count), signed, form[0])
-            else:
-                rows.from_fields(row, coded[:count], signed, form[3], form[0])
-                store(coded[:count], codes, form[2], first)
+    elements, fields, codes, signed = integers(request, 0, 4)
+    form = integers(request, 4, 4)
+    split, coded = np.empty(ROW, np.uint8), np.empty(ROW, np.int32)
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = min(ROW, elements - first)
+        row = split[:count]
+        if form[1]:
+            rows.split(uint8s(fields + first // 2, (count + 1) // 2), row)
+        else:
+            row = uint8s(fields + first, count)
+        if form[2] == INT8 and not form[3]:
+            rows.extend_signs(row, uint8s(codes + first, count), signed, form[0])
+        else:
+            rows.from_fields(row, coded[:count], signed, form[3], form[0])
+            store(coded[:count], codes, form[2], first)
 
 
-@driver
-def rectify(elements, x, half, mask, most):
+@tasks
+def rectify(request, number):
     """x <- min(max(x, 0), most) in place, and a bit of the mask for each element between. most: its bit pattern, or one
     above infinity's."""
-    for task in prange((elements + CHUNK - 1) // CHUNK):
-        keep = np.zeros(ROW, np.uint8)
-        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-            count = min(ROW, elements - first)
-            bits = uint8s(mask + first // 8, (count + 7) // 8)
-            if half:
-                rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
-            else:
-                rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
+    elements, x, half, mask, most = integers(request, 0, 5)
+    keep = np.zeros(ROW, np.uint8)
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = min(ROW, elements - first)
+        bits = uint8s(mask + first // 8, (count + 7) // 8)
+        if half:
+            rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
+        else:
+            rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
 
 
-@driver
-def apply_mask(elements, grad, half, mask, out):
+@tasks
+def apply_mask(request, number):
     """out is grad where the mask has a bit, else 0."""
-    for task in prange((elements + CHUNK - 1) // CHUNK):
-        keep = np.empty(ROW, np.uint8)
-        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-            count = min(ROW, elements - first)
-            bits = uint8s(mask + first // 8, (count + 7) // 8)
-            if half:
-                rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
-            else:
-                rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
+    elements, grad, half, mask, out = integers(request, 0, 5)
+    keep = np.empty(ROW, np.uint8)
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = min(ROW, elements - first)
+        bits = uint8s(mask + first // 8, (count + 7) // 8)
+        if half:
+            rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
+        else:
+            rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
 
 
 @row_loop()
@@ -106,59 +107,63 @@ def _patch_line(out, a, image, row, height, width, channels, out_width, kernel, 
             to += segment
 
 
-@driver
-def patches(elements, out, a, first, size, out_size, kernel, stride, padding, dilation):
+@tasks
+def patches(request, number):
     """im2col: the output rows first, first + 1, ... of all images together, as int8 (rows * W', R * S * C) at `out`.
 
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); elements: of out; out_size: (H', W').
     """
+    out, a, first = integers(request, 0, 3)
+    size, out_size, kernel = integers(request, 3, 4), integers(request, 7, 2), integers(request, 9, 2)
+    stride, padding, dilation = integers(request, 11, 2), integers(request, 13, 2), integers(request, 15, 2)
     _, height, width, channels = size
     line = out_size[1] * kernel[0] * kernel[1] * channels
-    for task in prange(elements // line):
-        image, row = (first + task) // out_size[0], (first + task) % out_size[0]
-        target = out + task * line
-        _patch_line(target, a, image, row, height, width, channels, out_size[1], kernel, stride, padding, dilation)
+    image, row = (first + number) // out_size[0], (first + number) % out_size[0]
+    target = out + number * line
+    _patch_line(target, a, image, row, height, width, channels, out_size[1], kernel, stride, padding, dilation)
 
 
-@driver
-def fold(elements, sums, products, out_size, size, kernel, stride, padding, dilation):
+@tasks
+def fold(request, number):
     """col2im: each of `size` (N, H, W, C) int32 at `sums` is the sum of the `products` that `patches` took from it.
 
     products: the address of int32 (N * H' * W', R * S * C); out_size: (H', W'); elements: of sums.
     """
-    images, height, width, channels = size
+    sums, products = integers(request, 0, 2)
+    out_size, size, kernel = integers(request, 2, 2), integers(request, 4, 4), integers(request, 8, 2)
+    stride, padding, dilation = integers(request, 10, 2), integers(request, 12, 2), integers(request, 14, 2)
+    _, height, width, channels = size
     depth = kernel[0] * kernel[1] * channels
-    for task in prange(images * height):
-        image, row = task // height, task % height
-        target = sums + 4 * task * width * channels
-        copy(target, 0, 4 * width * channels)
-        for r in range(kernel[0]):
-            steps = row + padding[0] - r * dilation[0]
-            line = steps // stride[0]
-            if steps % stride[0] != 0 or line < 0 or line >= out_size[0]:
-                continue
-            source = products + 4 * ((image * out_size[0] + line) * out_size[1] * depth + r * kernel[1] * channels)
-            for column in range(out_size[1]):
-                for s in range(kernel[1]):
-                    w = column * stride[1] - padding[1] + s * dilation[1]
-                    if w >= 0 and w < width:
-                        accumulate(target + 4 * w * channels, source + 4 * (column * depth + s * channels), channels)
+    image, row = number // height, number % height
+    target = sums + 4 * number * width * channels
+    copy(target, 0, 4 * width * channels)
+    for r in range(kernel[0]):
+        steps = row + padding[0] - r * dilation[0]
+        line = steps // stride[0]
+        if steps % stride[0] != 0 or line < 0 or line >= out_size[0]:
+            continue
+        source = products + 4 * ((image * out_size[0] + line) * out_size[1] * depth + r * kernel[1] * channels)
+        for column in range(out_size[1]):
+            for s in range(kernel[1]):
+                w = column * stride[1] - padding[1] + s * dilation[1]
+                if w >= 0 and w < width:
+                    accumulate(target + 4 * w * channels, source + 4 * (column * depth + s * channels), channels)
 
 
-@driver
-def rescale(elements, sums, out, half, scale):
+@tasks
+def rescale(request, number):
     """out, float32 or (half) bf16, is int32 `sums` times the float32 at `scale`."""
+    elements, sums, out, half, scale = integers(request, 0, 5)
     factor = floats(scale, 1)[0]
-    for task in prange((elements + CHUNK - 1) // CHUNK):
-        exact = np.empty(ROW, np.float32)
-        for first in range(task * CHUNK, min(elements, (task + 1) * CHUNK), ROW):
-            count = min(ROW, elements - first)
-            source = int32s(sums + 4 * first, count)
-            if half:
-                rows.rescale(source, factor, exact[:count])
-                rows.round_to_bf16(exact[:count].view(np.int32), halves(out + 2 * first, count))
-            else:
-                rows.rescale(source, factor, floats(out + 4 * first, count))
+    exact = np.empty(ROW, np.float32)
+    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
+        count = min(ROW, elements - first)
+        source = int32s(sums + 4 * first, count)
+        if half:
+            rows.rescale(source, factor, exact[:count])
+            rows.round_to_bf16(exact[:count].view(np.int32), halves(out + 2 * first, count))
+        else:
+            rows.rescale(source, factor, floats(out + 4 * first, count))
 
 
 @row_loop()
@@ -191,15 +196,16 @@ def pad_line(target, a, shift, size, image, row, above, beside, out_width):
         _shift(target + (left + inside) * channels, 0, (out_width - left - inside) * channels, shift)
 
 
-@driver
-def pad(elements, out, a, shift, size, padding, out_size):
+@tasks
+def pad(request, number):
     """The uint8 (N, H', W', C) at `out` <- the int8 at `a` of size (N, H, W, C) plus shift, 0 or 128, and shift around
     it. padding: above and beside, where it starts in `out`, below 0 what is cut off; out_size: (H', W')."""
-    images, _, _, channels = size
-    for task in prange(images * out_size[0]):
-        target = out + task * out_size[1] * channels
-        image, row = task // out_size[0], task % out_size[0]
-        pad_line(target, a, shift, size, image, row, padding[0], padding[1], out_size[1])
+    out, a, shift = integers(request, 0, 3)
+    size, padding, out_size = integers(request, 3, 4), integers(request, 7, 2), integers(request, 9, 2)
+    channels = size[3]
+    target = out + number * out_size[1] * channels
+    image, row = number // out_size[0], number % out_size[0]
+    pad_line(target, a, shift, size, image, row, padding[0], padding[1], out_size[1])
 
 
 @row_loop()
@@ -208,18 +214,18 @@ def _rescale_shifted(values, shifts, factor, out):
         out[j] = (values[j] - shifts[j]) * factor
 
 
-@driver
-def rescale_shifted(elements, values, shifts, channels, out, half, scale):
+@tasks
+def rescale_shifted(request, number):
     """out, float32 or (half) bf16, is float32 (pixels, channels) `values` less the float32 `shifts` of their channels,
     times the float32 at `scale`."""
+    elements, values, shifts, channels, out, half, scale = integers(request, 0, 7)
     factor, by_channel = floats(scale, 1)[0], floats(shifts, channels)
     pixels, step = elements // channels, max(CHUNK // channels, 1)
-    for task in prange((pixels + step - 1) // step):
-        exact = np.empty(channels, np.float32)
-        for first in range(task * step * channels, min(pixels, (task + 1) * step) * channels, channels):
-            source = floats(values + 4 * first, channels)
-            if half:
-                _rescale_shifted(source, by_channel, factor, exact)
-                rows.round_to_bf16(exact.view(np.int32), halves(out + 2 * first, channels))
-            else:
-                _rescale_shifted(source, by_channel, factor, floats(out + 4 * first, channels))
+    exact = np.empty(channels, np.float32)
+    for first in range(number * step * channels, min(pixels, (number + 1) * step) * channels, channels):
+        source = floats(values + 4 * first, channels)
+        if half:
+            _rescale_shifted(source, by_channel, factor, exact)
+            rows.round_to_bf16(exact.view(np.int32), halves(out + 2 * first, channels))
+        else:
+            _rescale_shifted(source, by_channel, factor, floats(out + 4 * first, channels))

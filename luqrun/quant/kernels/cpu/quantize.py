@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, prange
+from numba import carray
 
-from luqrun.quant.kernels.cpu import rows
+from luqrun.quant.kernels.cpu import encode, rows
 from luqrun.quant.kernels.cpu.driver import (
-    CHUNK,
     INT8,
-    ROW,
-    driver,
+    call4,
+    call6,
     fields_row,
     halves,
     int8s,
@@ -20,16 +19,39 @@ from luqrun.quant.kernels.cpu.driver import (
     set_float,
     store,
     uint8s,
+    uint32s,
+    unthreaded,
 )
-from luqrun.quant.kernels.cpu.encode import encode
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import GIVEN, HINDSIGHT, f32, i32, row_loop
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
+
+# What a task is told, at one address: see `quantize`. coder: the address of what encodes a row; extremes (int32), sums
+# (float64), two a task, and largest (int32), one a task: addresses of what tasks find; each: images a task.
+_INTEGERS = (
+    *("x", "half", "elements", "images", "pixels", "channels", "each", "codes", "fields", "bits", "pair", "kind"),
+    *("floating", "rounding", "underflow", "moments", "observe", "finite"),
+    *("name", "coder", "extremes", "sums", "largest"),
+)
+_FLOATS = ("scale", "low", "high")
+REQUEST = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float32) for name in _FLOATS)], align=True)
 
 
 @row_loop()
-def _measure_task(x, half, start, stop, moments, extremes, sums):
+def _read(address):
+    return carray(pointer(address), (1,), REQUEST)[0]
+
+
+@unthreaded
+def measure(address, number):
+    """The extremes, and the moments if asked for, of elements number * CHUNK up."""
+    request = _read(address)
+    x, half, moments = request.x, request.half, request.moments
+    extremes = int32s(request.extremes + 8 * number, 2)
+    sums = carray(pointer(request.sums + 16 * number), (2,), np.float64)
     buffer = np.empty(ROW, np.int32)
-    for first in range(start, stop, ROW):
+    stop = min(request.elements, (number + 1) * CHUNK)
+    for first in range(number * CHUNK, stop, ROW):
         count = min(stop - first, ROW)
         if half:
             largest, negative = rows.extremes_of_halves(halves(x + 2 * first, count))
@@ -42,40 +64,85 @@ def _measure_task(x, half, start, stop, moments, extremes, sums):
             sums[1] += sum2
 
 
-@row_loop()
-def _encode_row(row, out, words, codes, kind, first, how, ends, finite):
-    """Codes of `row` go to `codes`; by way of out (int32), but for int8, which is all that the GEMMs mostly take."""
+@unthreaded
+def encode_powers(address, row, count, words, out, first):
+    """Encode `count` float32 at `row`, elements `first` up of a tensor. Their codes go to request.codes, by way of out
+    (int32), but for int8, which is all that the GEMMs mostly take. words: an address, as row and out are."""
+    request = _read(address)
+    bits, drawn, kind, codes = int32s(row, count), uint32s(words, count), request.kind, request.codes
+    scale, high, finite = request.scale, request.high, request.finite != 0
     if kind == INT8:
-        target = int8s(codes + first, row.size)
-        encode(row, target, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
+        target = int8s(codes + first, count)
+        encode.powers(bits, target, drawn, scale, high, request.rounding, request.underflow, finite)
     else:
-        encode(row, out, words, ends[0], ends[1], ends[2], how[0], how[1], how[2], finite)
-        store(out, codes, kind, first)
+        target = int32s(out, count)
+        encode.powers(bits, target, drawn, scale, high, request.rounding, request.underflow, finite)
+        store(target, codes, kind, first)
 
 
-@row_loop()
-def _flat_task(x, half, start, stop, codes, fields, how, form, name, ends, finite, observe):
-    """Encode elements start .. stop - 1, a multiple of ROW from the first; returns the pattern of their max|x|."""
+@unthreaded
+def encode_floats(address, row, count, words, out, first):
+    """See encode_powers."""
+    request = _read(address)
+    bits, drawn, kind, codes = int32s(row, count), uint32s(words, count), request.kind, request.codes
+    scale, high, floating = request.scale, request.high, request.floating
+    if kind == INT8:
+        encode.floats(bits, int8s(codes + first, count), drawn, scale, high, floating, request.rounding)
+    else:
+        target = int32s(out, count)
+        encode.floats(bits, target, drawn, scale, high, floating, request.rounding)
+        store(target, codes, kind, first)
+
+
+@unthreaded
+def encode_integers(address, row, count, words, out, first):
+    """See encode_powers."""
+    request = _read(address)
+    bits, drawn, kind, codes = int32s(row, count), uint32s(words, count), request.kind, request.codes
+    scale, low, high, finite = request.scale, request.low, request.high, request.finite != 0
+    if kind == INT8:
+        encode.integers(bits, int8s(codes + first, count), drawn, scale, low, high, request.rounding, finite)
+    else:
+        target = int32s(out, count)
+        encode.integers(bits, target, drawn, scale, low, high, request.rounding, finite)
+        store(target, codes, kind, first)
+
+
+@unthreaded
+def encode_flat(address, number):
+    """Encode elements number * CHUNK up; the pattern of their max|x|, if asked for, goes to request.largest."""
+    request = _read(address)
+    x, half, codes, fields = request.x, request.half, request.codes, request.fields
+    name, form = (
+        carray(pointer(request.name), (4,), np.uint64),
+        (request.bits, request.pair, request.kind, request.floating),
+    )
+    draws = request.rounding == rows.STOCHASTIC or request.underflow == rows.STOCHASTIC
     words, scratch, buffer = np.empty(ROW // 2, np.uint64), np.empty(ROW, np.float32), np.empty(ROW, np.int32)
-    drawn, coded, split = words.view(np.uint32), np.empty(ROW, np.int32), np.empty(ROW, np.uint8)
-    largest = i32(0)
-    for first in range(start, stop, ROW):
+    coded, split = np.empty(ROW, np.int32), np.empty(ROW, np.uint8)
+    stop, largest = min(request.elements, (number + 1) * CHUNK), i32(0)
+    for first in range(number * CHUNK, stop, ROW):
         count = min(stop - first, ROW)
-        if how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC:
+        if draws:
             fill_words(words, first // 4, (count + 3) // 4, name)
-        row, out = load(x, half, first, count, buffer), coded[:count]
-        _encode_row(row, out, drawn, codes, form[2], first, how, ends, finite)
+        row = load(x, half, first, count, buffer)
+        call6(request.coder, address, row.ctypes.data, count, words.ctypes.data, coded.ctypes.data, first)
         if fields != 0:
-            fields_row(out, codes, fields, first, form, split, scratch)
-        if observe:
+            fields_row(coded[:count], codes, fields, first, form, split, scratch)
+        if request.observe:
             largest = max(largest, rows.extremes(row)[0])
-    return largest
+    int32s(request.largest + 4 * number, 1)[0] = largest
+    # What only addresses were taken of must be in use until here.
+    words[0], coded[0], buffer[0] = 0, 0, 0
 
 
-@row_loop()
-def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name, ends, finite, observe):
-    """Encode images start .. stop - 1, (pixels, channels) each, of a channels_last tensor, whose elements are numbered
-    image by image and channel by channel; returns the pattern of their max|x|."""
+@unthreaded
+def encode_images(address, number):
+    """Encode images number * each up, (pixels, channels) each, of a channels_last tensor, whose elements are numbered
+    image by image and channel by channel; see encode_flat."""
+    request = _read(address)
+    x, half, pixels, channels = request.x, request.half, request.pixels, request.channels
+    name = carray(pointer(request.name), (4,), np.uint64)
     # Four neighbouring pixels of a channel share a Philox call, unless such groups straddle channels.
     aligned = pixels % 4 == 0
     block = min(pixels, max(4, ROW // channels // 4 * 4))
@@ -84,7 +151,7 @@ def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name,
     scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
     counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
     word, largest = counters.view(np.uint32), i32(0)
-    for image in range(start, stop):
+    for image in range(number * request.each, min(request.images, (number + 1) * request.each)):
         first = image * channels * pixels
         if not aligned:
             fill_words(counters, first // 4, scratch, name)
@@ -94,16 +161,18 @@ def _images_task(x, half, start, stop, pixels, channels, codes, how, form, name,
                 fill_pixels(drawn[:count], counters, words, (first + above) // 4, pixels // 4, name)
             else:
                 transpose(word[first % 4 + above :], drawn[:count], pixels)
-            row = load(x, half, first + above * channels, count * channels, buffer)
-            out = coded[: count * channels]
-            _encode_row(row, out, drawn.reshape(-1), codes, form[2], first + above * channels, how, ends, finite)
-            if observe:
+            at, size = first + above * channels, count * channels
+            row = load(x, half, at, size, buffer)
+            call6(request.coder, address, row.ctypes.data, size, drawn.ctypes.data, coded.ctypes.data, at)
+            if request.observe:
                 largest = max(largest, rows.extremes(row)[0])
-    return largest
+    int32s(request.largest + 4 * number, 1)[0] = largest
+    # See encode_flat.
+    drawn[0, 0], coded[0], buffer[0] = 0, 0, 0
 
 
-@driver
-def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, form, limits, numbers):
+@unthreaded
+def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, form, limits, numbers, functions):
     """Measure x, choose a scale, encode: as much of it as is asked for, in as few passes as that needs.
 
     x, codes (0: measure only), fields (0: none), results, stream: addresses. results: float64 (6,) of scale, signed,
@@ -111,22 +180,29 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     pixels, channels (no images: memory order is row-major). how: floating, rounding, underflow, range, moments (for
     GIVEN: the maximum), pow2_scale, sample. form: bits, whether two fields share a byte, what codes are stored as,
     floating (Format). outputs: where scale (float32), signed (bool) and max|x| (float32) go as well, or 0. limits: the
-    largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum.
+    largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum. functions: addresses of `run`,
+    measure, encode_flat or encode_images (`by_images`), and what encodes a row (`coder_for`).
     """
     half, images, pixels, channels = layout
-    ends, found = np.empty(3, np.float32), np.zeros(6, np.float64)
+    found, told = np.zeros(6, np.float64), np.zeros(1, REQUEST)
     if results != 0:
         found = carray(pointer(results), (6,), np.float64)
     # With an estimate from before, one pass does: the maximum is found while encoding.
     once = how[3] == HINDSIGHT and how[0] == 1 and numbers[2] > 0
     tasks = max(1, (elements + CHUNK - 1) // CHUNK)
+    request = told[0]
+    request.x, request.half, request.elements, request.moments = x, half, elements, how[4]
     if how[3] != GIVEN and not once:
         extremes, sums = np.zeros((tasks, 2), np.int32), np.zeros((tasks, 2), np.float64)
-        for task in prange(tasks):
-            stop = min(elements, (task + 1) * CHUNK)
-            _measure_task(x, half, task * CHUNK, stop, how[4], extremes[task], sums[task])
-        found[2], found[3] = rows.as_float(extremes[:, 0].max()), extremes[:, 1].min() < 0
-        found[4], found[5] = sums[:, 0].sum(), sums[:, 1].sum()
+        request.extremes, request.sums = extremes.ctypes.data, sums.ctypes.data
+        call4(functions[0], elements, tasks, functions[1], told.ctypes.data)
+        for number in range(1, tasks):
+            extremes[0, 0] = max(extremes[0, 0], extremes[number, 0])
+            extremes[0, 1] = min(extremes[0, 1], extremes[number, 1])
+            sums[0, 0] += sums[number, 0]
+            sums[0, 1] += sums[number, 1]
+        found[2], found[3] = rows.as_float(extremes[0, 0]), extremes[0, 1] < 0
+        found[4], found[5] = sums[0, 0], sums[0, 1]
     if how[3] != GIVEN:
         signed = how[0] or found[3] > 0
         clip = rows.clip(how[3], found, elements, numbers[0], numbers[1], numbers[2])
@@ -134,36 +210,35 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
         if not once and not np.isfinite(found[2]):
             found[0] = np.nan
     if codes != 0:
-        ends[0] = f32(found[0])
+        request.scale = f32(found[0])
         if how[0]:
-            ends[1], ends[2] = 0, limits[0]
+            request.high = f32(limits[0])
         else:
-            ends[1], ends[2] = (-limits[0], limits[0]) if found[1] > 0 else (0, limits[1])
+            request.low, request.high = (
+                f32(-limits[0] if found[1] > 0 else 0),
+                f32(limits[0] if found[1] > 0 else limits[1]),
+            )
         name = stream_words(carray(pointer(stream), (6,), np.int64), how[6])
-        draws = how[1] == rows.STOCHASTIC or how[2] == rows.STOCHASTIC
-        coding = (how[0], how[1], how[2])
+        request.name, request.coder, request.codes, request.fields = name.ctypes.data, functions[3], codes, fields
+        request.floating, request.rounding, request.underflow = how[0], how[1], how[2]
+        request.bits, request.pair, request.kind = form[0], form[1], form[2]
         # Then the scale is that of these very elements, and in a logarithmic format no element is clipped: but for a
         # scale near the largest float that is rounded down to a power of two.
-        finite = how[3] != GIVEN and not once and np.isfinite(found[2])
-        by_image = images > 0 and draws  # without draws the order of the elements does not matter
-        each = max(1, CHUNK // 4 // max(1, pixels * channels))  # images a task
-        groups = (images + each - 1) // each
-        largest = np.zeros(groups if by_image else tasks, np.int32)
-        if by_image:
-            for group in prange(groups):
-                stop = min(images, (group + 1) * each)
-                largest[group] = _images_task(
-                    x, half, group * each, stop, pixels, channels, codes, coding, form, name, ends, finite,
-                    how[4] or once,
-                )  # fmt: skip
-        else:
-            for task in prange(tasks):
-                stop = min(elements, (task + 1) * CHUNK)
-                largest[task] = _flat_task(
-                    x, half, task * CHUNK, stop, codes, fields, coding, form, name, ends, finite, how[4] or once
-                )
+        request.finite = how[3] != GIVEN and not once and np.isfinite(found[2])
+        request.observe = how[4] or once
+        groups = tasks
+        if images > 0:
+            request.each = max(1, CHUNK // 4 // max(1, pixels * channels))
+            request.images, request.pixels, request.channels = images, pixels, channels
+            groups = (images + request.each - 1) // request.each
+        largest = np.zeros(groups, np.int32)
+        request.largest = largest.ctypes.data
+        call4(functions[0], elements, groups, functions[2], told.ctypes.data)
+        name[0] = 0  # see below
         if once or (how[3] == GIVEN and how[4]):
-            found[2] = rows.as_float(largest.max())
+            for number in range(1, groups):
+                largest[0] = max(largest[0], largest[number])
+            found[2] = rows.as_float(largest[0])
             if once and not np.isfinite(found[2]):
                 found[0] = np.nan
     if outputs[0] != 0:
@@ -171,3 +246,4 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
         uint8s(outputs[1], 1)[0] = found[1] > 0
     if outputs[2] != 0:
         set_float(outputs[2], found[2])
+    told[0].x = 0  # what only its address was taken of must be in use until here

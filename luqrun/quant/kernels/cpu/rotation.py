@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from luqrun.quant.kernels.cpu.blocks import words_of
-from luqrun.quant.kernels.cpu.driver import CHUNK, driver, floats
+from luqrun.quant.kernels.cpu.driver import floats, integers, tasks
 from luqrun.quant.kernels.cpu.rows import f32, row_loop, u64
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.layout import dense
 
 COLUMNS = 64  # that are rotated together where a group lies across rows
@@ -89,23 +89,26 @@ def _rotate_strip(x, out, start, stride, count, length, size, signs, panel):
         part //= 2
 
 
-@driver
-def rotate(elements, x, out, outer, length, inner, size, stages, signs):
-    """out (float32) is x with groups of `size` (2^stages) along the middle of (outer, length, inner) rotated. They are
-    addresses, as signs is."""
+@tasks
+def rotate_lines(request, number):
+    """Lines number * each up of `length` elements, with groups of `size` (2^stages) rotated, from x to out (float32),
+    which are addresses, as signs is."""
+    x, out, outer, length, size, stages, signs, each = integers(request, 0, 8)
+    source, target, sign = floats(x, outer * length), floats(out, outer * length), floats(signs, size)
+    one, other = np.empty(size, np.float32), np.empty(size, np.float32)
+    for line in range(number * each, min(outer, (number + 1) * each)):
+        _rotate_line(source, target, line * length, length, size, stages, sign, one, other)
+
+
+@tasks
+def rotate_strips(request, number):
+    """The same along the middle of (outer, length, inner): a strip of COLUMNS neighbouring lines."""
+    x, out, outer, length, inner, size, signs = integers(request, 0, 7)
+    elements, strips = outer * length * inner, (inner + COLUMNS - 1) // COLUMNS
     source, target, sign = floats(x, elements), floats(out, elements), floats(signs, size)
-    if inner == 1:
-        each = max(1, CHUNK // max(1, length))
-        for task in prange((outer + each - 1) // each):
-            one, other = np.empty(size, np.float32), np.empty(size, np.float32)
-            for line in range(task * each, min(outer, (task + 1) * each)):
-                _rotate_line(source, target, line * length, length, size, stages, sign, one, other)
-        return
-    strips = (inner + COLUMNS - 1) // COLUMNS
-    for task in prange(outer * strips):
-        panel, line, first = np.empty(size * COLUMNS, np.float32), task // strips, task % strips * COLUMNS
-        count, start = min(COLUMNS, inner - first), line * length * inner + first
-        _rotate_strip(source, target, start, inner, count, length, size, sign, panel)
+    panel, line, first = np.empty(size * COLUMNS, np.float32), number // strips, number % strips * COLUMNS
+    count, start = min(COLUMNS, inner - first), line * length * inner + first
+    _rotate_strip(source, target, start, inner, count, length, size, sign, panel)
 
 
 def signs(stream: Tensor, size: int) -> Tensor:
@@ -119,6 +122,12 @@ def hadamard(x: Tensor, grid: Sequence[int], axis: int, size: int, signs: Tensor
     out = torch.empty_like(x)
     signs = torch.ones(size, device="cpu") if signs is None else signs.contiguous()
     if x.numel():
-        lines = math.prod(sizes[:axis]), sizes[axis], math.prod(sizes[axis + 1 :])
-        rotate(x.numel(), x.data_ptr(), out.data_ptr(), *lines, size, size.bit_length() - 1, signs.data_ptr())
+        outer, length, inner = math.prod(sizes[:axis]), sizes[axis], math.prod(sizes[axis + 1 :])
+        count, sign, addresses = x.numel(), signs.data_ptr(), (x.data_ptr(), out.data_ptr())
+        if inner == 1:
+            each = max(1, CHUNK // max(1, length))
+            stages = size.bit_length() - 1
+            rotate_lines(-(-outer // each), count, *addresses, outer, length, size, stages, sign, each)
+        else:
+            rotate_strips(outer * -(-inner // COLUMNS), count, *addresses, outer, length, inner, size, sign)
     return out

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.dot_tiles import dot_tile, interleave, narrow_dot_tile, store_scaled
-from luqrun.quant.kernels.cpu.driver import accumulate, copy_quad, driver, floats, int8s, int32s, uint8s
+from luqrun.quant.kernels.cpu.driver import accumulate, copy_quad, floats, int8s, int32s, integers, tasks, uint8s
 from luqrun.quant.kernels.cpu.loops import pad_line
 from luqrun.quant.kernels.cpu.rows import row_loop
-from luqrun.quant.kernels.cpu.tile_sizes import COLUMNS, LANES, MOST_ROWS, ROWS
+from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
 _ROWS, _NARROW_ROWS = ROWS[2], ROWS[1]
 QUADS = 4 * LANES  # bytes of a quad of 16 channels
@@ -46,85 +45,88 @@ def _panel_width(columns):
     return COLUMNS if columns > LANES else LANES
 
 
-@driver
-def pack_weight(elements, weight, out, channels, taps, strides, depth):
+@tasks
+def pack_weight(request, number):
     """The right operand of `convolve`: panels of COLUMNS output channels, the last perhaps of LANES, quad by quad.
 
     weight: the address of int8; channels: of the output; taps: (runs, taps a run, channels a tap); strides: from one to
-    the next of each of these and of the output channels, in bytes; depth: quads in all runs. elements: of out.
+    the next of each of these and of the output channels, in bytes; depth: quads in all runs. A task is a panel.
     """
+    weight, out, channels, depth = integers(request, 0, 4)
+    taps, strides = integers(request, 4, 3), integers(request, 7, 4)
     runs, across, inputs = taps
     quads = depth // runs
     together = strides[2] == 1 and (across == 1 or strides[1] == inputs)
-    for panel in prange((channels + COLUMNS - 1) // COLUMNS):
-        columns = min(COLUMNS, channels - panel * COLUMNS)
-        width = _panel_width(columns)
-        target, source = out + panel * COLUMNS * depth * 4, weight + panel * COLUMNS * strides[3]
-        rows.clear(uint8s(target, depth * width * 4))
-        for run in range(runs):
-            if together:
-                whole = across * inputs // 4
-                for column in range(columns):
-                    begin = source + run * strides[0] + column * strides[3]
-                    for quad in range(whole):
-                        copy_quad(target + ((run * quads + quad) * width + column) * 4, begin + 4 * quad)
-                    for byte in range(4 * whole, across * inputs):
-                        to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
-                        int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
-            else:
-                for tap in range(across):
-                    for channel in range(inputs):
-                        byte = tap * inputs + channel
-                        begin = source + run * strides[0] + tap * strides[1] + channel * strides[2]
-                        to = int8s(target + (run * quads + byte // 4) * width * 4 + byte % 4, width * 4)
-                        for column in range(columns):
-                            to[4 * column] = int8s(begin + column * strides[3], 1)[0]
+    columns = min(COLUMNS, channels - number * COLUMNS)
+    width = _panel_width(columns)
+    target, source = out + number * COLUMNS * depth * 4, weight + number * COLUMNS * strides[3]
+    rows.clear(uint8s(target, depth * width * 4))
+    for run in range(runs):
+        if together:
+            whole = across * inputs // 4
+            for column in range(columns):
+                begin = source + run * strides[0] + column * strides[3]
+                for quad in range(whole):
+                    copy_quad(target + ((run * quads + quad) * width + column) * 4, begin + 4 * quad)
+                for byte in range(4 * whole, across * inputs):
+                    to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
+                    int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
+        else:
+            for tap in range(across):
+                for channel in range(inputs):
+                    byte = tap * inputs + channel
+                    begin = source + run * strides[0] + tap * strides[1] + channel * strides[2]
+                    to = int8s(target + (run * quads + byte // 4) * width * 4 + byte % 4, width * 4)
+                    for column in range(columns):
+                        to[4 * column] = int8s(begin + column * strides[3], 1)[0]
 
 
-@driver
-def convolve(elements, a, weight, out, half, scale, shift, size, padding, padded, source, taps, target, group):
+@tasks
+def convolve(request, number):
     """out (N, H', W', K), float32 or (half) bf16, at the pixels of `target` <- the integers times the float at `scale`.
 
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; weight: from
     `pack_weight`. padding, padded: see `pad`: what is read has padded (lines, columns). source: (line, column) there of
     the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, bytes a run).
-    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task. elements: see driver.
+    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task.
     """
+    a, weight, out, half, scale, shift, group = integers(request, 0, 7)
+    size, padding, padded = integers(request, 7, 4), integers(request, 11, 2), integers(request, 13, 2)
+    source, taps, target = integers(request, 15, 4), integers(request, 19, 3), integers(request, 22, 9)
     images, _, _, channels = size
     out_height, out_width, out_channels, first_line, first_column, down, across, lines, columns = target
     pitch, quads = padded[1] * channels, (taps[2] + 3) // 4
     image_bytes, factor = padded[0] * pitch, floats(scale, 1)[0]
-    for task in prange((images + group - 1) // group):
-        begin = task * group
-        count = min(group, images - begin)
-        memory = np.empty(count * image_bytes + 4, np.uint8)
-        for line in range(count * padded[0]):
-            image, row = begin + line // padded[0], line % padded[0]
-            pad_line(memory.ctypes.data + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
-        pixels, element = count * lines * columns, 2 if half else 4
-        offsets, places = np.empty(pixels + MOST_ROWS, np.int32), np.empty(pixels, np.int64)
+    begin = number * group
+    count = min(group, images - begin)
+    memory = np.empty(count * image_bytes + 4, np.uint8)
+    for line in range(count * padded[0]):
+        image, row = begin + line // padded[0], line % padded[0]
+        pad_line(memory.ctypes.data + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
+    pixels, element = count * lines * columns, 2 if half else 4
+    offsets, places = np.empty(pixels + MOST_ROWS, np.int32), np.empty(pixels, np.int64)
+    at = 0
+    for image in range(count):
+        for line in range(lines):
+            start = image * image_bytes + (source[0] + line * source[2]) * pitch + source[1] * channels
+            place = ((begin + image) * out_height + first_line + line * down) * out_width + first_column
+            for column in range(columns):
+                offsets[at] = start + column * source[3] * channels
+                places[at] = (place + column * across) * out_channels * element
+                at += 1
+    offsets[pixels:] = offsets[pixels - 1]  # the last one once more
+    nowhere, same = np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
+    shifts, sums = np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
+    for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
+        wide = min(COLUMNS, out_channels - panel * COLUMNS)
+        lanes = _panel_width(wide)
+        right, to = weight + panel * COLUMNS * taps[0] * quads * 4, out + panel * COLUMNS * element
+        _tile(wide, same, nowhere, 0, taps[0], 0, quads, 0, right, shifts)
         at = 0
-        for image in range(count):
-            for line in range(lines):
-                start = image * image_bytes + (source[0] + line * source[2]) * pitch + source[1] * channels
-                place = ((begin + image) * out_height + first_line + line * down) * out_width + first_column
-                for column in range(columns):
-                    offsets[at] = start + column * source[3] * channels
-                    places[at] = (place + column * across) * out_channels * element
-                    at += 1
-        offsets[pixels:] = offsets[pixels - 1]  # the last one once more
-        nowhere, same = np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
-        shifts, sums = np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
-        for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
-            wide = min(COLUMNS, out_channels - panel * COLUMNS)
-            lanes = _panel_width(wide)
-            right, to = weight + panel * COLUMNS * taps[0] * quads * 4, out + panel * COLUMNS * element
-            _tile(wide, same, nowhere, 0, taps[0], 0, quads, 0, right, shifts)
-            at = 0
-            while at < pixels:
-                done = _tile(wide, memory, offsets, at, taps[0], taps[1] * pitch, quads, 4, right, sums)
-                _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
-                at += done
+        while at < pixels:
+            done = _tile(wide, memory, offsets, at, taps[0], taps[1] * pitch, quads, 4, right, sums)
+            _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
+            at += done
 
 
 @row_loop()
@@ -157,10 +159,8 @@ def _make_quads(out, far, step, places, a, nowhere, size, which, flip, begin, ch
             interleave(to, one, two, three, four, min(LANES, channels - by), flip)
 
 
-@driver
-def convolve_for_weight(
-    elements, a, g, sums, shift, size, g_size, kernel, stride, padding, dilation, by_lines, tasks, limit, more
-):
+@tasks
+def convolve_for_weight(request, number):
     """int32 (tasks, R * S * C + 1, K, rounded up to LANES) at `sums` <- (+= if more) for each tap and input channel the
     products with each output channel, over the pixels of each task's images; in the last row what `shift` adds to each.
 
@@ -169,6 +169,9 @@ def convolve_for_weight(
     lines; else images are, for each tap. limit: bytes of quads at a time, where an image has no more. elements: see
     driver.
     """
+    a, g, sums, shift, by_lines, tasks, limit, more = integers(request, 0, 8)
+    size, g_size, kernel = integers(request, 8, 4), integers(request, 12, 4), integers(request, 16, 2)
+    stride, padding, dilation = integers(request, 18, 2), integers(request, 20, 2), integers(request, 22, 2)
     images, _, _, channels = size
     _, out_height, out_width, out_channels = g_size
     padded_channels = (out_channels + LANES - 1) // LANES * LANES
@@ -183,77 +186,78 @@ def convolve_for_weight(
     image_bytes, g_bytes = lines * quads * QUADS, g_lines * quads * 4
     parts = (channels + LANES - 1) // LANES
     group = max(1, limit // (copies * parts * image_bytes + g_bytes * COLUMNS))
-    for task in prange(tasks):
-        begin, end = images * task // tasks, images * (task + 1) // tasks
-        memory = np.empty(copies * parts * group * image_bytes, np.uint8)
-        g_memory = np.empty(group * g_bytes * COLUMNS, np.uint8)
-        most, places = max(channels, COLUMNS) + LANES, np.empty(4, np.int64)
-        nothing, nowhere, same = np.zeros(most, np.uint8), np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
-        offsets, found = np.zeros(rows_of_sums + MOST_ROWS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
-        zero, to, g_to = nothing.ctypes.data, memory.ctypes.data, g_memory.ctypes.data
-        target = sums + 4 * task * rows_of_sums * padded_channels
-        if not more:
-            rows.clear(int32s(target, rows_of_sums * padded_channels))
-        for first in range(begin, end, group):
-            count = min(group, end - first)
-            part_bytes, at = count * image_bytes, 0
-            for r in range(kernel[0]):
-                for s in range(kernel[1]):
-                    start = s * parts * part_bytes + r * dilation[0] * quads * QUADS
-                    if not by_lines:
-                        start = (r * kernel[1] + s) * parts * part_bytes
-                    for channel in range(channels):
-                        offsets[at] = start + channel // LANES * part_bytes + channel % LANES * 4
-                        at += 1
-            for copied in range(copies):
-                r, s = (0, copied) if by_lines else (copied // kernel[1], copied % kernel[1])
-                column = s * dilation[1] - padding[1]
-                for image in range(count):
-                    for line in range(lines):
-                        row = line + r * dilation[0] - padding[0]
-                        place = to + copied * parts * part_bytes + image * image_bytes + line * quads * QUADS
-                        which = first + image, column, row, pixels, out_width, stride[0], stride[1]
-                        _make_quads(place, part_bytes, QUADS, places, a, zero, size, which, shift, 0, channels)
-            for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
-                wide = min(COLUMNS, out_channels - panel * COLUMNS)
-                lanes = _panel_width(wide)
-                if wide < lanes:
-                    rows.clear(uint8s(g_to, count * g_bytes * lanes))
-                for image in range(count):
-                    for line in range(g_lines):
-                        place = g_to + (image * g_lines + line) * quads * lanes * 4
-                        which, by = (first + image, 0, line, pixels, out_width, 1, 1), panel * COLUMNS
-                        _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
-                run = count, image_bytes, g_lines * quads
-                _tile(wide, same, nowhere, 0, count, 0, run[2], 0, g_to, found)
-                last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
-                accumulate(last, found.ctypes.data, lanes)
-                at = 0
-                while at < rows_of_sums - 1:
-                    done = _tile(wide, memory, offsets, at, run[0], run[1], run[2], QUADS, g_to, found)
-                    for row in range(min(done, rows_of_sums - 1 - at)):
-                        place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
-                        accumulate(place, found.ctypes.data + 4 * row * lanes, lanes)
-                    at += done
-        # What only addresses were taken of must be in use until here.
-        found[0] = nothing[0] + memory[0] + g_memory[0]
+    begin, end = images * number // tasks, images * (number + 1) // tasks
+    memory = np.empty(copies * parts * group * image_bytes, np.uint8)
+    g_memory = np.empty(group * g_bytes * COLUMNS, np.uint8)
+    most, places = max(channels, COLUMNS) + LANES, np.empty(4, np.int64)
+    nothing, nowhere, same = np.zeros(most, np.uint8), np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
+    offsets, found = np.zeros(rows_of_sums + MOST_ROWS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
+    zero, to, g_to = nothing.ctypes.data, memory.ctypes.data, g_memory.ctypes.data
+    target = sums + 4 * number * rows_of_sums * padded_channels
+    if not more:
+        rows.clear(int32s(target, rows_of_sums * padded_channels))
+    for first in range(begin, end, group):
+        count = min(group, end - first)
+        part_bytes, at = count * image_bytes, 0
+        for r in range(kernel[0]):
+            for s in range(kernel[1]):
+                start = s * parts * part_bytes + r * dilation[0] * quads * QUADS
+                if not by_lines:
+                    start = (r * kernel[1] + s) * parts * part_bytes
+                for channel in range(channels):
+                    offsets[at] = start + channel // LANES * part_bytes + channel % LANES * 4
+                    at += 1
+        for copied in range(copies):
+            r, s = (0, copied) if by_lines else (copied // kernel[1], copied % kernel[1])
+            column = s * dilation[1] - padding[1]
+            for image in range(count):
+                for line in range(lines):
+                    row = line + r * dilation[0] - padding[0]
+                    place = to + copied * parts * part_bytes + image * image_bytes + line * quads * QUADS
+                    which = first + image, column, row, pixels, out_width, stride[0], stride[1]
+                    _make_quads(place, part_bytes, QUADS, places, a, zero, size, which, shift, 0, channels)
+        for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
+            wide = min(COLUMNS, out_channels - panel * COLUMNS)
+            lanes = _panel_width(wide)
+            if wide < lanes:
+                rows.clear(uint8s(g_to, count * g_bytes * lanes))
+            for image in range(count):
+                for line in range(g_lines):
+                    place = g_to + (image * g_lines + line) * quads * lanes * 4
+                    which, by = (first + image, 0, line, pixels, out_width, 1, 1), panel * COLUMNS
+                    _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
+            run = count, image_bytes, g_lines * quads
+            _tile(wide, same, nowhere, 0, count, 0, run[2], 0, g_to, found)
+            last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
+            accumulate(last, found.ctypes.data, lanes)
+            at = 0
+            while at < rows_of_sums - 1:
+                done = _tile(wide, memory, offsets, at, run[0], run[1], run[2], QUADS, g_to, found)
+                for row in range(min(done, rows_of_sums - 1 - at)):
+                    place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
+                    accumulate(place, found.ctypes.data + 4 * row * lanes, lanes)
+                at += done
+    # What only addresses were taken of must be in use until here.
+    found[0] = nothing[0] + memory[0] + g_memory[0]
 
 
-@driver
-def add_tasks(elements, sums, tasks, taps, channels, out):
+@tasks
+def add_tasks(request, number):
     """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once."""
+    sums, tasks, taps, channels, out = integers(request, 0, 5)
     padded = (channels + LANES - 1) // LANES * LANES
-    for part in prange(padded // LANES):
-        total, wide = np.empty(LANES, np.int64), min(LANES, channels - part * LANES)
-        last = np.zeros(LANES, np.int64)
-        for tap in range(taps, -1, -1):
-            total[:] = -last
-            for task in range(tasks):
-                found = int32s(sums + 4 * ((task * (taps + 1) + tap) * padded + part * LANES), LANES)
-                for lane in range(LANES):
-                    total[lane] += found[lane]
-            if tap == taps:
-                last[:] = total
-            else:
-                for lane in range(wide):
-                    floats(out + 4 * ((part * LANES + lane) * taps + tap), 1)[0] = total[lane]
+    total, wide = np.empty(LANES, np.int64), min(LANES, channels - number * LANES)
+    last = np.zeros(LANES, np.int64)
+    for tap in range(taps, -1, -1):
+        for lane in range(LANES):
+            total[lane] = -last[lane]
+        for task in range(tasks):
+            found = int32s(sums + 4 * ((task * (taps + 1) + tap) * padded + number * LANES), LANES)
+            for lane in range(LANES):
+                total[lane] += found[lane]
+        if tap == taps:
+            for lane in range(LANES):
+                last[lane] = total[lane]
+        else:
+            for lane in range(wide):
+                floats(out + 4 * ((number * LANES + lane) * taps + tap), 1)[0] = total[lane]

@@ -4,3 +4,11 @@ LANES = 16  # columns of a vector of sums
 COLUMNS = 2 * LANES  # of a panel of the right operand; the last panel may have LANES
 ROWS = {1: 14, 2: 12}  # of a block, by its vectors of columns: with these the registers hold the sums
 MOST_ROWS = max(ROWS.values())
+
+ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
+CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
+
+
+def chunks(elements: int) -> int:
+    """Tasks of CHUNK elements."""
+    return -(-elements // CHUNK)
