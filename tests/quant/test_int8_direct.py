@@ -76,7 +76,8 @@ def test_padded_codes(padding, shift):
     codes_in, size = codes(2, 5, 6, 3, low=-128), (2, 5, 6, 3)
     out = torch.full((2, max(5 + 2 * padding[0], 1), max(6 + 2 * padding[1], 1), 3), 7, dtype=torch.uint8)
     address = out.data_ptr(), codes_in.data_ptr()
-    int8_library._loops().pad(out.numel(), *address, shift, size, padding, tuple(out.shape[1:3]))
+    lines = out.shape[0] * out.shape[1]
+    int8_library._loops().pad(lines, out.numel(), *address, shift, *size, *padding, *out.shape[1:3])
     unsigned = (codes_in.view(torch.uint8) ^ shift).int().permute(0, 3, 1, 2)
     around = (padding[1], out.shape[2] - 6 - padding[1], padding[0], out.shape[1] - 5 - padding[0])
     expected = torch.nn.functional.pad(unsigned, around, value=shift)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds between two looks at what goes on elsewhere
 LOCK = "luqrun.compiling.lock"
+PROCESSES = 4  # that compile at once, at most: each loads torch, and what two need both compile
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 DONE = "compiled "  # how a compiling process begins the line that names a function
 Progress = Callable[[int, int], None]  # how many functions are compiled, of how many
@@ -148,11 +149,16 @@ def _compile_elsewhere(versions: Sequence[Version], progress: Progress) -> bool:
 
 
 def _shares(versions: Sequence[Version]) -> list[list[Version]]:
-    """What each of the processes compiles: the longest by itself, where there is a core for it."""
-    longest = max(versions, key=lambda version: len(parts(version.loop)))
-    others = [version for version in versions if version is not longest]
+    """What each of the processes compiles, one for each core: about as many functions, those that only others call
+    included."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [[longest], others] if others and cores > 1 else [[longest, *others]]
+    names = {version: parts(version.loop) for version in versions}
+    shares: list[tuple[list[Version], set[str]]] = [([], set()) for _ in range(min(cores, len(versions), PROCESSES))]
+    for version in sorted(versions, key=lambda version: len(names[version]), reverse=True):
+        mine, found = min(shares, key=lambda share: len(share[1] | names[version]))
+        mine.append(version)
+        found |= names[version]
+    return [mine for mine, _ in shares]
 
 
 def _start(versions: Sequence[Version]) -> subprocess.Popen:
