@@ -111,7 +111,7 @@ def _patch_line(out, a, image, row, height, width, channels, out_width, kernel, 
 def patches(request, number):
     """im2col: the output rows first, first + 1, ... of all images together, as int8 (rows * W', R * S * C) at `out`.
 
-    a: the address of int8 (N, H, W, C) with size (N, H, W, C); elements: of out; out_size: (H', W').
+    a: the address of int8 (N, H, W, C) with size (N, H, W, C); out_size: (H', W'). A task is an output row.
     """
     out, a, first = integers(request, 0, 3)
     size, out_size, kernel = integers(request, 3, 4), integers(request, 7, 2), integers(request, 9, 2)
@@ -127,7 +127,7 @@ def patches(request, number):
 def fold(request, number):
     """col2im: each of `size` (N, H, W, C) int32 at `sums` is the sum of the `products` that `patches` took from it.
 
-    products: the address of int32 (N * H' * W', R * S * C); out_size: (H', W'); elements: of sums.
+    products: the address of int32 (N * H' * W', R * S * C); out_size: (H', W'). A task is a row of an image.
     """
     sums, products = integers(request, 0, 2)
     out_size, size, kernel = integers(request, 2, 2), integers(request, 4, 4), integers(request, 8, 2)

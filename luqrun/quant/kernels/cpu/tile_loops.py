@@ -166,8 +166,7 @@ def convolve_for_weight(request, number):
 
     a, g: the addresses of int8 (N, H, W, C) and (N, H', W', K), with these sizes; shift: 128, what is added to a.
     by_lines: whether a line of a is made into quads once for all lines of the kernel, which needs a stride of 1 between
-    lines; else images are, for each tap. limit: bytes of quads at a time, where an image has no more. elements: see
-    driver.
+    lines; else images are, for each tap. limit: bytes of quads at a time, where an image has no more.
     """
     a, g, sums, shift, by_lines, tasks, limit, more = integers(request, 0, 8)
     size, g_size, kernel = integers(request, 8, 4), integers(request, 12, 4), integers(request, 16, 2)
