@@ -143,6 +143,7 @@ class FpropConfig:
     weight: OperandChanges | None = field(default_factory=OperandChanges)
     hadamard: int | None = None
     signs: str | None = None
+    trust_mask: bool | None = None
 
 
 @dataclass

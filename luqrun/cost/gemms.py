@@ -90,7 +90,7 @@ class _Counter:
         passes = 1 if why or pair[0].samples == 1 else pair[0].samples  # of more draws each is a GEMM of its own
         first, second, result = (product.elements[place] for place in PLACES[name])
         moved = passes * (first * sides[0].bits + second * sides[1].bits) + result * BITS[self.precision]
-        kept = self._kept(product, name, sides)
+        kept = self._kept(product, name, sides) + self._masked(product, name)
         quantized = self._quantized(product, name, pair)
         shape = {
             "fprop": (product.rows, product.inner, product.columns),
@@ -127,6 +127,14 @@ class _Counter:
                 return 0
             self.held.add(key)
         return elements * sides[1].bits
+
+    def _masked(self, product: Product, name: str) -> int:
+        """Bits kept of what fprop clips of the operand whose gradient this GEMM computes (luqrun.quant.trust)."""
+        fprop, operand = self.recipe.fprop, {"dgrad": "activation", "wgrad": "weight"}.get(name)
+        clips = operand is not None and getattr(getattr(fprop, operand), "range", None) == "rms"
+        if not clips or not fprop.trust_mask or self._why(product):
+            return 0
+        return product.elements[PLACES["fprop"][OPERANDS_OF["fprop"].index(operand)]]
 
     def _quantized(self, product: Product, name: str, pair: tuple) -> float:
         """Bits that are read and written to quantize what this GEMM is the first to take."""

@@ -116,26 +116,40 @@ def traced_gemm(activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan:
     return ops.forward_only(fprop(op, a, w, dtype).to(dtype), activation, weight)
 
 
+def _trusted(ctx, saved: tuple[Tensor, ...], operand: str, gradient: Tensor) -> Tensor:
+    """The gradient of an operand, without what a mask takes from it."""
+    if operand not in ctx.masks:
+        return gradient
+    place, mask = ctx.masks[operand]
+    return ctx.plan.trusted(operand, gradient, mask._replace(bits=saved[place]))
+
+
 class QuantizedGemm(torch.autograd.Function):
     """fprop, and in the backward pass dgrad and wgrad, each on the operands that the plan quantizes.
 
-    Straight-through for weight and activation.
+    Straight-through for weight and activation; with a trust mask, for what fprop does not clip of them.
     """
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
         codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
-        a, stored_a = plan.quantize_forward("activation", activation, codes, need_a)
-        w, stored_w = plan.quantize_forward("weight", weight, codes, need_w)
+        a, stored_a = plan.quantize_forward("activation", activation, codes, keep=need_a, learns=need_w)
+        w, stored_w = plan.quantize_forward("weight", weight, codes, keep=need_w, learns=need_a)
         kept = (*(stored_a.tensors if need_a else ()), *(stored_w.tensors if need_w else ()))
+        ctx.masks = {}  # by operand: where its bits are in what is kept, and how they lie
+        for operand, mask in (("activation", stored_a.mask), ("weight", stored_w.mask)):
+            if mask is not None:
+                ctx.masks[operand] = len(kept), mask._replace(bits=None)
+                kept = (*kept, mask.bits)
         if torch.compiler.is_compiling():  # it makes constants of sizes that no tensor holds
             kept = (*kept, activation.new_empty(()).expand(activation.shape))
         else:
             ctx.a_shape = activation.shape
         ctx.save_for_backward(*kept)
         # Without the tensors: autograd alone may hold them, so that they are freed with the graph.
-        ctx.stored_a, ctx.stored_w = stored_a._replace(tensors=(), shape=()), stored_w._replace(tensors=())
+        ctx.stored_a = stored_a._replace(tensors=(), shape=(), mask=None)
+        ctx.stored_w = stored_w._replace(tensors=(), mask=None)
         ctx.op, ctx.plan, ctx.needs, ctx.split = op, plan, (need_a, need_w), len(stored_a.tensors)
         ctx.a_dtype, ctx.like_w = activation.dtype, (weight.shape, weight.dtype)
         return fprop(op, a, w, dtype).to(dtype)
@@ -170,7 +184,7 @@ class QuantizedGemm(torch.autograd.Function):
                 grad_a = mfbprop_gemms.dgrad(ctx.op, for_dgrad, w, a_shape)
             else:
                 grad_a = dgrad(ctx.op, for_dgrad, w, a_shape, dtype)
-            grad_a = grad_a.to(ctx.a_dtype)
+            grad_a = _trusted(ctx, saved, "activation", grad_a).to(ctx.a_dtype)
         if need_a:
             codes = torch.int8 if free else code_dtype(grad_output, int8_wgrad, dtype)
             a = ctx.stored_a._replace(shape=a_shape).read(ctx.op, saved[: ctx.split], codes)
@@ -178,5 +192,5 @@ class QuantizedGemm(torch.autograd.Function):
                 grad_w = mfbprop_gemms.wgrad(ctx.op, for_wgrad, a, w_shape)
             else:
                 grad_w = wgrad(ctx.op, for_wgrad, a, w_shape, dtype)
-            grad_w = grad_w.to(w_dtype)
+            grad_w = _trusted(ctx, saved, "weight", grad_w).to(w_dtype)
         return grad_a, grad_w, None, None, None

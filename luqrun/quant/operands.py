@@ -12,6 +12,7 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
+from luqrun.quant.trust import Mask
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 
@@ -79,7 +80,7 @@ class Stored(NamedTuple):
     """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; in blocks packed codes,
     their scales, the tensor's scale; or the tensor itself); the rest says how to read them.
 
-    gemm, operand: whose the blocks are, which says where they lie (`op.grid`).
+    gemm, operand: whose the blocks are, which says where they lie (`op.grid`). mask: of what fprop clipped, or None.
     """
 
     tensors: tuple[Tensor, ...]
@@ -88,6 +89,7 @@ class Stored(NamedTuple):
     channels_last: bool = False
     gemm: str = ""
     operand: str = ""
+    mask: Mask | None = None
 
     def read(self, op: LinearOp | ConvOp, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
         """The operand again, its codes as `dtype`, from the tensors that autograd kept."""

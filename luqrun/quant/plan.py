@@ -18,6 +18,7 @@ from luqrun.quant.quantizer import QuantizedTensor, Quantizer
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once
+from luqrun.quant.trust import Mask
 
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
 SECOND = {"activation": "wgrad", "weight": "dgrad"}  # the GEMM after fprop that takes the operand
@@ -58,10 +59,11 @@ class Plan:
         dtype: torch.dtype,
         packed: bool = False,
         again: bool = False,
+        masked: bool = False,
     ) -> tuple[Operand, Stored]:
         """x as an Operand of a GEMM, with one draw of codes of `dtype` (or float32 where that cannot hold them), and as
         what is kept of it with `packed`. again: another GEMM has quantized it in another way; then what is drawn is the
-        GEMM's own, and nothing is remembered or told of it."""
+        GEMM's own, and nothing is remembered or told of it. masked: what is kept has the mask of what was clipped."""
         quantizer = getattr(getattr(self, gemm), operand)
         x = self._rotated(gemm, operand, x)
         if quantizer is None:
@@ -74,6 +76,8 @@ class Plan:
             if not again and self.health is not None:
                 self.health[operand] = health_of_blocks(x, found, quantizer, grid)
             stored = Stored((found.fields, found.scales, found.tensor_scale), how, *layout, gemm, operand)
+            if masked:
+                stored = stored._replace(mask=Mask.of(x, how, grid, found.scales, found.tensor_scale))
             return Operand((found.values,), scale_beside(how, found.tensor_scale)), stored
         dtype = held_by(quantizer.form, dtype)
         codes, scale, signed, fields, maximum = quantizer.run(
@@ -115,13 +119,17 @@ class Plan:
         lines = self.op.lines(gemm, operand, x.shape, is_channels_last(x))
         return rotate(x, lines, rotation, signs_of(rotation, self.streams["weight"], gemm))
 
-    def _as_in_fprop(self, operand: str, x: Tensor, found: Operand) -> Tensor:
-        """What fprop made of x, in x's own axes."""
-        values, rotation = found.dequantized(), self._rotation("fprop")
+    def _unrotated(self, operand: str, x: Tensor) -> Tensor:
+        """x, which is in the axes that fprop rotated, in its own."""
+        rotation = self._rotation("fprop")
         if rotation is None:
-            return values
-        lines = self.op.lines("fprop", operand, values.shape, is_channels_last(values))
-        return unrotate(values, lines, rotation, signs_of(rotation, self.streams["weight"], "fprop"))
+            return x
+        lines = self.op.lines("fprop", operand, x.shape, is_channels_last(x))
+        return unrotate(x, lines, rotation, signs_of(rotation, self.streams["weight"], "fprop"))
+
+    def trusted(self, operand: str, gradient: Tensor, mask: Mask) -> Tensor:
+        """An operand's gradient, as float32, without what the mask of fprop's clipping takes from it."""
+        return self._unrotated(operand, mask.apply(self._rotated("fprop", operand, gradient)))
 
     def _same(self, operand: str, *gemms: str) -> bool:
         """Whether two GEMMs can share one quantization of a tensor: all but the number of samples is the same."""
@@ -132,8 +140,11 @@ class Plan:
             return first is second
         return first.encoding == second.encoding and not second.requantize and first.lies_alike
 
-    def quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
-        """x for fprop, and with `keep` what the backward pass takes of it for its second GEMM.
+    def quantize_forward(
+        self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, learns: bool = False
+    ) -> tuple[Operand, Stored]:
+        """x for fprop, and with `keep` what the backward pass takes of it for its second GEMM. learns: whether its own
+        gradient is wanted.
 
         Where several layers read one activation, the first of them quantizes it for all; and weights that do not change
         are quantized once.
@@ -144,28 +155,31 @@ class Plan:
         rotations = self._rotation("fprop"), self._rotation(SECOND[operand])
         repeats = all(each is None or each.signs != "drawn" for each in rotations)
         repeats = repeats and all(each is not None and each.repeats for each in needed)
-        key = (self.op, first, second, rotations, dtype, keep)
+        masked = learns and self.fprop.trust_mask and first is not None and first.range == "rms"
+        key = (self.op, first, second, rotations, dtype, keep, masked)
         if operand == "activation" and repeats and not alone:
-            return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, dtype, keep))
+            return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, dtype, keep, masked))
         if operand == "weight" and repeats and self.kept is not None and self.health is None and _is_parameter(x):
             key = (*key, x.data_ptr(), x.shape, x.stride())
             if key not in self.kept:
-                self.kept[key] = self._quantize_forward(operand, x, dtype, keep)
+                self.kept[key] = self._quantize_forward(operand, x, dtype, keep, masked)
             return self.kept[key]
-        return self._quantize_forward(operand, x, dtype, keep)
+        return self._quantize_forward(operand, x, dtype, keep, masked)
 
-    def _quantize_forward(self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Operand, Stored]:
+    def _quantize_forward(
+        self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, masked: bool
+    ) -> tuple[Operand, Stored]:
         gemm = SECOND[operand]
         first, second = getattr(self.fprop, operand), getattr(getattr(self, gemm), operand)
         same, other = self._same(operand, "fprop", gemm), None
         requantizes = second is not None and second.requantize and first is not None
         if keep and not same and not requantizes:  # before the first, which may change what a hindsight range remembers
             other = self.quantize(gemm, operand, x, dtype, packed=True, again=first is not None)[1]
-        found, stored = self.quantize("fprop", operand, x, dtype, packed=keep and same)
+        found, stored = self.quantize("fprop", operand, x, dtype, packed=keep and same, masked=masked)
         if keep and requantizes:
-            exact = self._as_in_fprop(operand, x, found)
+            exact = self._unrotated(operand, found.dequantized())
             other = self.quantize(gemm, operand, exact, dtype, packed=True, again=True)[1]
-        return found, other or stored
+        return found, other._replace(mask=stored.mask) if other else stored
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """The gradient for dgrad and for wgrad; the same object where one serves both.

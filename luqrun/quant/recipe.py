@@ -22,11 +22,12 @@ OF_PAIR = property(lambda pair: pair[:2], doc="The quantizers of both operands."
 
 
 class Fprop(NamedTuple):
-    """The operands of the output, W a (Eq. 1)."""
+    """The operands of the output, W a (Eq. 1). trust_mask: what a range=rms clips gets no gradient (QuEST)."""
 
     activation: Quantizer | None = None
     weight: Quantizer | None = None
     hadamard: Rotation | None = None
+    trust_mask: bool = False
     operands = OF_PAIR
 
 
@@ -141,7 +142,7 @@ class Recipe:
         gemms = {}
         for gemm, pair in GEMMS.items():
             changes = _part(f"quant.{gemm}", keys.get(gemm, {}))
-            allowed = (*OPERANDS_OF[gemm], *OF_ROTATIONS)
+            allowed = (*OPERANDS_OF[gemm], *OF_ROTATIONS, *(("trust_mask",) if gemm == "fprop" else ()))
             for key in changes or ():
                 if key not in allowed:
                     raise UserError(f"quant.{gemm}.{key} is not a key; allowed: {', '.join(allowed)}")
@@ -149,6 +150,8 @@ class Recipe:
             made = [_of_gemm(gemm, each, plain[each], changes.get(each, {})) for each in OPERANDS_OF[gemm]]
             rotation = Rotation.from_keys(f"quant.{gemm}", changes.get("hadamard"), changes.get("signs"))
             gemms[gemm] = pair(*made, rotation)
+            if gemm == "fprop":
+                gemms[gemm] = gemms[gemm]._replace(trust_mask=_of_mask(made, changes.get("trust_mask")))
         _check_samples(plain["gradient"], keys, gemms)
         _check_acts(gemms)
         return cls(name=keys.get("name", "unnamed"), skip=tuple(skip), **gemms)
@@ -210,7 +213,8 @@ class Recipe:
     def __str__(self):
         parts = [f"{operand}={self._shown(operand)}" for operand in OPERANDS]
         rotations = {gemm: getattr(self, gemm).hadamard for gemm in GEMMS}
-        return ", ".join([*parts, *(f"{gemm}={each}" for gemm, each in rotations.items() if each is not None)])
+        parts += [f"{gemm}={each}" for gemm, each in rotations.items() if each is not None]
+        return ", ".join([*parts, *(["trust mask"] if self.fprop.trust_mask else [])])
 
     def _shown(self, operand: str) -> str:
         pairs = {name: getattr(self, name) for name, operands in OPERANDS_OF.items() if operand in operands}
@@ -238,6 +242,15 @@ def _of_gemm(gemm: str, operand: str, plain: Mapping | None, changes: object) ->
     if gemm == "dgrad" and base.get("samples_scope", "wgrad") == "wgrad":
         base.pop("samples", None)
     return _build(key if changes else f"quant.{operand}", operand, {**base, **changes})
+
+
+def _of_mask(operands: list[Quantizer | None], value: object) -> bool:
+    """From quant.fprop.trust_mask; UserError for what it cannot be, and where no root mean square clips anything."""
+    if value is not None and type(value) is not bool:
+        raise UserError(f"quant.fprop.trust_mask={value!r} must be true or false")
+    if value and not any(each is not None and each.range == "rms" for each in operands):
+        raise UserError("quant.fprop.trust_mask is for range=rms of fprop's weight or activation; allowed: false")
+    return bool(value)
 
 
 def _check_samples(plain: Mapping | None, keys: Mapping, gemms: Mapping) -> None:

@@ -42,7 +42,7 @@ OPTIONAL = {
 # Those of quantizers and GEMMs, at whatever depth.
 OPTIONAL_OF_QUANT = (
     *("block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize"),
-    *("hadamard", "signs"),
+    *("hadamard", "signs", "trust_mask"),
 )
 KIND = "job"  # the key that says whether a run trains, evaluates or measures
 # What decides the result of a run that trains nothing.

@@ -84,6 +84,8 @@ REFUSED = [
     ("quant=mxfp4 quant.fprop.hadamard=12", "quant.fprop.hadamard=12", ("2, 4, 8, 16", "null")),
     ("quant=mxfp4 quant.fprop.signs=fixed", "quant.fprop.signs=fixed", ("quant.fprop.hadamard",)),
     ("quant=mxfp4 quant.fprop.weight.requantize=true", "quant.fprop.weight.requantize", ("quant.dgrad.weight",)),
+    ("quant=mxfp4 quant.fprop.trust_mask=true", "quant.fprop.trust_mask", ("range=rms", "false")),
+    ("quant=mxfp4 quant.fprop.trust_mask=3", "quant.fprop.trust_mask", ()),
     ("+quant.weight.blocks=32", "quant.weight.blocks", ("block",)),
     ("+quant.weight.hadamard=32", "quant.weight.hadamard", ()),
     ("precision=fp8", "precision=fp8", ("fp32", "bf16")),

@@ -1,5 +1,7 @@
 """GEMMs under a recipe: formats, passes, what is kept and moved, and why something is in high precision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,18 @@ def test_what_is_kept_and_moved():
     assert [gemm.kept_bits for gemm in plain] == [0, 0, 16 * 48]
     assert plain[0].moved_bits == 16 * (48 + 32 + 24)
     assert not any(gemm.quantized_bits for gemm in plain)
+
+
+def test_a_trust_mask_keeps_a_bit_an_element_whose_gradient_is_wanted():
+    def kept(product, **changes):
+        return [gemm.kept_bits for gemm in of(product, "quartet", **changes)]
+
+    without = {"fprop": {"trust_mask": False}}
+    assert kept(LINEAR, **without) == [0, 4.25 * 32, 4.25 * 48]
+    assert kept(LINEAR) == [0, 4.25 * 32 + 48, 4.25 * 48 + 32]
+    assert kept(replace(LINEAR, wants=(False, True))) == [0, 4.25 * 48 + 32]
+    assert kept(LINEAR, fprop={"activation": {"range": "absmax"}}) == [0, 4.25 * 32, 4.25 * 48 + 32]
+    assert [gemm.kept_bits for gemm in of(quant="quartet", high={"fc": "last"})] == [0, 0, 32 * 48]
 
 
 def test_samples_are_passes():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from block_gemms import LAST, PAIRS, SEED, STEP, Expected, contraction, quantized
+from block_gemms import LAST, PAIRS, SEED, STEP, Expected, contraction, quantized, without_mask
 from torch import nn
 
 import luqrun
@@ -41,7 +41,7 @@ FINE = Quantizer("int8", block=32, scale_format="fp32")
 
 
 def recipe_of(name):
-    return luqrun.recipe(name) if name in SCHEMES else MIXED[name]
+    return without_mask(luqrun.recipe(name) if name in SCHEMES else MIXED[name])
 
 
 MIXED = {

@@ -35,7 +35,7 @@ BITS = {
     "mxfp4": 4.25,
     "mxfp4_rht_sr": 4.25,
     "tetrajet": 4.25,
-    "quartet": 4.25,
+    "quartet": 5.25,  # with its mask
     "nvfp4": 4.5,
     "nvfp4_46": 4.5,
     "quartet2": 4.5,

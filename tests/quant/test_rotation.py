@@ -252,3 +252,4 @@ def test_a_rotation_is_shown():
     assert "dgrad=hadamard 64, signs drawn" in str(luqrun.recipe("mxfp4_rht_sr"))
     assert "hadamard" not in str(luqrun.recipe("mxfp4"))
     assert "fprop=hadamard 32," in str(luqrun.recipe("quartet"))
+    assert str(luqrun.recipe("quartet")).endswith(", trust mask")

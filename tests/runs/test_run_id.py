@@ -63,6 +63,7 @@ OTHER_RESULT = [
 
 KEYS_OF_BLOCKS = {
     "block", "scale_format", "scale_rounding", "four_over_six", "headroom", "eden", "requantize", "hadamard", "signs",
+    "trust_mask",
 }  # fmt: skip
 
 
