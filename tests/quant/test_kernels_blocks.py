@@ -207,7 +207,7 @@ def test_lines_of_a_linear_layer():
 # Rotations
 
 
-@pytest.mark.parametrize("size", [2, 4, 16, 32, 128])
+@pytest.mark.parametrize("size", [2, 8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("signed", [False, True])
 def test_rotations_agree(size, signed):
     signs = (torch.arange(size) % 3 > 0).float() * 2 - 1 if signed else None

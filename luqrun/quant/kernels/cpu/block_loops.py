@@ -80,77 +80,78 @@ def _draw_panel(words, spare, start, stride, high, run, name):
 
 
 @row_loop()
-def _code_panel(panel, scales, words, high, count, wide, by, expanded, out, how, numbers):
-    """The codes of a panel by its blocks' scales."""
-    size = high * count * wide
+def _of_elements(of_blocks, expanded, count, wide):
+    """A number of each block for each element of a row of the panel."""
+    if wide == 1:
+        return of_blocks
+    block_rows.expand(of_blocks, expanded, count, wide)
+    return expanded
+
+
+@row_loop()
+def _code_panel(panel, scales, words, high, count, wide, codes, values, spare, how, numbers):
+    """The codes of a panel by its blocks' scales, and with these scales on them. spare: two numbers a block, and two an
+    element of a row."""
+    by, units, more, further = spare
     if how[3] == E4M3:
         block_rows.inverses(scales, numbers[5], by, count)
     elif how[3] == E8M0:
         block_rows.inverse_powers(scales, by, count)
     else:
-        block_rows.scale_by(scales, numbers[1], by, count)
-    block_rows.expand(by, expanded, high, count, wide)
-    block_rows.code_row(
-        panel[:size], expanded, words, out, numbers[0], f32(1) / numbers[1], how[0], how[3] != FP32, how[1]
-    )
-    block_rows.clear_invalid(scales, out, high, count, wide)
+        block_rows.divisors(scales, numbers[1], by, count)
+    block_rows.scale_by(scales, numbers[1], units, count)
+    by, units = _of_elements(by, more, count, wide), _of_elements(units, further, count, wide)
+    block_rows.code_rows(
+        panel, by, units, words, codes, values, high, count * wide, f32(1) / numbers[1], numbers[0], how[0],
+        how[3] != FP32, how[1],
+    )  # fmt: skip
 
 
 @row_loop()
-def _decode_panel(codes, scales, unit, high, count, wide, by, expanded, out):
-    """Codes times scales."""
-    block_rows.scale_by(scales, unit, by, count)
-    block_rows.expand(by, expanded, high, count, wide)
-    block_rows.multiply(codes, expanded, out, high * count * wide)
-
-
-@row_loop()
-def _clips(panel, clips, patterns, sums, high, count, wide, uses_rms):
+def _clips(panel, clips, patterns, terms, sums, high, count, wide, uses_rms):
     block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
     block_rows.as_floats(patterns, clips, count)
     if uses_rms:
-        block_rows.products(panel, panel, sums, high, count, wide)
+        block_rows.product_terms(panel, panel, terms, high * count * wide)
+        block_rows.add_up(terms, sums, high, count, wide)
         for j in range(count):
             clip = f32(RMS_CLIP * np.sqrt(sums[j] / (high * wide)))
             clips[j] = clip if clips[j] <= FLOAT32_MAX else clips[j]
 
 
 @row_loop()
-def _choose_finer(panel, words, high, count, wide, space, of_blocks, sums, how, numbers):
-    """Four over six: the codes and scales of the blocks that a finer scale suits better."""
-    codes, others, expanded, decoded = space
-    scales, finer, clips, by = of_blocks
-    block_rows.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
-    _code_panel(panel, finer, words, high, count, wide, by, expanded, others, how, numbers)
-    size = high * count * wide
-    _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], decoded, size)
-    block_rows.errors(panel, decoded, sums[0], high, count, wide, how[6])
-    _decode_panel(others, finer, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], decoded, size)
-    block_rows.errors(panel, decoded, sums[1], high, count, wide, how[6])
-    for j in range(count):
-        if sums[1][j] < sums[0][j]:
-            scales[j] = finer[j]
-            for r in range(high):
-                at = (r * count + j) * wide
-                for c in range(wide):
-                    codes[at + c] = others[at + c]
+def _errors(panel, values, terms, sums, high, count, wide, kind, tensor_scale):
+    block_rows.error_terms(panel, values, tensor_scale, terms, high * count * wide, kind)
+    block_rows.add_up(terms, sums, high, count, wide)
 
 
 @row_loop()
-def _correct(panel, words, high, count, wide, space, of_blocks, sums, numbers):
-    """EDEN: each scale times <x, x> / <x, Q(x)>, drawn."""
-    codes, _, expanded, decoded = space
-    scales, _, _, by = of_blocks
-    _decode_panel(codes, scales, numbers[1], high, count, wide, by, expanded, decoded)
-    block_rows.scale_by(decoded, numbers[5], decoded, high * count * wide)
-    block_rows.products(panel, panel, sums[0], high, count, wide)
-    block_rows.products(panel, decoded, sums[1], high, count, wide)
-    for j in range(count):
-        if scales[j] <= FLOAT32_MAX:
-            gain = f32(sums[0][j] / sums[1][j]) if sums[1][j] > 0 else f32(1)
-            scales[j] = block_rows.draw_e4m3(gain * scales[j], words[j])
+def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, spare, terms, sums, how, numbers):
+    """Four over six: the codes, values and scales of the blocks that a finer scale suits better."""
+    codes, values, others, finer_values = coded
+    block_rows.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
+    _code_panel(panel, finer, words, high, count, wide, others, finer_values, spare, how, numbers)
+    _errors(panel, values, terms, sums[0], high, count, wide, how[6], numbers[5])
+    _errors(panel, finer_values, terms, sums[1], high, count, wide, how[6], numbers[5])
+    better = spare[0]
+    block_rows.choose(sums[1], sums[0], finer, scales, better, count)
+    better = _of_elements(better, spare[2], count, wide)
+    block_rows.take_better(better, others, codes, high, count * wide)
+    block_rows.take_better(better, finer_values, values, high, count * wide)
+
+
+@row_loop()
+def _correct(panel, words, high, count, wide, codes, values, scales, spare, terms, sums, numbers):
+    """EDEN: each scale times <x, x> / <x, Q(x)>, drawn, and the values with it."""
+    size = high * count * wide
+    block_rows.scale_by(values, numbers[5], values, size)
+    block_rows.product_terms(panel, panel, terms, size)
+    block_rows.add_up(terms, sums[0], high, count, wide)
+    block_rows.product_terms(panel, values, terms, size)
+    block_rows.add_up(terms, sums[1], high, count, wide)
+    block_rows.correct(sums[0], sums[1], scales, words, count)
+    block_rows.scale_by(scales, numbers[1], spare[1], count)
+    block_rows.decode_rows(codes, _of_elements(spare[1], spare[3], count, wide), values, high, count * wide)
 
 
 @tasks
@@ -176,12 +177,17 @@ def encode_blocks(request, task):
     panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
     words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
     spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
-    codes, others = np.empty(size, np.float32), np.empty(size, np.float32)
-    expanded, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
-    chosen, finer = np.empty(strip, np.float32), np.empty(strip, np.float32)
-    clips, by, patterns = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.int32)
-    sums = np.empty(strip, np.float64), np.empty(strip, np.float64)
-    space, of_blocks = (codes, others, expanded, decoded), (chosen, finer, clips, by)
+    codes, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
+    both = codes, decoded, np.empty(size, np.float32), np.empty(size, np.float32)
+    chosen, finer, clips = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.float32)
+    room = (
+        np.empty(strip, np.float32),
+        np.empty(strip, np.float32),
+        np.empty(strip * block[1], np.float32),
+        np.empty(strip * block[1], np.float32),
+    )
+    patterns = np.empty(strip, np.int32)
+    terms, sums = np.empty(size, np.float64), (np.empty(strip, np.float64), np.empty(strip, np.float64))
     for number in range(task * each, min(panels, (task + 1) * each)):
         band, left = number // strips, number % strips * strip
         high_band, middle = band // between, band % between
@@ -197,7 +203,7 @@ def encode_blocks(request, task):
             start, first, run = start_row + left * block[1], band * across + left, count * wide
             where = (start, stride, high, run)
             _load_panel(x, half, start, stride, high, run, elements, panel, raw)
-            _clips(panel, clips, patterns, sums[0], high, count, wide, how[2])
+            _clips(panel, clips, patterns, terms, sums[0], high, count, wide, how[2])
             if numbers[3] != f32(1):
                 block_rows.scale_by(panel, numbers[3], panel, high * run)
             if how[3] == E8M0:
@@ -210,15 +216,16 @@ def encode_blocks(request, task):
                 block_rows.gather(uint32s(drawn[0], elements), words, *where)
             elif draws:
                 _draw_panel(words, spare, *where, name)
-            _code_panel(panel, chosen, words, high, count, wide, by, expanded, codes, how, numbers)
+            _code_panel(panel, chosen, words, high, count, wide, codes, decoded, room, how, numbers)
             if how[6] != 0:
                 if draws:
                     block_rows.gather(uint32s(drawn[1], elements), more, *where)
-                _choose_finer(panel, more, high, count, wide, space, of_blocks, sums, how, numbers)
+                _choose_finer(
+                    panel, more, high, count, wide, both, clips, chosen, finer, room, terms, sums, how, numbers
+                )
             if how[7]:
                 block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
-                _correct(panel, more, high, count, wide, space, of_blocks, sums, numbers)
-            _decode_panel(codes, chosen, numbers[1], high, count, wide, by, expanded, decoded)
+                _correct(panel, more, high, count, wide, codes, decoded, chosen, room, terms, sums, numbers)
             if values_half:
                 rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
                 block_rows.scatter(raw, halves(values, elements), *where)
@@ -258,10 +265,10 @@ def decode_blocks(request, task):
         kept = scales + (4 if kind == FP32 else 1) * first
         block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
         block_rows.scale_by(by, unit, by, count)
-        block_rows.expand(by, expanded, 1, count, block[1])
+        units = _of_elements(by, expanded, count, block[1])
         source = uint8s(fields + start, run)
         out = exact[:run] if half else floats(values + 4 * start, run)
         for j in range(run):
-            out[j] = codes[source[j]] * expanded[j]
+            out[j] = codes[source[j]] * units[j]
         if half:
             rows.round_to_bf16(exact[:run].view(np.int32), halves(values + 2 * start, run))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from luqrun.quant.kernels.cpu.encode import bits_of, float_of, integer_of
-from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop, u8, u32, u64
+from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC, f32, i32, row_loop, u8, u32, u64
 
 MANTISSA, MAGNITUDE = i32(0x7FFFFF), i32(0x7FFFFFFF)
 EXPONENT127 = i32(0x7F000000)  # the bits of 2^127, whose inverse is subnormal
@@ -53,41 +53,46 @@ def maxima(bits, found, high, count, wide):
 
 
 @row_loop()
-def products(x, y, sums, high, count, wide):
-    """sums[j]: the sum of x y over block j, in float64, one after the other."""
-    sums[:count] = 0.0
-    for r in range(u64(high)):
-        for j in range(u64(count)):
-            if wide == 1:
-                at = r * u64(count) + j
-                sums[j] += np.float64(x[at]) * np.float64(y[at])
-            else:
-                total, at = sums[j], (r * u64(count) + j) * u64(wide)
-                for c in range(u64(wide)):
-                    total += np.float64(x[at + c]) * np.float64(y[at + c])
-                sums[j] = total
+def product_terms(x, y, terms, size):
+    """The products of two rows, in float64."""
+    for j in range(u64(size)):
+        terms[j] = np.float64(x[j]) * np.float64(y[j])
 
 
 @row_loop()
-def _error(x, decoded, kind):
-    difference = np.float64(f32(decoded - x))
-    return difference * difference if kind == MSE else abs(difference)
+def error_terms(x, decoded, tensor_scale, terms, size, kind):
+    """What decoded values, times the tensor's scale, differ from x by: squared (MSE) or as it is, in float64."""
+    if kind == MSE:
+        for j in range(u64(size)):
+            difference = np.float64(f32(f32(decoded[j] * tensor_scale) - x[j]))
+            terms[j] = difference * difference
+    else:
+        for j in range(u64(size)):
+            terms[j] = np.float64(abs(f32(f32(decoded[j] * tensor_scale) - x[j])))
 
 
 @row_loop()
-def errors(x, decoded, sums, high, count, wide, kind):
-    """sums[j]: of block j's errors, squared (MSE) or as they are, in float64, one after the other."""
+def add_up(terms, sums, high, count, wide):
+    """sums[j]: of block j's terms, one after the other. Four blocks take turns: no addition waits for another."""
     sums[:count] = 0.0
     for r in range(u64(high)):
-        for j in range(u64(count)):
-            if wide == 1:
-                at = r * u64(count) + j
-                sums[j] += _error(x[at], decoded[at], kind)
-            else:
-                total, at = sums[j], (r * u64(count) + j) * u64(wide)
+        if wide == 1:
+            for j in range(u64(count)):
+                sums[j] += terms[r * u64(count) + j]
+        else:
+            at, last = r * u64(count) * u64(wide), u64(count) // u64(4) * u64(4)
+            for j in range(u64(0), last, u64(4)):
+                one, two, three, four = sums[j], sums[j + u64(1)], sums[j + u64(2)], sums[j + u64(3)]
+                first = at + j * u64(wide)
                 for c in range(u64(wide)):
-                    total += _error(x[at + c], decoded[at + c], kind)
-                sums[j] = total
+                    one += terms[first + c]
+                    two += terms[first + u64(wide) + c]
+                    three += terms[first + u64(2 * wide) + c]
+                    four += terms[first + u64(3 * wide) + c]
+                sums[j], sums[j + u64(1)], sums[j + u64(2)], sums[j + u64(3)] = one, two, three, four
+            for j in range(last, u64(count)):
+                for c in range(u64(wide)):
+                    sums[j] += terms[at + j * u64(wide) + c]
 
 
 @row_loop()
@@ -123,14 +128,38 @@ def round_e4m3(x):
 
 
 @row_loop()
-def draw_e4m3(x, word):
-    """scale_formats.draw_e4m3 of a number that is not NaN."""
-    x = min(x, f32(448))
-    step = _e4m3_step(x)
-    ratio = x / step
-    floor = np.floor(ratio)
-    up = i32(word >> u32(1)) < integer_of((ratio - floor) * f32(2147483648)) if ratio > floor else False
-    return (floor + (f32(1) if up else f32(0))) * step
+def correct(squares, products, scales, words, count):
+    """Scales times squares / products, or times 1 where that is not positive; drawn (scale_formats.draw_e4m3), but for
+    a NaN."""
+    for j in range(count):
+        known, whole = scales[j] <= FLOAT32_MAX, products[j] > 0
+        gain = f32(squares[j] / (products[j] if whole else 1.0))
+        x = f32((gain if whole else f32(1)) * scales[j])
+        x = min(x, f32(448)) if known else f32(0)
+        step = _e4m3_step(x)
+        ratio = x / step
+        floor = np.floor(ratio)
+        up = i32(words[j] >> u32(1)) < integer_of((ratio - floor) * f32(2147483648))
+        drawn = (floor + (f32(1) if up else f32(0))) * step
+        scales[j] = drawn if known else scales[j]
+
+
+@row_loop()
+def choose(errors, others, finer, scales, better, count):
+    """Scales become the finer ones, and better 1, where errors are less than others; else better is 0."""
+    for j in range(count):
+        less = errors[j] < others[j]
+        scales[j] = finer[j] if less else scales[j]
+        better[j] = f32(1) if less else f32(0)
+
+
+@row_loop()
+def take_better(better, found, target, high, run):
+    """What was found of `high` rows, where the element of a row is better."""
+    for r in range(u64(high)):
+        for j in range(u64(run)):
+            one, other = found[r * u64(run) + j], target[r * u64(run) + j]
+            target[r * u64(run) + j] = one if better[j] != f32(0) else other
 
 
 @row_loop()
@@ -151,20 +180,16 @@ def inverses(scales, tensor_scale, out, count):
 
 
 @row_loop()
-def expand(of_blocks, out, high, count, wide):
-    """A number of each block for each element of the panel."""
-    for r in range(u64(high)):
-        for j in range(u64(count)):
-            if wide == 1:
-                out[r * u64(count) + j] = of_blocks[j]
-            else:
-                at = (r * u64(count) + j) * u64(wide)
-                if wide == 16:
-                    _fill(out, at, u64(16), of_blocks[j])
-                elif wide == 32:
-                    _fill(out, at, u64(32), of_blocks[j])
-                else:
-                    _fill(out, at, u64(wide), of_blocks[j])
+def expand(of_blocks, out, count, wide):
+    """A number of each block for each element of a row of the panel."""
+    for j in range(u64(count)):
+        at = j * u64(wide)
+        if wide == 16:
+            _fill(out, at, u64(16), of_blocks[j])
+        elif wide == 32:
+            _fill(out, at, u64(32), of_blocks[j])
+        else:
+            _fill(out, at, u64(wide), of_blocks[j])
 
 
 @row_loop()
@@ -183,12 +208,6 @@ def scatter(row, target, start, stride, high, run):
         to, at = u64(start) + r * u64(stride), r * u64(run)
         for j in range(u64(run)):
             target[to + j] = row[at + j]
-
-
-@row_loop()
-def multiply(x, y, out, count):
-    for j in range(count):
-        out[j] = x[j] * y[j]
 
 
 @row_loop()
@@ -212,59 +231,81 @@ def fp32_scales(clips, scales, count, top):
 
 @row_loop()
 def inverse_powers(scales, out, count):
-    """1 / scale of powers of two, which is exact; any number where the scale is NaN."""
+    """1 / scale of powers of two, which is exact; 0 where the scale is NaN."""
     for j in range(count):
         pattern = bits_of(scales[j])
         normal = i32(i32(0x7F000000) - pattern)
         tiny = i32(0x7F000000)  # of 2^-127, a subnormal
-        out[j] = float_of(
+        inverse = float_of(
             tiny if pattern < i32(0x00800000) else (i32(0x00400000) if pattern == EXPONENT127 else normal)
         )
+        out[j] = inverse if scales[j] <= FLOAT32_MAX else f32(0)
 
 
 @row_loop()
-def _code_row(x, by, words, out, high, per_unit, mantissa, multiplies, rounding):
-    for j in range(x.size):
-        magnitude = f32(abs(x[j]) * by[j]) * per_unit if multiplies else abs(x[j]) / by[j]
-        magnitude = high if magnitude > high else magnitude
-        if not multiplies:
-            magnitude = magnitude if magnitude > f32(0) else f32(0)  # NaN: 0 of a scale so small that its unit is 0
-        exponent = i32(i32(bits_of(magnitude) >> i32(23)) - i32(127))
-        shift = max(i32(exponent - mantissa), i32(0))
-        steps = magnitude * float_of(i32(i32(i32(127) - shift) << i32(23)))
-        if rounding == STOCHASTIC:
-            floor = np.floor(steps)
-            up = i32(words[j] >> u32(1)) < integer_of((steps - floor) * f32(2147483648))
-            steps = floor + (f32(1) if up else f32(0))
-        else:
-            steps = np.rint(steps)
-        code = steps * float_of(i32(i32(i32(127) + shift) << i32(23)))
-        out[j] = -code if x[j] < f32(0) else code
+def divisors(scales, unit, out, count):
+    """What blocks with float32 scales are divided by: NaN for a scale that is not finite or 0."""
+    for j in range(count):
+        valid = scales[j] > f32(0) and scales[j] <= FLOAT32_MAX
+        out[j] = scales[j] * unit if valid else f32(np.nan)
 
 
 @row_loop()
-def code_row(x, by, words, out, high, per_unit, mantissa, multiplies, rounding):
-    """Codes (float32) of a row of the panel. by: the scale of each element in codes, or what it is multiplied by before
-    per_unit. mantissa: of the format; one too large for any exponent gives integers."""
+def _code(x, by, per_unit, high, word, mantissa, multiplies, rounding):
+    """See code_blocks."""
+    magnitude = f32(abs(x) * by) * per_unit if multiplies else abs(x) / by
+    magnitude = high if magnitude > high else magnitude
+    magnitude = (
+        magnitude if magnitude > f32(0) else f32(0)
+    )  # NaN: of a scale that is NaN, or so small that its unit is 0
+    exponent = i32(i32(bits_of(magnitude) >> i32(23)) - i32(127))
+    shift = max(i32(exponent - mantissa), i32(0))
+    steps = magnitude * float_of(i32(i32(i32(127) - shift) << i32(23)))
+    if rounding == STOCHASTIC:
+        floor = np.floor(steps)
+        up = i32(word >> u32(1)) < integer_of((steps - floor) * f32(2147483648))
+        steps = floor + (f32(1) if up else f32(0))
+    else:
+        steps = np.rint(steps)
+    code = steps * float_of(i32(i32(i32(127) + shift) << i32(23)))
+    return -code if x < f32(0) else code
+
+
+@row_loop()
+def _code_rows(x, by, units, words, codes, values, high, run, per_unit, top, mantissa, multiplies, rounding):
+    for r in range(u64(high)):
+        row = r * u64(run)
+        for j in range(u64(run)):
+            code = _code(x[row + j], by[j], per_unit, top, words[row + j], mantissa, multiplies, rounding)
+            codes[row + j], values[row + j] = code, code * units[j]
+
+
+@row_loop()
+def code_rows(x, by, units, words, codes, values, high, run, per_unit, top, mantissa, multiplies, rounding):
+    """Codes (float32) of `high` rows of `run` elements and, times the units, values.
+
+    by, units: of each element of a row. by: what it is multiplied by before per_unit, 0 where the scale is 0 or NaN; or
+    what it is divided by (NaN). top: the largest code. mantissa: of the format; one too large for any exponent gives
+    integers.
+    """
+    how = high, run, per_unit, top, mantissa
     if rounding == STOCHASTIC:
         if multiplies:
-            _code_row(x, by, words, out, high, per_unit, mantissa, True, STOCHASTIC)
+            _code_rows(x, by, units, words, codes, values, *how, True, STOCHASTIC)
         else:
-            _code_row(x, by, words, out, high, per_unit, mantissa, False, STOCHASTIC)
+            _code_rows(x, by, units, words, codes, values, *how, False, STOCHASTIC)
     elif multiplies:
-        _code_row(x, by, words, out, high, per_unit, mantissa, True, 0)
+        _code_rows(x, by, units, words, codes, values, *how, True, NEAREST)
     else:
-        _code_row(x, by, words, out, high, per_unit, mantissa, False, 0)
+        _code_rows(x, by, units, words, codes, values, *how, False, NEAREST)
 
 
 @row_loop()
-def clear_invalid(scales, codes, high, count, wide):
-    """Codes 0 for the blocks whose scale is NaN, Inf or 0."""
-    for j in range(count):
-        if not (scales[j] > f32(0) and scales[j] <= FLOAT32_MAX):
-            for r in range(high):
-                at = (r * count + j) * wide
-                codes[at : at + wide] = 0
+def decode_rows(codes, units, values, high, run):
+    """Codes of `high` rows times the units of each."""
+    for r in range(u64(high)):
+        for j in range(u64(run)):
+            values[r * u64(run) + j] = codes[r * u64(run) + j] * units[j]
 
 
 @row_loop()

@@ -11,52 +11,42 @@ from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import DOT, cgutils
 from luqrun.quant.kernels.cpu.sizes import LANES, ROWS
-
-_INT, _ADDRESS, _FLOAT, _HALF = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(16)
-_BYTE = ir.IntType(8)
-_INTS, _FLOATS, _HALVES, _BYTES = (ir.VectorType(kind, LANES) for kind in (_INT, _FLOAT, _HALF, _BYTE))
-
-
-def _at(builder, address, kind):
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _load(builder, address, kind, offset=0):
-    """What lies so many bytes from an address, aligned or not."""
-    return builder.load(_at(builder, builder.add(address, _ADDRESS(offset)), kind), align=1)
-
-
-def _everywhere(builder, value, kind):
-    """A vector of 16 of one value."""
-    undefined, zeros = ir.Constant(kind, ir.Undefined), ir.Constant(_INTS, None)
-    return builder.shuffle_vector(builder.insert_element(undefined, value, _INT(0)), undefined, zeros)
-
-
-def _constant(number, kind=_INTS):
-    return ir.Constant(kind, [number] * LANES)
+from luqrun.quant.kernels.cpu.vectors import (
+    ADDRESS,
+    BYTE,
+    BYTES,
+    FLOATS,
+    HALVES,
+    INT,
+    INTS,
+    at,
+    constant,
+    everywhere,
+    load,
+)
 
 
 def _store(builder, value, address, present):
     """The first `present` elements of a vector, all where there are as many."""
     element = value.type.element
     bytes_each = element.width // 8 if isinstance(element, ir.IntType) else 4
-    with builder.if_else(builder.icmp_signed(">=", present, _ADDRESS(LANES))) as (whole, part):
+    with builder.if_else(builder.icmp_signed(">=", present, ADDRESS(LANES))) as (whole, part):
         with whole:
-            builder.store(value, _at(builder, address, value.type), align=1)
+            builder.store(value, at(builder, address, value.type), align=1)
         with part, cgutils.for_range(builder, present) as lane:
-            place = builder.add(address, builder.mul(lane.index, _ADDRESS(bytes_each)))
-            one = builder.extract_element(value, builder.trunc(lane.index, _INT))
-            builder.store(one, _at(builder, place, element), align=1)
+            place = builder.add(address, builder.mul(lane.index, ADDRESS(bytes_each)))
+            one = builder.extract_element(value, builder.trunc(lane.index, INT))
+            builder.store(one, at(builder, place, element), align=1)
 
 
 def _to_bf16(builder, values):
     """float32 to the nearest bf16, ties to even, and torch's NaN for NaN: rows.round_to_bf16."""
-    bits = builder.bitcast(values, _INTS)
-    odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
-    nearest = builder.lshr(builder.add(builder.add(bits, _constant(0x7FFF)), odd), _constant(16))
-    magnitude = builder.and_(bits, _constant(0x7FFFFFFF))
-    is_nan = builder.icmp_signed(">", magnitude, _constant(0x7F800000))
-    return builder.trunc(builder.select(is_nan, _constant(0x7FC0), nearest), _HALVES)
+    bits = builder.bitcast(values, INTS)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    nearest = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
+    magnitude = builder.and_(bits, constant(0x7FFFFFFF))
+    is_nan = builder.icmp_signed(">", magnitude, constant(0x7F800000))
+    return builder.trunc(builder.select(is_nan, constant(0x7FC0), nearest), HALVES)
 
 
 def _dot_tile(vectors: int):
@@ -71,28 +61,28 @@ def _dot_tile(vectors: int):
 
         def codegen(context, builder, signature, args):
             left, offsets, runs, run_step, length, step, right, out = args
-            dot = ir.FunctionType(_INTS, [_INTS] * 3)
+            dot = ir.FunctionType(INTS, [INTS] * 3)
             dot = cgutils.get_or_insert_function(builder.module, dot, DOT)
-            zeros = ir.Constant(_INTS, None)
+            zeros = ir.Constant(INTS, None)
             sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in rows]
-            starts = [builder.sext(_load(builder, offsets, _INT, 4 * row), _ADDRESS) for row in rows]
+            starts = [builder.sext(load(builder, offsets, INT, 4 * row), ADDRESS) for row in rows]
             starts = [builder.add(left, start) for start in starts]
-            at = cgutils.alloca_once_value(builder, right)
+            next_right = cgutils.alloca_once_value(builder, right)
             with cgutils.for_range(builder, runs) as run:
                 run_start = builder.mul(run.index, run_step)
                 run_starts = [builder.add(start, run_start) for start in starts]
                 with cgutils.for_range(builder, length) as quad:
-                    quad_start, place = builder.mul(quad.index, step), builder.load(at)
-                    columns = [_load(builder, place, _INTS, 64 * vector) for vector in range(vectors)]
-                    builder.store(builder.add(place, _ADDRESS(64 * vectors)), at)
+                    quad_start, place = builder.mul(quad.index, step), builder.load(next_right)
+                    columns = [load(builder, place, INTS, 64 * vector) for vector in range(vectors)]
+                    builder.store(builder.add(place, ADDRESS(64 * vectors)), next_right)
                     for row in rows:
-                        four = _load(builder, builder.add(run_starts[row], quad_start), _INT)
-                        four = _everywhere(builder, four, _INTS)
+                        four = load(builder, builder.add(run_starts[row], quad_start), INT)
+                        four = everywhere(builder, four, INTS)
                         for total, column in zip(sums[row], columns, strict=True):
                             builder.store(builder.call(dot, [builder.load(total), four, column]), total)
             for place, total in enumerate(total for row in sums for total in row):
-                to = builder.add(out, _ADDRESS(4 * LANES * place))
-                builder.store(builder.load(total), _at(builder, to, _INTS), align=1)
+                to = builder.add(out, ADDRESS(4 * LANES * place))
+                builder.store(builder.load(total), at(builder, to, INTS), align=1)
             return context.get_dummy_value()
 
         return nb.void(*[nb.int64] * 8), codegen
@@ -110,9 +100,9 @@ def store_scaled(typingctx, sums, shifts, scale, out, half, present):
 
     def codegen(context, builder, signature, args):
         sums, shifts, scale, out, half, present = args
-        exact = builder.sub(_load(builder, sums, _INTS), _load(builder, shifts, _INTS))
-        value = builder.fmul(builder.sitofp(exact, _FLOATS), _everywhere(builder, scale, _FLOATS))
-        with builder.if_else(builder.icmp_signed("!=", half, _ADDRESS(0))) as (halves, floats):
+        exact = builder.sub(load(builder, sums, INTS), load(builder, shifts, INTS))
+        value = builder.fmul(builder.sitofp(exact, FLOATS), everywhere(builder, scale, FLOATS))
+        with builder.if_else(builder.icmp_signed("!=", half, ADDRESS(0))) as (halves, floats):
             with halves:
                 _store(builder, _to_bf16(builder, value), out, present)
             with floats:
@@ -129,21 +119,21 @@ def interleave(typingctx, out, first, second, third, fourth, count, flip):
 
     def codegen(context, builder, signature, args):
         out, *sources, count, flip = args
-        flip = builder.trunc(flip, _BYTE)
-        with builder.if_else(builder.icmp_signed(">=", count, _ADDRESS(LANES))) as (whole, part):
+        flip = builder.trunc(flip, BYTE)
+        with builder.if_else(builder.icmp_signed(">=", count, ADDRESS(LANES))) as (whole, part):
             with whole:
-                flips = _everywhere(builder, flip, _BYTES)
-                rows = [builder.xor(_load(builder, source, _BYTES), flips) for source in sources]
-                pairs = ir.Constant(ir.VectorType(_INT, 2 * LANES), [*range(2 * LANES)])
+                flips = everywhere(builder, flip, BYTES)
+                rows = [builder.xor(load(builder, source, BYTES), flips) for source in sources]
+                pairs = ir.Constant(ir.VectorType(INT, 2 * LANES), [*range(2 * LANES)])
                 quads = [LANES * (place % 4) + place // 4 for place in range(4 * LANES)]
                 halves = [builder.shuffle_vector(*rows[i : i + 2], pairs) for i in (0, 2)]
-                mixed = builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_INT, 4 * LANES), quads))
-                builder.store(mixed, _at(builder, out, mixed.type), align=1)
+                mixed = builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(INT, 4 * LANES), quads))
+                builder.store(mixed, at(builder, out, mixed.type), align=1)
             with part, cgutils.for_range(builder, count) as column:
-                place = builder.add(out, builder.mul(column.index, _ADDRESS(4)))
+                place = builder.add(out, builder.mul(column.index, ADDRESS(4)))
                 for byte, source in enumerate(sources):
-                    value = builder.xor(_load(builder, builder.add(source, column.index), _BYTE), flip)
-                    builder.store(value, _at(builder, builder.add(place, _ADDRESS(byte)), _BYTE), align=1)
+                    value = builder.xor(load(builder, builder.add(source, column.index), BYTE), flip)
+                    builder.store(value, at(builder, builder.add(place, ADDRESS(byte)), BYTE), align=1)
         return context.get_dummy_value()
 
     return nb.void(*[nb.int64] * 7), codegen

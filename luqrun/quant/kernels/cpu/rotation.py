@@ -7,15 +7,86 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types as nb
+from numba.extending import intrinsic
 from torch import Tensor
 
 from luqrun.quant.kernels.cpu.blocks import words_of
 from luqrun.quant.kernels.cpu.driver import floats, integers, tasks
 from luqrun.quant.kernels.cpu.rows import f32, row_loop, u64
-from luqrun.quant.kernels.cpu.sizes import CHUNK
+from luqrun.quant.kernels.cpu.sizes import CHUNK, LANES
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, BITS, FLOAT, FLOATS, everywhere, load, permuted, store
 from luqrun.quant.kernels.layout import dense
 
 COLUMNS = 64  # that are rotated together where a group lies across rows
+
+
+def _spans(size):
+    return [1 << stage for stage in range(size.bit_length() - 1)]
+
+
+def _across(builder, found):
+    """The transform of as many elements as there are vectors, of each lane: in place."""
+    for span in _spans(len(found)):
+        for i in range(len(found)):
+            if not i & span:
+                first, second = found[i], found[i + span]
+                found[i], found[i + span] = builder.fadd(first, second), builder.fsub(first, second)
+
+
+def _rotate_line_of(size):
+    """An intrinsic that rotates `size` neighbours in registers: the sums of `_rotate_group`."""
+    vectors = size // LANES
+
+    @intrinsic
+    def rotate(typingctx, x, out, signs, factor):
+        def codegen(context, builder, signature, args):
+            x, out, signs, factor = args
+            places = [4 * LANES * i for i in range(vectors)]
+            found = [builder.fmul(load(builder, x, FLOATS, at), load(builder, signs, FLOATS, at)) for at in places]
+            for span in _spans(LANES):
+                swapped = [lane ^ span for lane in range(LANES)]
+                is_second = ir.Constant(BITS, [int(lane & span > 0) for lane in range(LANES)])
+                for i, each in enumerate(found):
+                    other = permuted(builder, each, swapped)
+                    found[i] = builder.select(is_second, builder.fsub(other, each), builder.fadd(each, other))
+            _across(builder, found)
+            factor = everywhere(builder, factor, FLOATS)
+            for at, each in zip(places, found, strict=True):
+                store(builder, builder.fmul(each, factor), out, at)
+            return context.get_dummy_value()
+
+        return nb.void(nb.int64, nb.int64, nb.int64, nb.float32), codegen
+
+    return rotate
+
+
+def _rotate_columns_of(size):
+    """An intrinsic that rotates `size` rows, so many bytes apart, of 16 columns: the sums of `_rotate_rows`."""
+
+    @intrinsic
+    def rotate(typingctx, x, out, stride, signs, factor):
+        def codegen(context, builder, signature, args):
+            x, out, stride, signs, factor = args
+            rows = [builder.mul(stride, ADDRESS(i)) for i in range(size)]
+            found = []
+            for i, row in enumerate(rows):
+                sign = everywhere(builder, load(builder, signs, FLOAT, 4 * i), FLOATS)
+                found.append(builder.fmul(load(builder, builder.add(x, row), FLOATS), sign))
+            _across(builder, found)
+            factor = everywhere(builder, factor, FLOATS)
+            for row, each in zip(rows, found, strict=True):
+                store(builder, builder.fmul(each, factor), builder.add(out, row))
+            return context.get_dummy_value()
+
+        return nb.void(*[nb.int64] * 4, nb.float32), codegen
+
+    return rotate
+
+
+_line16, _line32, _line64, _line128, _line256 = (_rotate_line_of(size) for size in (16, 32, 64, 128, 256))
+_columns16, _columns32, _columns64, _columns128 = (_rotate_columns_of(size) for size in (16, 32, 64, 128))
 
 
 @row_loop()
@@ -72,9 +143,40 @@ def _rotate_line(x, out, start, length, size, stages, signs, one, other):
     while at < length:
         factor = f32(1 / math.sqrt(part))
         while length - at >= part:
-            _rotate_group(x, out, start + at, part, stages, signs, at % size, factor, one, other)
+            source, target = x.ctypes.data + 4 * (start + at), out.ctypes.data + 4 * (start + at)
+            sign = signs.ctypes.data + 4 * (at % size)
+            if part == 16:
+                _line16(source, target, sign, factor)
+            elif part == 32:
+                _line32(source, target, sign, factor)
+            elif part == 64:
+                _line64(source, target, sign, factor)
+            elif part == 128:
+                _line128(source, target, sign, factor)
+            elif part == 256:
+                _line256(source, target, sign, factor)
+            else:
+                _rotate_group(x, out, start + at, part, stages, signs, at % size, factor, one, other)
             at += part
         part, stages = part // 2, stages - 1
+
+
+@row_loop()
+def _rotate_vectors(source, target, stride, count, size, sign, factor):
+    """`_rotate_rows` of the first columns, 16 at a time, of a size that registers hold; how many it rotated."""
+    if size < 16 or size > 128:
+        return 0
+    for column in range(0, count // 16 * 16, 16):
+        x, out = source + 4 * column, target + 4 * column
+        if size == 16:
+            _columns16(x, out, stride, sign, factor)
+        elif size == 32:
+            _columns32(x, out, stride, sign, factor)
+        elif size == 64:
+            _columns64(x, out, stride, sign, factor)
+        else:
+            _columns128(x, out, stride, sign, factor)
+    return count // 16 * 16
 
 
 @row_loop()
@@ -84,7 +186,11 @@ def _rotate_strip(x, out, start, stride, count, length, size, signs, panel):
     while at < length:
         factor = f32(1 / math.sqrt(part))
         while length - at >= part:
-            _rotate_rows(x, out, start + at * stride, stride, count, part, signs, at % size, factor, panel)
+            first, shift = start + at * stride, at % size
+            source, target = x.ctypes.data + 4 * first, out.ctypes.data + 4 * first
+            done = _rotate_vectors(source, target, 4 * stride, count, part, signs.ctypes.data + 4 * shift, factor)
+            if done < count:
+                _rotate_rows(x, out, first + done, stride, count - done, part, signs, shift, factor, panel)
             at += part
         part //= 2
 
@@ -96,8 +202,12 @@ def rotate_lines(request, number):
     x, out, outer, length, size, stages, signs, each = integers(request, 0, 8)
     source, target, sign = floats(x, outer * length), floats(out, outer * length), floats(signs, size)
     one, other = np.empty(size, np.float32), np.empty(size, np.float32)
-    for line in range(number * each, min(outer, (number + 1) * each)):
-        _rotate_line(source, target, line * length, length, size, stages, sign, one, other)
+    first, last = number * each, min(outer, (number + 1) * each)
+    if length % size == 0:  # as one line
+        _rotate_line(source, target, first * length, (last - first) * length, size, stages, sign, one, other)
+    else:
+        for line in range(first, last):
+            _rotate_line(source, target, line * length, length, size, stages, sign, one, other)
 
 
 @tasks

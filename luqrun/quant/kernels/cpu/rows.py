@@ -40,7 +40,7 @@ HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AV
 # The modules that hold compiled functions.
 _LOOPS = (
     "block_loops", "block_rows", "dot_tiles", "driver", "encode", "loops", "philox", "quantize", "rotation", "rows",
-    "tile_loops", "sizes",
+    "tile_loops", "sizes", "vectors",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 

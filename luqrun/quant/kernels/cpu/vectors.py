@@ -1,0 +1,41 @@
+"""LLVM's vectors of 16 elements, for intrinsics of what numba cannot say: any CPU has them, in as many registers as
+they need."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from luqrun.quant.kernels.cpu.sizes import LANES
+
+INT, ADDRESS, FLOAT, HALF, BYTE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(16), ir.IntType(8)
+INTS, FLOATS, HALVES, BYTES, BITS = (ir.VectorType(kind, LANES) for kind in (INT, FLOAT, HALF, BYTE, ir.IntType(1)))
+
+
+def at(builder, address, kind):
+    """A pointer to what lies at an address."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load(builder, address, kind, offset=0):
+    """What lies so many bytes from an address, aligned or not."""
+    return builder.load(at(builder, builder.add(address, ADDRESS(offset)), kind), align=1)
+
+
+def store(builder, value, address, offset=0):
+    """The inverse of `load`."""
+    builder.store(value, at(builder, builder.add(address, ADDRESS(offset)), value.type), align=1)
+
+
+def everywhere(builder, value, kind):
+    """A vector of 16 of one value."""
+    undefined, zeros = ir.Constant(kind, ir.Undefined), ir.Constant(INTS, None)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, INT(0)), undefined, zeros)
+
+
+def constant(number, kind=INTS):
+    return ir.Constant(kind, [number] * LANES)
+
+
+def permuted(builder, value, lanes):
+    """The elements at `lanes` of a vector."""
+    return builder.shuffle_vector(value, value, ir.Constant(INTS, lanes))
