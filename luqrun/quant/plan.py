@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class Plan:
     a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
     weights that do not change is kept, or None. share: what makes a tensor's statistics
     those of all processes (Quantizer.measure), for operands that are not the same in all of them. multiplication_free:
-    whether dgrad and wgrad of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms.
+    whether dgrad and wgrad of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those
+    of its rotation, once they were drawn.
     """
 
     op: LinearOp | ConvOp
@@ -50,6 +51,7 @@ class Plan:
     kept: dict | None = None
     share: Callable[[Tensor], Tensor] | None = None
     multiplication_free: bool = False
+    signs: dict[str, Tensor | None] = field(default_factory=dict)
 
     def quantize(
         self,
@@ -117,7 +119,15 @@ class Plan:
             return x
         x = self.op.laid_out(x, None)
         lines = self.op.lines(gemm, operand, x.shape, is_channels_last(x))
-        return rotate(x, lines, rotation, signs_of(rotation, self.streams["weight"], gemm))
+        return rotate(x, lines, rotation, self._signs(gemm, rotation))
+
+    def _signs(self, gemm: str, rotation: Rotation) -> Tensor | None:
+        """Those of both operands, drawn once."""
+        if torch.compiler.is_compiling():
+            return signs_of(rotation, self.streams["weight"], gemm)
+        if gemm not in self.signs:
+            self.signs[gemm] = signs_of(rotation, self.streams["weight"], gemm)
+        return self.signs[gemm]
 
     def _unrotated(self, operand: str, x: Tensor) -> Tensor:
         """x, which is in the axes that fprop rotated, in its own."""
@@ -125,7 +135,7 @@ class Plan:
         if rotation is None:
             return x
         lines = self.op.lines("fprop", operand, x.shape, is_channels_last(x))
-        return unrotate(x, lines, rotation, signs_of(rotation, self.streams["weight"], "fprop"))
+        return unrotate(x, lines, rotation, self._signs("fprop", rotation))
 
     def trusted(self, operand: str, gradient: Tensor, mask: Mask) -> Tensor:
         """An operand's gradient, as float32, without what the mask of fprop's clipping takes from it."""

@@ -112,7 +112,7 @@ def _clips(panel, clips, patterns, terms, sums, high, count, wide, uses_rms):
     block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
     block_rows.as_floats(patterns, clips, count)
     if uses_rms:
-        block_rows.product_terms(panel, panel, terms, high * count * wide)
+        block_rows.product_terms(panel, panel, f32(1), terms, high * count * wide)
         block_rows.add_up(terms, sums, high, count, wide)
         for j in range(count):
             clip = f32(RMS_CLIP * np.sqrt(sums[j] / (high * wide)))
@@ -144,10 +144,9 @@ def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, 
 def _correct(panel, words, high, count, wide, codes, values, scales, spare, terms, sums, numbers):
     """EDEN: each scale times <x, x> / <x, Q(x)>, drawn, and the values with it."""
     size = high * count * wide
-    block_rows.scale_by(values, numbers[5], values, size)
-    block_rows.product_terms(panel, panel, terms, size)
+    block_rows.product_terms(panel, panel, f32(1), terms, size)
     block_rows.add_up(terms, sums[0], high, count, wide)
-    block_rows.product_terms(panel, values, terms, size)
+    block_rows.product_terms(panel, values, numbers[5], terms, size)
     block_rows.add_up(terms, sums[1], high, count, wide)
     block_rows.correct(sums[0], sums[1], scales, words, count)
     block_rows.scale_by(scales, numbers[1], spare[1], count)
@@ -158,7 +157,8 @@ def _correct(panel, words, high, count, wide, codes, values, scales, spare, term
 def encode_blocks(request, task):
     """Codes times scales, fields and scales of a tensor.
 
-    x, values, scales: addresses; fields: of a byte an element, or 0. half, values_half: bf16 or not. drawn: addresses
+    x, values, scales: addresses; fields: of a byte an element, of half a byte where pairs of elements share one, or 0.
+    half, values_half: bf16 or not. drawn: addresses
     of the elements' words (0: they are numbered as they lie in memory, and drawn here by stream, an address, and
     sample), and of those that the second coding of four over six, or eden, draws; or 0. how: mantissa
     (of integers: too large for any exponent), rounding, whether the range is rms, scale format, carry and shift of its
@@ -168,13 +168,14 @@ def encode_blocks(request, task):
     elements, x, half, stream, sample, values, values_half, fields, scales = integers(request, 0, 9)
     drawn, grid, block = integers(request, 9, 2), integers(request, 11, 4), integers(request, 15, 2)
     how, numbers = integers(request, 17, 10), _six_floats(integers(request, 27, 6))
-    strip, each = integers(request, 33, 2)
+    strip, each, pairs = integers(request, 33, 3)
     outer, height, between, columns = grid
     down, across = (height + block[0] - 1) // block[0], (columns + block[1] - 1) // block[1]
     stride, strips = between * columns, (across + strip - 1) // strip
     panels, size = outer * down * between * strips, strip * block[0] * block[1]
     draws = how[1] == STOCHASTIC
-    panel, raw, coded = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint8)
+    panel, raw = np.empty(size, np.float32), np.empty(size, np.uint16)
+    coded, joined = np.empty(size, np.uint8), np.empty(size // 2 + 1, np.uint8)
     words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
     spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
     codes, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
@@ -233,7 +234,12 @@ def encode_blocks(request, task):
                 block_rows.scatter(decoded, floats(values, elements), *where)
             if fields != 0:
                 block_rows.to_fields(codes[: high * run], coded, how[8], how[9])
-                block_rows.scatter(coded, uint8s(fields, elements), *where)
+                if pairs:  # an odd run is the only row
+                    rows.join(coded[: high * run], joined)
+                    target = uint8s(fields, (elements + 1) // 2)
+                    block_rows.scatter(joined, target, start // 2, stride // 2, high, (run + 1) // 2)
+                else:
+                    block_rows.scatter(coded, uint8s(fields, elements), *where)
             kept = scales + (4 if how[3] == FP32 else 1) * first
             block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
             left += count

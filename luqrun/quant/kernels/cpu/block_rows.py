@@ -53,10 +53,10 @@ def maxima(bits, found, high, count, wide):
 
 
 @row_loop()
-def product_terms(x, y, terms, size):
-    """The products of two rows, in float64."""
+def product_terms(x, y, factor, terms, size):
+    """The products of a row and another one times a factor, in float64."""
     for j in range(u64(size)):
-        terms[j] = np.float64(x[j]) * np.float64(y[j])
+        terms[j] = np.float64(x[j]) * np.float64(f32(y[j] * factor))
 
 
 @row_loop()

@@ -51,7 +51,13 @@ def encode_blocks(
     stored = stored_as(dtype)
     values = torch.empty_like(x, dtype=stored)
     scales = torch.empty(many, dtype=dtype_of(how.scale_format), device="cpu")
-    fields = torch.empty(x.numel() if packed else 0, dtype=torch.uint8, device="cpu")
+    sizes, side = _merged(grid, block) if x.numel() else (grid, block)
+    strip = min(max(1, PANEL // (side[0] * side[1]) // 2 * 2), -(-sizes[3] // side[1]))
+    # Elements that lie beside each other in a byte are of one panel.
+    pairs = how.form.field_bits == 4 and (sizes[3] % 2 == 0 or sizes[:3] == (1, 1, 1)) and side[1] * strip % 2 == 0
+    pairs = pairs and (side[1] % 2 == 0 or sizes[3] % side[1] == 0)
+    count = how.form.field_bytes(x.numel()) if pairs else x.numel()
+    fields = torch.empty(count if packed else 0, dtype=torch.uint8, device="cpu")
     draws, first, second = how.rounding == "stochastic", _NONE, _NONE
     if draws and is_channels_last(x):
         first = words_of(x.numel(), pixels_of(x), stream, sample)
@@ -64,15 +70,13 @@ def encode_blocks(
         drawn, names = (first.data_ptr(), second.data_ptr()), (stream.data_ptr(), sample)
         halves = int(x.dtype == torch.bfloat16), int(stored == torch.bfloat16)
         addresses = values.data_ptr(), halves[1], fields.data_ptr() if packed else 0, scales.data_ptr()
-        sizes, side = _merged(grid, block)
-        strip = min(max(1, PANEL // (side[0] * side[1])), -(-sizes[3] // side[1]))
         each = max(1, CHUNK // (strip * side[0] * side[1]))
         panels = sizes[0] * -(-sizes[1] // side[0]) * sizes[2] * -(-sizes[3] // (side[1] * strip))
         block_loops.encode_blocks(
             -(-panels // each), x.numel(), x.numel(), x.data_ptr(), halves[0], *names, *addresses,
-            *drawn, *sizes, *side, *_how(how), *numbers, strip, each,
+            *drawn, *sizes, *side, *_how(how), *numbers, strip, each, int(pairs),
         )  # fmt: skip
-    fields = _joined(fields, how.form) if packed else fields
+    fields = fields if pairs or not packed else _joined(fields, how.form)
     return values.to(dtype), fields, scales, (tensor_scale / how.headroom).clone()
 
 
