@@ -12,13 +12,13 @@ from numba import carray
 from luqrun.quant.kernels.blocks import RMS_CLIP
 from luqrun.quant.kernels.cpu import block_rows, rows
 from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FLOAT32_MAX, FP32
-from luqrun.quant.kernels.cpu.driver import floats, halves, integers, pointer, tasks, uint8s, uint32s
+from luqrun.quant.kernels.cpu.driver import doubles, floats, halves, int32s, integers, pointer, tasks, uint8s, uint32s
 from luqrun.quant.kernels.cpu.encode import float_of
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 
-PANEL = 2048  # elements that are worked on together
+PANEL = 4096  # elements that are worked on together
 
 
 @tasks
@@ -174,21 +174,25 @@ def encode_blocks(request, task):
     stride, strips = between * columns, (across + strip - 1) // strip
     panels, size = outer * down * between * strips, strip * block[0] * block[1]
     draws = how[1] == STOCHASTIC
-    panel, raw = np.empty(size, np.float32), np.empty(size, np.uint16)
-    coded, joined = np.empty(size, np.uint8), np.empty(size // 2 + 1, np.uint8)
-    words, more = np.empty(size, np.uint32), np.empty(size, np.uint32)
-    spare, name = np.empty(size // 2 + 4, np.uint64), stream_words(carray(pointer(stream), (6,), np.int64), sample)
-    codes, decoded = np.empty(size, np.float32), np.empty(size, np.float32)
-    both = codes, decoded, np.empty(size, np.float32), np.empty(size, np.float32)
-    chosen, finer, clips = np.empty(strip, np.float32), np.empty(strip, np.float32), np.empty(strip, np.float32)
+    name = stream_words(carray(pointer(stream), (6,), np.int64), sample)
+    # One piece of memory: to count the users of many would take longer than a pass over a panel.
+    part = (4 * size + 127) // 64 * 64
+    memory = np.empty(26 * part, np.uint8)
+    at = memory.ctypes.data
+    panel, codes, decoded = floats(at, size), floats(at + part, size), floats(at + 2 * part, size)
+    both = codes, decoded, floats(at + 3 * part, size), floats(at + 4 * part, size)
     room = (
-        np.empty(strip, np.float32),
-        np.empty(strip, np.float32),
-        np.empty(strip * block[1], np.float32),
-        np.empty(strip * block[1], np.float32),
+        floats(at + 5 * part, strip),
+        floats(at + 6 * part, strip),
+        floats(at + 7 * part, strip * block[1]),
+        floats(at + 8 * part, strip * block[1]),
     )
-    patterns = np.empty(strip, np.int32)
-    terms, sums = np.empty(size, np.float64), (np.empty(strip, np.float64), np.empty(strip, np.float64))
+    chosen, finer, clips = floats(at + 9 * part, strip), floats(at + 10 * part, strip), floats(at + 11 * part, strip)
+    patterns = int32s(at + 12 * part, strip)
+    words, more = uint32s(at + 13 * part, size), uint32s(at + 14 * part, size)
+    raw, coded, joined = halves(at + 15 * part, size), uint8s(at + 16 * part, size), uint8s(at + 17 * part, size)
+    spare = carray(pointer(at + 18 * part), (size // 2 + 4,), np.uint64)
+    terms, sums = doubles(at + 20 * part, size), (doubles(at + 22 * part, strip), doubles(at + 24 * part, strip))
     for number in range(task * each, min(panels, (task + 1) * each)):
         band, left = number // strips, number % strips * strip
         high_band, middle = band // between, band % between
@@ -243,6 +247,7 @@ def encode_blocks(request, task):
             kept = scales + (4 if how[3] == FP32 else 1) * first
             block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
             left += count
+    memory[0] = 0  # what only its address was taken of must be in use until here
 
 
 @tasks

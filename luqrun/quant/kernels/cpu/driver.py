@@ -356,6 +356,11 @@ def floats(address, count):
 
 
 @row_loop()
+def doubles(address, count):
+    return carray(pointer(address), (count,), np.float64)
+
+
+@row_loop()
 def load(x, half, start, count, buffer):
     """The float32 bit patterns of `count` elements: of bf16, the upper halves."""
     if half:
