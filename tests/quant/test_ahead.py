@@ -9,6 +9,7 @@ import threading
 import time
 
 import numba
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from luqrun.quant.kernels.cpu import ahead, driver
 
 LOOPS = """
 import numpy as np
-from luqrun.quant.kernels.cpu.driver import driver, floats
+from luqrun.quant.kernels.cpu.driver import driver
+from luqrun.quant.kernels.cpu.memory import floats
 from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.cpu.rows import row_loop
 
@@ -192,7 +194,7 @@ def test_a_loop_that_is_compiled_when_first_called_says_so_once(loops, caplog):
     driver.announce.cache_clear()
     loops.nothing(4)
     loops.nothing(4)
-    values = driver.np.ones(4, "float32")
+    values = np.ones(4, "float32")
     loops.double(4, values.ctypes.data)
     assert values.tolist() == [2.0] * 4
     assert caplog.text.count("compiling the kernels for this CPU") == 1

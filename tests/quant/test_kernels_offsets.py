@@ -11,7 +11,7 @@ from test_philox import numpy_philox
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu import driver, loops, philox, quantize
+from luqrun.quant.kernels.cpu import loops, memory, philox, quantize
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 from luqrun.quant.kernels.philox import make_stream
 
@@ -153,7 +153,7 @@ def test_loading_storing_and_packing(start):
     codes = torch.randint(-7, 8, (ROW,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     for dtype in cpu.KINDS:
         edges, target = guarded(ROW, dtype)
-        driver.store(codes.numpy(), back(target, start), cpu.KINDS[dtype], start)
+        memory.store(codes.numpy(), back(target, start), cpu.KINDS[dtype], start)
         assert torch.equal(target, codes.to(dtype))
         assert_edges(edges)
     # Bytes of int4 are joined as they are stored; other codes are split into fields first.
@@ -163,7 +163,7 @@ def test_loading_storing_and_packing(start):
         split, scratch = np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
         address = fields.data_ptr() - start * form.field_bits // 8
         how = cpu._form(form, dtype), split, scratch
-        driver.fields_row(codes.numpy(), back(stored, start), address, start, *how)
+        memory.fields_row(codes.numpy(), back(stored, start), address, start, *how)
         assert torch.equal(fields, reference.pack(codes, form))
         assert_edges(edges)
 

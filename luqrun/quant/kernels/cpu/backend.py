@@ -18,18 +18,18 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
-from luqrun.quant.kernels.cpu import blocks, driver, loops, rotation
+from luqrun.quant.kernels.cpu import blocks, driver, loops, memory, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
-from luqrun.quant.kernels.cpu.driver import loadable
+from luqrun.quant.kernels.cpu.memory import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.layout import dense, empty, pixels_of
 
 KINDS = {
-    torch.int8: driver.INT8,
-    torch.int16: driver.INT16,
-    torch.float32: driver.FLOAT32,
-    torch.bfloat16: driver.BF16,
+    torch.int8: memory.INT8,
+    torch.int16: memory.INT16,
+    torch.float32: memory.FLOAT32,
+    torch.bfloat16: memory.BF16,
 }
 # What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
 # torch.device that is set around a call must not count.

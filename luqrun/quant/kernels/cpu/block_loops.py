@@ -10,10 +10,11 @@ import numpy as np
 from numba import carray
 
 from luqrun.quant.kernels.blocks import RMS_CLIP
-from luqrun.quant.kernels.cpu import block_rows, rows
-from luqrun.quant.kernels.cpu.block_rows import E4M3, E8M0, FLOAT32_MAX, FP32
-from luqrun.quant.kernels.cpu.driver import doubles, floats, halves, int32s, integers, pointer, tasks, uint8s, uint32s
+from luqrun.quant.kernels.cpu import block_rows, block_scales, rows
+from luqrun.quant.kernels.cpu.block_scales import E4M3, E8M0, FLOAT32_MAX, FP32
+from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.encode import float_of
+from luqrun.quant.kernels.cpu.memory import doubles, floats, halves, int32s, pointer, uint8s, uint32s
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
@@ -94,11 +95,11 @@ def _code_panel(panel, scales, words, high, count, wide, codes, values, spare, h
     element of a row."""
     by, units, more, further = spare
     if how[3] == E4M3:
-        block_rows.inverses(scales, numbers[5], by, count)
+        block_scales.inverses(scales, numbers[5], by, count)
     elif how[3] == E8M0:
-        block_rows.inverse_powers(scales, by, count)
+        block_scales.inverse_powers(scales, by, count)
     else:
-        block_rows.divisors(scales, numbers[1], by, count)
+        block_scales.divisors(scales, numbers[1], by, count)
     block_rows.scale_by(scales, numbers[1], units, count)
     by, units = _of_elements(by, more, count, wide), _of_elements(units, further, count, wide)
     block_rows.code_rows(
@@ -129,12 +130,12 @@ def _errors(panel, values, terms, sums, high, count, wide, kind, tensor_scale):
 def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, spare, terms, sums, how, numbers):
     """Four over six: the codes, values and scales of the blocks that a finer scale suits better."""
     codes, values, others, finer_values = coded
-    block_rows.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
+    block_scales.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
     _code_panel(panel, finer, words, high, count, wide, others, finer_values, spare, how, numbers)
     _errors(panel, values, terms, sums[0], high, count, wide, how[6], numbers[5])
     _errors(panel, finer_values, terms, sums[1], high, count, wide, how[6], numbers[5])
     better = spare[0]
-    block_rows.choose(sums[1], sums[0], finer, scales, better, count)
+    block_scales.choose(sums[1], sums[0], finer, scales, better, count)
     better = _of_elements(better, spare[2], count, wide)
     block_rows.take_better(better, others, codes, high, count * wide)
     block_rows.take_better(better, finer_values, values, high, count * wide)
@@ -148,7 +149,7 @@ def _correct(panel, words, high, count, wide, codes, values, scales, spare, term
     block_rows.add_up(terms, sums[0], high, count, wide)
     block_rows.product_terms(panel, values, numbers[5], terms, size)
     block_rows.add_up(terms, sums[1], high, count, wide)
-    block_rows.correct(sums[0], sums[1], scales, words, count)
+    block_scales.correct(sums[0], sums[1], scales, words, count)
     block_rows.scale_by(scales, numbers[1], spare[1], count)
     block_rows.decode_rows(codes, _of_elements(spare[1], spare[3], count, wide), values, high, count * wide)
 
@@ -212,11 +213,11 @@ def encode_blocks(request, task):
             if numbers[3] != f32(1):
                 block_rows.scale_by(panel, numbers[3], panel, high * run)
             if how[3] == E8M0:
-                block_rows.e8m0_scales(clips, chosen, count, how[4], how[5])
+                block_scales.e8m0_scales(clips, chosen, count, how[4], how[5])
             elif how[3] == E4M3:
-                block_rows.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
+                block_scales.e4m3_scales(clips, chosen, count, numbers[2], numbers[4], f32(1))
             else:
-                block_rows.fp32_scales(clips, chosen, count, numbers[2])
+                block_scales.fp32_scales(clips, chosen, count, numbers[2])
             if draws and drawn[0] != 0:
                 block_rows.gather(uint32s(drawn[0], elements), words, *where)
             elif draws:
@@ -245,7 +246,7 @@ def encode_blocks(request, task):
                 else:
                     block_rows.scatter(coded, uint8s(fields, elements), *where)
             kept = scales + (4 if how[3] == FP32 else 1) * first
-            block_rows.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
+            block_scales.store_scales(chosen, floats(kept, count), uint8s(kept, count), count, how[3])
             left += count
     memory[0] = 0  # what only its address was taken of must be in use until here
 
@@ -274,7 +275,7 @@ def decode_blocks(request, task):
         start = ((image * height + row) * between + middle) * columns + left * block[1]
         run = min(columns, (left + count) * block[1]) - left * block[1]
         kept = scales + (4 if kind == FP32 else 1) * first
-        block_rows.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
+        block_scales.load_scales(floats(kept, count), uint8s(kept, count), by, count, kind)
         block_rows.scale_by(by, unit, by, count)
         units = _of_elements(by, expanded, count, block[1])
         source = uint8s(fields + start, run)

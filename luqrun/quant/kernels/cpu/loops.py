@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from luqrun.quant.kernels.cpu import rows
-from luqrun.quant.kernels.cpu.driver import (
+from luqrun.quant.kernels.cpu.driver import integers, tasks
+from luqrun.quant.kernels.cpu.memory import (
     INT8,
     accumulate,
     copy,
@@ -14,9 +15,7 @@ from luqrun.quant.kernels.cpu.driver import (
     halves,
     int16s,
     int32s,
-    integers,
     store,
-    tasks,
     uint8s,
 )
 from luqrun.quant.kernels.cpu.rows import i32, row_loop

@@ -6,10 +6,9 @@ import numpy as np
 from numba import carray
 
 from luqrun.quant.kernels.cpu import encode, rows
-from luqrun.quant.kernels.cpu.driver import (
+from luqrun.quant.kernels.cpu.driver import call4, call6, unthreaded
+from luqrun.quant.kernels.cpu.memory import (
     INT8,
-    call4,
-    call6,
     fields_row,
     halves,
     int8s,
@@ -20,7 +19,6 @@ from luqrun.quant.kernels.cpu.driver import (
     store,
     uint8s,
     uint32s,
-    unthreaded,
 )
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import GIVEN, HINDSIGHT, f32, i32, row_loop

@@ -13,7 +13,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from luqrun.quant.kernels.cpu.blocks import words_of
-from luqrun.quant.kernels.cpu.driver import floats, integers, tasks
+from luqrun.quant.kernels.cpu.driver import integers, tasks
+from luqrun.quant.kernels.cpu.memory import floats
 from luqrun.quant.kernels.cpu.rows import f32, row_loop, u64
 from luqrun.quant.kernels.cpu.sizes import CHUNK, LANES
 from luqrun.quant.kernels.cpu.vectors import ADDRESS, BITS, FLOAT, FLOATS, everywhere, load, permuted, store

@@ -6,8 +6,9 @@ import numpy as np
 
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.dot_tiles import dot_tile, interleave, narrow_dot_tile, store_scaled
-from luqrun.quant.kernels.cpu.driver import accumulate, copy_quad, floats, int8s, int32s, integers, tasks, uint8s
+from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.loops import pad_line
+from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s, int32s, uint8s
 from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
