@@ -122,6 +122,16 @@ def uint32s(address, count):
 
 
 @row_loop()
+def int64s(address, count):
+    return carray(pointer(address), (count,), np.int64)
+
+
+@row_loop()
+def uint64s(address, count):
+    return carray(pointer(address), (count,), np.uint64)
+
+
+@row_loop()
 def set_float(address, value):
     carray(pointer(address), (1,), np.float32)[0] = f32(value)
 

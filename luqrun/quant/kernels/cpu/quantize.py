@@ -10,6 +10,7 @@ from luqrun.quant.kernels.cpu.driver import call4, call6, unthreaded
 from luqrun.quant.kernels.cpu.memory import (
     INT8,
     fields_row,
+    floats,
     halves,
     int8s,
     int32s,
@@ -19,6 +20,7 @@ from luqrun.quant.kernels.cpu.memory import (
     store,
     uint8s,
     uint32s,
+    uint64s,
 )
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import GIVEN, HINDSIGHT, f32, i32, row_loop
@@ -108,7 +110,10 @@ def encode_integers(address, row, count, words, out, first):
 
 @unthreaded
 def encode_flat(address, number):
-    """Encode elements number * CHUNK up; the pattern of their max|x|, if asked for, goes to request.largest."""
+    """Encode elements number * CHUNK up; the pattern of their max|x|, if asked for, goes to request.largest.
+
+    Its arrays are pieces of one: numba counts the users of each array that it makes, at each use.
+    """
     request = _read(address)
     x, half, codes, fields = request.x, request.half, request.codes, request.fields
     name, form = (
@@ -116,8 +121,10 @@ def encode_flat(address, number):
         (request.bits, request.pair, request.kind, request.floating),
     )
     draws = request.rounding == rows.STOCHASTIC or request.underflow == rows.STOCHASTIC
-    words, scratch, buffer = np.empty(ROW // 2, np.uint64), np.empty(ROW, np.float32), np.empty(ROW, np.int32)
-    coded, split = np.empty(ROW, np.int32), np.empty(ROW, np.uint8)
+    room = np.empty(17 * ROW, np.uint8)
+    at = room.ctypes.data
+    words, scratch, buffer = uint64s(at, ROW // 2), floats(at + 4 * ROW, ROW), int32s(at + 8 * ROW, ROW)
+    coded, split = int32s(at + 12 * ROW, ROW), uint8s(at + 16 * ROW, ROW)
     stop, largest = min(request.elements, (number + 1) * CHUNK), i32(0)
     for first in range(number * CHUNK, stop, ROW):
         count = min(stop - first, ROW)
@@ -130,8 +137,7 @@ def encode_flat(address, number):
         if request.observe:
             largest = max(largest, rows.extremes(row)[0])
     int32s(request.largest + 4 * number, 1)[0] = largest
-    # What only addresses were taken of must be in use until here.
-    words[0], coded[0], buffer[0] = 0, 0, 0
+    room[0] = 0  # what only its address was taken of must be in use until here
 
 
 @unthreaded
@@ -144,10 +150,14 @@ def encode_images(address, number):
     # Four neighbouring pixels of a channel share a Philox call, unless such groups straddle channels.
     aligned = pixels % 4 == 0
     block = min(pixels, max(4, ROW // channels // 4 * 4))
-    buffer = np.empty(block * channels, np.int32)
-    drawn, coded = np.empty((block, channels), np.uint32), np.empty(block * channels, np.int32)
     scratch = block // 4 * channels if aligned else (channels * pixels + 7) // 4
-    counters, words = np.empty(2 * scratch, np.uint64), np.empty((4, scratch), np.uint32)
+    part = (4 * block * channels + 63) // 64 * 64
+    room = np.empty(3 * part + 32 * scratch, np.uint8)
+    at = room.ctypes.data
+    buffer, coded = int32s(at, block * channels), int32s(at + part, block * channels)
+    drawn = carray(pointer(at + 2 * part), (block, channels), np.uint32)
+    counters = uint64s(at + 3 * part, 2 * scratch)
+    words = carray(pointer(at + 3 * part + 16 * scratch), (4, scratch), np.uint32)
     word, largest = counters.view(np.uint32), i32(0)
     for image in range(number * request.each, min(request.images, (number + 1) * request.each)):
         first = image * channels * pixels
@@ -159,14 +169,13 @@ def encode_images(address, number):
                 fill_pixels(drawn[:count], counters, words, (first + above) // 4, pixels // 4, name)
             else:
                 transpose(word[first % 4 + above :], drawn[:count], pixels)
-            at, size = first + above * channels, count * channels
-            row = load(x, half, at, size, buffer)
-            call6(request.coder, address, row.ctypes.data, size, drawn.ctypes.data, coded.ctypes.data, at)
+            start, size = first + above * channels, count * channels
+            row = load(x, half, start, size, buffer)
+            call6(request.coder, address, row.ctypes.data, size, drawn.ctypes.data, coded.ctypes.data, start)
             if request.observe:
                 largest = max(largest, rows.extremes(row)[0])
     int32s(request.largest + 4 * number, 1)[0] = largest
-    # See encode_flat.
-    drawn[0, 0], coded[0], buffer[0] = 0, 0, 0
+    room[0] = 0  # see encode_flat
 
 
 @unthreaded

@@ -90,6 +90,12 @@ def clear(target):
 
 
 @row_loop()
+def fill(target, value):
+    for j in range(target.size):
+        target[j] = value
+
+
+@row_loop()
 def to_bf16(codes, target):
     """Codes as bit patterns of bf16, which holds them exactly."""
     floats = codes.astype(np.float32)

@@ -8,7 +8,7 @@ from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.dot_tiles import dot_tile, interleave, narrow_dot_tile, store_scaled
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.loops import pad_line
-from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s, int32s, uint8s
+from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s, int32s, int64s, uint8s
 from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
@@ -17,28 +17,25 @@ QUADS = 4 * LANES  # bytes of a quad of 16 channels
 
 
 @row_loop()
-def _tile(columns, left, offsets, first, runs, run_step, length, step, right, out):
-    """The block for so many columns and the rows from offsets[first] on; returns how many it has.
-
-    left, offsets and out are arrays, and the caller must name them after the last block: numba frees an array after its
-    last use as one, whoever has its address."""
-    begin, starts, to = left.ctypes.data, offsets.ctypes.data + 4 * first, out.ctypes.data
+def _tile(columns, left, offsets, runs, run_step, length, step, right, out):
+    """The block for so many columns and the rows at the offsets from an address on; returns how many it has."""
     if columns > LANES:
-        dot_tile(begin, starts, runs, run_step, length, step, right, to)
+        dot_tile(left, offsets, runs, run_step, length, step, right, out)
         return _ROWS
-    narrow_dot_tile(begin, starts, runs, run_step, length, step, right, to)
+    narrow_dot_tile(left, offsets, runs, run_step, length, step, right, out)
     return _NARROW_ROWS
 
 
 @row_loop()
 def _store_tile(count, lanes, wide, sums, shifts, factor, out, half, places, first):
-    """Rows of sums, scaled, to their places from `out`; wide: how many of their columns there are."""
-    element, at = 2 if half else 4, sums.ctypes.data
+    """Rows of sums, scaled, to their places (an array of int64) from `out`; wide: how many of their columns there
+    are."""
+    element = 2 if half else 4
     for row in range(count):
         to = out + places[first + row]
         for lane in range(0, wide, LANES):
-            here = at + 4 * (row * lanes + lane)
-            store_scaled(here, shifts.ctypes.data + 4 * lane, factor, to + element * lane, half, wide - lane)
+            here = sums + 4 * (row * lanes + lane)
+            store_scaled(here, shifts + 4 * lane, factor, to + element * lane, half, wide - lane)
 
 
 @row_loop()
@@ -100,12 +97,22 @@ def convolve(request, number):
     image_bytes, factor = padded[0] * pitch, floats(scale, 1)[0]
     begin = number * group
     count = min(group, images - begin)
-    memory = np.empty(count * image_bytes + 4, np.uint8)
+    pixels, element = count * lines * columns, 2 if half else 4
+    # One piece of memory: numba counts the users of each array that it makes, at each use.
+    sizes = 8 * pixels, 4 * (pixels + MOST_ROWS), 4 * MOST_ROWS * COLUMNS, 4 * MOST_ROWS
+    memory = np.empty(sizes[0] + sizes[1] + 2 * sizes[2] + sizes[3] + 4 + count * image_bytes + 4, np.uint8)
+    start_of = memory.ctypes.data
+    places, offsets = int64s(start_of, pixels), int32s(start_of + sizes[0], pixels + MOST_ROWS)
+    starts = start_of + sizes[0]
+    sums = starts + sizes[1]
+    shifts, nowhere = sums + sizes[2], sums + 2 * sizes[2]
+    same = nowhere + sizes[3]
+    left = same + 4
+    rows.clear(uint8s(nowhere, sizes[3]))
+    rows.fill(uint8s(same, 4), shift)
     for line in range(count * padded[0]):
         image, row = begin + line // padded[0], line % padded[0]
-        pad_line(memory.ctypes.data + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
-    pixels, element = count * lines * columns, 2 if half else 4
-    offsets, places = np.empty(pixels + MOST_ROWS, np.int32), np.empty(pixels, np.int64)
+        pad_line(left + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
     at = 0
     for image in range(count):
         for line in range(lines):
@@ -115,19 +122,19 @@ def convolve(request, number):
                 offsets[at] = start + column * source[3] * channels
                 places[at] = (place + column * across) * out_channels * element
                 at += 1
-    offsets[pixels:] = offsets[pixels - 1]  # the last one once more
-    nowhere, same = np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
-    shifts, sums = np.empty(MOST_ROWS * COLUMNS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
+    for row in range(MOST_ROWS):
+        offsets[pixels + row] = offsets[pixels - 1]  # the last one once more
     for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
         wide = min(COLUMNS, out_channels - panel * COLUMNS)
         lanes = _panel_width(wide)
         right, to = weight + panel * COLUMNS * taps[0] * quads * 4, out + panel * COLUMNS * element
-        _tile(wide, same, nowhere, 0, taps[0], 0, quads, 0, right, shifts)
+        _tile(wide, same, nowhere, taps[0], 0, quads, 0, right, shifts)
         at = 0
         while at < pixels:
-            done = _tile(wide, memory, offsets, at, taps[0], taps[1] * pitch, quads, 4, right, sums)
+            done = _tile(wide, left, starts + 4 * at, taps[0], taps[1] * pitch, quads, 4, right, sums)
             _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
             at += done
+    memory[0] = 0  # what only its address was taken of must be in use until here
 
 
 @row_loop()
@@ -187,12 +194,23 @@ def convolve_for_weight(request, number):
     parts = (channels + LANES - 1) // LANES
     group = max(1, limit // (copies * parts * image_bytes + g_bytes * COLUMNS))
     begin, end = images * number // tasks, images * (number + 1) // tasks
-    memory = np.empty(copies * parts * group * image_bytes, np.uint8)
-    g_memory = np.empty(group * g_bytes * COLUMNS, np.uint8)
-    most, places = max(channels, COLUMNS) + LANES, np.empty(4, np.int64)
-    nothing, nowhere, same = np.zeros(most, np.uint8), np.zeros(MOST_ROWS, np.int32), np.full(4, shift, np.uint8)
-    offsets, found = np.zeros(rows_of_sums + MOST_ROWS, np.int32), np.empty(MOST_ROWS * COLUMNS, np.int32)
-    zero, to, g_to = nothing.ctypes.data, memory.ctypes.data, g_memory.ctypes.data
+    # See convolve.
+    most, sums_bytes = max(channels, COLUMNS) + LANES, 4 * MOST_ROWS * COLUMNS
+    small = 4 * 8 + 4 * (rows_of_sums + MOST_ROWS) + sums_bytes + 4 * MOST_ROWS + 4 + most
+    memory = np.empty(small + copies * parts * group * image_bytes + group * g_bytes * COLUMNS, np.uint8)
+    place = memory.ctypes.data
+    places, starts = int64s(place, 4), place + 4 * 8
+    offsets = int32s(starts, rows_of_sums + MOST_ROWS)
+    found = starts + 4 * (rows_of_sums + MOST_ROWS)
+    nowhere = found + sums_bytes
+    same = nowhere + 4 * MOST_ROWS
+    zero = same + 4
+    to = zero + most
+    g_to = to + copies * parts * group * image_bytes
+    rows.clear(uint8s(nowhere, 4 * MOST_ROWS))
+    rows.fill(uint8s(same, 4), shift)
+    rows.clear(uint8s(zero, most))
+    rows.clear(uint8s(starts, 4 * (rows_of_sums + MOST_ROWS)))
     target = sums + 4 * number * rows_of_sums * padded_channels
     if not more:
         rows.clear(int32s(target, rows_of_sums * padded_channels))
@@ -227,18 +245,17 @@ def convolve_for_weight(request, number):
                     which, by = (first + image, 0, line, pixels, out_width, 1, 1), panel * COLUMNS
                     _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
             run = count, image_bytes, g_lines * quads
-            _tile(wide, same, nowhere, 0, count, 0, run[2], 0, g_to, found)
+            _tile(wide, same, nowhere, count, 0, run[2], 0, g_to, found)
             last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
-            accumulate(last, found.ctypes.data, lanes)
+            accumulate(last, found, lanes)
             at = 0
             while at < rows_of_sums - 1:
-                done = _tile(wide, memory, offsets, at, run[0], run[1], run[2], QUADS, g_to, found)
+                done = _tile(wide, to, starts + 4 * at, run[0], run[1], run[2], QUADS, g_to, found)
                 for row in range(min(done, rows_of_sums - 1 - at)):
                     place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
-                    accumulate(place, found.ctypes.data + 4 * row * lanes, lanes)
+                    accumulate(place, found + 4 * row * lanes, lanes)
                 at += done
-    # What only addresses were taken of must be in use until here.
-    found[0] = nothing[0] + memory[0] + g_memory[0]
+    memory[0] = 0  # what only its address was taken of must be in use until here
 
 
 @tasks
