@@ -27,12 +27,15 @@ def pack(request, number):
     """int8 or int16 codes to their fields: see `quantize`."""
     elements, codes, fields = integers(request, 0, 3)
     form = integers(request, 3, 4)
-    coded, split, scratch = np.empty(ROW, np.int32), np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
+    room = np.empty(9 * ROW, np.uint8)  # see quantize.encode_flat
+    at = room.ctypes.data
+    coded, scratch, split = int32s(at, ROW), floats(at + 4 * ROW, ROW), uint8s(at + 8 * ROW, ROW)
     for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
         count = min(ROW, elements - first)
         if form[2] != INT8:
             rows.copy(int16s(codes + 2 * first, count), coded[:count])
         fields_row(coded[:count], codes, fields, first, form, split, scratch)
+    room[0] = 0
 
 
 @tasks
@@ -40,7 +43,9 @@ def unpack(request, number):
     """Fields to codes: the inverse of `pack`; signed: whether an integer format's codes have a sign."""
     elements, fields, codes, signed = integers(request, 0, 4)
     form = integers(request, 4, 4)
-    split, coded = np.empty(ROW, np.uint8), np.empty(ROW, np.int32)
+    room = np.empty(5 * ROW, np.uint8)  # see quantize.encode_flat
+    at = room.ctypes.data
+    coded, split = int32s(at, ROW), uint8s(at + 4 * ROW, ROW)
     for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
         count = min(ROW, elements - first)
         row = split[:count]
@@ -53,6 +58,7 @@ def unpack(request, number):
         else:
             rows.from_fields(row, coded[:count], signed, form[3], form[0])
             store(coded[:count], codes, form[2], first)
+    room[0] = 0
 
 
 @tasks
@@ -60,7 +66,8 @@ def rectify(request, number):
     """x <- min(max(x, 0), most) in place, and a bit of the mask for each element between. most: its bit pattern, or one
     above infinity's."""
     elements, x, half, mask, most = integers(request, 0, 5)
-    keep = np.zeros(ROW, np.uint8)
+    room = np.zeros(ROW, np.uint8)  # see quantize.encode_flat
+    keep = uint8s(room.ctypes.data, ROW)
     for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
         count = min(ROW, elements - first)
         bits = uint8s(mask + first // 8, (count + 7) // 8)
@@ -68,13 +75,15 @@ def rectify(request, number):
             rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
         else:
             rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
+    room[0] = 0
 
 
 @tasks
 def apply_mask(request, number):
     """out is grad where the mask has a bit, else 0."""
     elements, grad, half, mask, out = integers(request, 0, 5)
-    keep = np.empty(ROW, np.uint8)
+    room = np.empty(ROW, np.uint8)  # see quantize.encode_flat
+    keep = uint8s(room.ctypes.data, ROW)
     for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
         count = min(ROW, elements - first)
         bits = uint8s(mask + first // 8, (count + 7) // 8)
@@ -82,6 +91,7 @@ def apply_mask(request, number):
             rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
         else:
             rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
+    room[0] = 0
 
 
 @row_loop()
