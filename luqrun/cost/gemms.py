@@ -129,11 +129,16 @@ class _Counter:
         return elements * sides[1].bits
 
     def _masked(self, product: Product, name: str) -> int:
-        """Bits kept of what fprop clips of the operand whose gradient this GEMM computes (luqrun.quant.trust)."""
+        """Bits kept of what fprop clips of the operand whose gradient this GEMM computes (operands.Mask)."""
         fprop, operand = self.recipe.fprop, {"dgrad": "activation", "wgrad": "weight"}.get(name)
         clips = operand is not None and getattr(getattr(fprop, operand), "range", None) == "rms"
         if not clips or not fprop.trust_mask or self._why(product):
             return 0
+        if operand == "activation" and product.source >= 0:
+            key = "masked", product.source
+            if key in self.held:
+                return 0
+            self.held.add(key)
         return product.elements[PLACES["fprop"][OPERANDS_OF["fprop"].index(operand)]]
 
     def _quantized(self, product: Product, name: str, pair: tuple) -> float:

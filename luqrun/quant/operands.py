@@ -12,7 +12,6 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
-from luqrun.quant.trust import Mask
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 
@@ -74,6 +73,22 @@ def rescale(product: Tensor, *operands: Operand) -> Tensor:
 def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
     """dtype, or float32 where that is int8 and too small for the codes of `form`."""
     return torch.float32 if dtype == torch.int8 and form.code_dtype != torch.int8 else dtype
+
+
+class Mask(NamedTuple):
+    """The trust mask of QuEST (Panferov et al., 2025), which Quartet takes over: where fprop clips, a gradient passed
+    straight through is not trusted, and set to zero.
+
+    bits: see ops.block_mask; None while autograd keeps them. channels_last: whether they are in the order of such
+    memory.
+    """
+
+    bits: Tensor | None
+    channels_last: bool
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """The gradient, zero where no bit is set."""
+        return ops.relu_backward(gradient, self.bits, self.channels_last)
 
 
 class Stored(NamedTuple):

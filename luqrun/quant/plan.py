@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.grids import Grid
 from luqrun.quant.health import health, health_of_blocks
+from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
-from luqrun.quant.operands import EXACT, Operand, Stored, held_by, held_in_blocks, scale_beside
+from luqrun.quant.operands import EXACT, Mask, Operand, Stored, held_by, held_in_blocks, scale_beside
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once
-from luqrun.quant.trust import Mask
 
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
 SECOND = {"activation": "wgrad", "weight": "dgrad"}  # the GEMM after fprop that takes the operand
@@ -79,7 +79,8 @@ class Plan:
                 self.health[operand] = health_of_blocks(x, found, quantizer, grid)
             stored = Stored((found.fields, found.scales, found.tensor_scale), how, *layout, gemm, operand)
             if masked:
-                stored = stored._replace(mask=Mask.of(x, how, grid, found.scales, found.tensor_scale))
+                bits = ops.block_mask(x, found.scales, found.tensor_scale, how.key, grid.sizes, grid.block)
+                stored = stored._replace(mask=Mask(bits, is_channels_last(x)))
             return Operand((found.values,), scale_beside(how, found.tensor_scale)), stored
         dtype = held_by(quantizer.form, dtype)
         codes, scale, signed, fields, maximum = quantizer.run(
@@ -138,7 +139,7 @@ class Plan:
         return unrotate(x, lines, rotation, self._signs("fprop", rotation))
 
     def trusted(self, operand: str, gradient: Tensor, mask: Mask) -> Tensor:
-        """An operand's gradient, as float32, without what the mask of fprop's clipping takes from it."""
+        """An operand's gradient without what the mask of fprop's clipping takes from it, in the axes fprop rotates."""
         return self._unrotated(operand, mask.apply(self._rotated("fprop", operand, gradient)))
 
     def _same(self, operand: str, *gemms: str) -> bool:

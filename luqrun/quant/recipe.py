@@ -124,7 +124,7 @@ class Recipe:
         name, skip. weight, activation, gradient: the keys of a quantizer for all the operand's GEMMs, or None; of these
         `samples` is for wgrad alone, unless samples_scope=both. fprop, dgrad, wgrad: by operand, what differs in that
         GEMM: keys to change (None: unchanged), a whole quantizer where there is a `format`, or None: high precision;
-        and hadamard and signs, a rotation of both operands (luqrun.quant.rotation).
+        and hadamard and signs, a rotation of both operands (luqrun.quant.rotation), and fprop's trust_mask.
         """
         known = ("name", *OPERANDS, *GEMMS, "skip")
         for key in keys:

@@ -83,6 +83,8 @@ def test_layers_that_read_one_tensor_keep_it_once():
     both = [LINEAR, Product("other", LAYER, 1, 6, 8, 4, (True, True), (48, 32, 24), source=0)]
     kept = [gemm.kept_bits for gemm in of(both) if gemm.gemm == "wgrad"]
     assert kept == [4 * 48, 0]
+    masked = [gemm.kept_bits for gemm in of(both, "quartet") if gemm.gemm == "dgrad"]
+    assert masked == [4.25 * 32 + 48, 4.25 * 32]
     mixed = [gemm.kept_bits for gemm in of(both, high={"other": "last"}) if gemm.gemm == "wgrad"]
     assert mixed == [4 * 48, 32 * 48]
 

@@ -117,7 +117,7 @@ def test_a_nan_under_a_scale_of_the_tensor_takes_all():
     assert layer(x).isnan().all()
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4_nvidia", "quartet2", "tetrajet"])
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4_nvidia", "quartet", "quartet2", "tetrajet"])
 @pytest.mark.parametrize(
     ("module", "shape"),
     [

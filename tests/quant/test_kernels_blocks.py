@@ -113,6 +113,23 @@ def test_blocks_around_the_ends_of_panels_and_tasks(size):
     )
 
 
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [
+        ((1, 5000, 1, 4), (4500, 1)),
+        ((1, 2, 1, 5464), (2, 683)),
+        ((1, 2, 1, 5466), (2, 683)),
+        ((1, 70, 1, 300), (32, 1)),
+        ((3, 33, 2, 10), (16, 16)),
+        ((2, 3, 1, 4097), (1, 3)),
+    ],
+)
+def test_elements_that_share_a_byte_are_of_one_panel(grid, block):
+    x = normal(*grid)
+    for how in (Encoding("e2m1", block=16), Encoding("e2m1", block=16, scale_format="e4m3", four_over_six="mse")):
+        both(x, how, grid, block, torch.float32)
+
+
 def test_every_field_and_every_byte_of_a_scale_comes_back():
     for form, scale_format in product(FORMS, ("e8m0", "e4m3")):
         how = Encoding(form, block=16, scale_format=scale_format)

@@ -54,8 +54,8 @@ def check_dynamic(operator, *arguments):
 
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
-        "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "hadamard",
-        "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
+        "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "block_mask",
+        "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
     }  # fmt: skip
 
 
@@ -122,7 +122,8 @@ def test_blocks_and_rotations(how):
         arguments = x, how.key, grid, block, x.float().abs().sum(), STREAM, 3, dtype
         check(OPERATORS.encode_blocks, *arguments, False)
         check(OPERATORS.encode_blocks, *arguments, True)
-        _, fields, scales, _ = ops.encode_blocks(*arguments, True)
+        _, fields, scales, tensor_scale = ops.encode_blocks(*arguments, True)
+        check(OPERATORS.block_mask, x, scales, tensor_scale, how.key, grid, block)
         check(OPERATORS.decode_blocks, fields, scales, x.shape, last, how.key, grid, block, dtype)
         check(OPERATORS.hadamard, x, grid, lines.axis, 2 ** (number + 1), (None, torch.ones(4), None)[number])
 

@@ -128,10 +128,11 @@ def test_memory_formats_and_bf16_change_the_rounding_of_sums_alone(scheme, kind)
         assert (one - other.float()).norm() <= 0.5 * one.norm() + 1e-6
 
 
-def test_compiled_it_gives_the_same_numbers():
+@pytest.mark.parametrize("scheme", ["quartet", "quartet2"])
+def test_compiled_it_gives_the_same_numbers(scheme):
     torch._dynamo.reset()
     plain = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Flatten(), nn.Linear(20 * 6 * 5, 4))
-    model, x = luqrun.quantize_model(plain, luqrun.recipe("quartet2"), skip=()), torch.randn(6, 3, 8, 7)
+    model, x = luqrun.quantize_model(plain, luqrun.recipe(scheme), skip=()), torch.randn(6, 3, 8, 7)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     for number in (0, 1):

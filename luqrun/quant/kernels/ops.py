@@ -27,7 +27,7 @@ from luqrun.quant.kernels import (
     rotation_kernels,
 )
 from luqrun.quant.kernels.cpu import int8
-from luqrun.quant.kernels.layout import dense, empty
+from luqrun.quant.kernels.layout import dense, empty, is_channels_last
 from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
 from luqrun.quant.scale_formats import dtype_of
 
@@ -202,6 +202,31 @@ class decode_blocks:
 
     def fake(fields, scales, shape, channels_last, encoding, grid, block, dtype):
         return empty(shape, channels_last, dtype, fields.device)
+
+
+@_operator(
+    "block_mask(Tensor x, Tensor scales, Tensor tensor_scale, str encoding, SymInt[] grid, int[] block) -> Tensor"
+)
+class block_mask:
+    """uint8, a bit an element of x in memory order as of `relu_`: set where |x| is below the end of its block's range.
+
+    scales, tensor_scale: of encode_blocks. Blocks whose scale is 0, of which nothing is clipped, and NaN have all bits.
+    """
+
+    def run(x, scales, tensor_scale, encoding, grid, block):
+        how = Encoding.of(encoding)
+        form, field = how.form, int(how.form.to_fields(torch.tensor(how.form.limit, device="cpu")))
+        byte = field | field << 4 if form.field_bits == 4 else field
+        fields = scales.new_full((form.field_bytes(x.numel()),), byte, dtype=torch.uint8)
+        if how.scale_format != "e8m0":  # whose byte 0 is a power of two
+            scales = torch.where(scales == 0, 126, scales)  # as a byte of e4m3, 448
+        kernels, layout = block_kernels(x.device.type, how), (x.shape, is_channels_last(x))
+        ends = kernels.decode_blocks(fields, scales, *layout, how, grid, tuple(block), torch.float32)
+        ends = ends.mul_(tensor_scale) if how.has_tensor_scale else ends
+        return backend_for(x.device.type).relu_(ends.sub_(x.abs()), None)
+
+    def fake(x, scales, tensor_scale, encoding, grid, block):
+        return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 @_operator("hadamard(Tensor x, SymInt[] grid, int axis, int size, Tensor? signs) -> Tensor")

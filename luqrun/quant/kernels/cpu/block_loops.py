@@ -158,13 +158,13 @@ def _correct(panel, words, high, count, wide, codes, values, scales, spare, term
 def encode_blocks(request, task):
     """Codes times scales, fields and scales of a tensor.
 
-    x, values, scales: addresses; fields: of a byte an element, of half a byte where pairs of elements share one, or 0.
-    half, values_half: bf16 or not. drawn: addresses
-    of the elements' words (0: they are numbered as they lie in memory, and drawn here by stream, an address, and
-    sample), and of those that the second coding of four over six, or eden, draws; or 0. how: mantissa
-    (of integers: too large for any exponent), rounding, whether the range is rms, scale format, carry and shift of its
-    exponent, what four over six compares, eden, mantissa and bits of the fields. numbers (float32): the largest code,
-    unit, top, headroom, and of e4m3 the encode scale and the tensor's scale.
+    x, values, scales: addresses; fields: of a byte an element, or with `pairs` of half a byte, or 0. half, values_half:
+    bf16 or not. drawn: addresses of the elements' words (0: they are numbered as they lie in memory, and drawn here by
+    stream, an address, and sample), and of those that the second coding of four over six, or eden, draws; or 0. how:
+    mantissa (of integers: too large for any exponent), rounding, whether the range is rms, scale format, carry and
+    shift of its exponent, what four over six compares, eden, mantissa and bits of the fields. numbers (float32): the
+    largest code, unit, top, headroom, and of e4m3 the encode scale and the tensor's scale. strip: blocks of a panel;
+    each: panels a task.
     """
     elements, x, half, stream, sample, values, values_half, fields, scales = integers(request, 0, 9)
     drawn, grid, block = integers(request, 9, 2), integers(request, 11, 4), integers(request, 15, 2)

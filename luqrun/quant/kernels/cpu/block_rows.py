@@ -145,7 +145,7 @@ def as_floats(bits, out, count):
 
 @row_loop()
 def _code(x, by, per_unit, high, word, mantissa, multiplies, rounding):
-    """See code_blocks."""
+    """See code_rows."""
     magnitude = f32(abs(x) * by) * per_unit if multiplies else abs(x) / by
     magnitude = high if magnitude > high else magnitude
     magnitude = (

@@ -35,7 +35,7 @@ def pack(request, number):
         if form[2] != INT8:
             rows.copy(int16s(codes + 2 * first, count), coded[:count])
         fields_row(coded[:count], codes, fields, first, form, split, scratch)
-    room[0] = 0
+    room[0] = 0  # see encode_flat
 
 
 @tasks
@@ -58,7 +58,7 @@ def unpack(request, number):
         else:
             rows.from_fields(row, coded[:count], signed, form[3], form[0])
             store(coded[:count], codes, form[2], first)
-    room[0] = 0
+    room[0] = 0  # see encode_flat
 
 
 @tasks
@@ -75,7 +75,7 @@ def rectify(request, number):
             rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
         else:
             rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
-    room[0] = 0
+    room[0] = 0  # see encode_flat
 
 
 @tasks
@@ -91,7 +91,7 @@ def apply_mask(request, number):
             rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
         else:
             rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
-    room[0] = 0
+    room[0] = 0  # see encode_flat
 
 
 @row_loop()

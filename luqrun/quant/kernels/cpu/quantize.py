@@ -112,7 +112,8 @@ def encode_integers(address, row, count, words, out, first):
 def encode_flat(address, number):
     """Encode elements number * CHUNK up; the pattern of their max|x|, if asked for, goes to request.largest.
 
-    Its arrays are pieces of one: numba counts the users of each array that it makes, at each use.
+    Its arrays are pieces of one, which is named after their last use: numba counts the users of each array that it
+    makes, at each use, and frees it after the last.
     """
     request = _read(address)
     x, half, codes, fields = request.x, request.half, request.codes, request.fields

@@ -1,19 +1,23 @@
 """The trust mask: what a range of root mean squares clips in fprop gets no gradient, in the axes that fprop rotates."""
 
+import functools
+
 import pytest
 import torch
 from block_gemms import PAIRS, SEED, STEP, contraction, without_mask
+from layers import same
 from test_block_layers import LAYERS, inputs, trained
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import luqrun
 from luqrun.errors import UserError
-from luqrun.quant.finetune import PHASES
 from luqrun.quant.grids import Lines, grid_of_axis
+from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.operands import Mask
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Fprop, Recipe
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
-from luqrun.quant.trust import Mask
 
 RMS = Quantizer("e2m1", block=32, scale_rounding="floor", range="rms")
 NVFP4 = Quantizer("e2m1", block=16, scale_format="e4m3", range="rms", headroom=0.75)
@@ -25,7 +29,7 @@ RECIPES = {
     "integers, drawn signs": Recipe("int4", Fprop(INT4, INT4, Rotation(8, "drawn"), True)),
     "one operand": Recipe("half", Fprop(RMS, Quantizer("e2m1", block=32), Rotation(4, "fixed"), True)),
 }
-# Of less than nine elements none is 2.92 root mean squares.
+# In the others blocks are short, or few.
 WHERE_SOME_CLIP = ("linear", "conv, stride and padding", "conv, groups", "conv, pointwise")
 
 
@@ -89,17 +93,43 @@ def test_under_autocast_it_is_the_mask_of_the_same_elements():
     assert torch.equal(grad_x, expected)
 
 
-@pytest.mark.parametrize("how", [RMS, NVFP4, INT4], ids=str)
-def test_a_bit_an_element_and_all_of_them_where_a_scale_is_nan(how):
-    x = torch.randn(6, 50)
-    x[2, 40] = torch.nan
+def mask_of(how, x):
     grid, _ = grid_of_axis(how.encoding, x.shape, 1)
     found = how.run_blocks(x, make_stream(), grid, torch.float32)
-    mask = Mask.of(x, how.encoding, grid, found.scales, found.tensor_scale)
-    assert mask.bits.numel() == -(-x.numel() // 8)
-    passes = mask.apply(torch.ones_like(x))
+    bits = ops.block_mask(x, found.scales, found.tensor_scale, how.encoding.key, grid.sizes, grid.block)
+    assert bits.numel() == -(-x.numel() // 8)
+    return Mask(bits, False).apply(torch.ones_like(x)) > 0
+
+
+@pytest.mark.parametrize("how", [RMS, NVFP4, INT4], ids=str)
+def test_it_passes_all_of_a_block_whose_scale_is_nan_or_zero(how):
+    x = torch.randn(6, 50)
+    x[2, 40], x[4] = torch.nan, 0.0
+    passes = mask_of(how, x)
     poisoned = passes if how.scale_format == "e4m3" else passes[2, 40 // how.block * how.block :][: how.block]
-    assert (poisoned == 1).all()
+    assert poisoned.all()
+    assert passes[4].all()
+    x[2] = 1e-30  # far below an e4m3 scale beside ones
+    assert mask_of(how, x)[2].all()
+
+
+FORMS = ["e2m1", "e1m2", "e2m3", "int4", "int8", "e3m0", "e4m0", "e3m0_div128"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_ends_at_the_largest_code_of_each_format(form):
+    how = Quantizer(form, block=32, scale_rounding="floor", range="rms")
+    x = torch.randn(64, 32) * torch.exp2(torch.randn(64, 32))
+    assert torch.equal(mask_of(how, x), x.abs().double() < ends_of(how, x, 1))
+
+
+def test_weights_of_zeros_learn():
+    for how in (RMS, NVFP4, INT4):
+        layer = torch.nn.Linear(32, 4, bias=False)
+        torch.nn.init.zeros_(layer.weight)
+        model = luqrun.quantize_model(torch.nn.Sequential(layer), Recipe("mask", Fprop(None, how, None, True)), skip=())
+        model(torch.randn(8, 32)).sum().backward()
+        assert layer.weight.grad.all()
 
 
 def test_an_input_whose_gradient_nobody_wants_has_no_mask():
@@ -120,14 +150,31 @@ def test_an_input_whose_gradient_nobody_wants_has_no_mask():
     assert masks(torch.randn(37, 40, requires_grad=True)) == 2
 
 
-def test_a_phase_in_high_precision_has_none():
-    for layer, x in inputs("linear"):
-        model = luqrun.quantize_model(torch.nn.Sequential(layer), RECIPES["quartet"], skip=())
-        for phase in PHASES:
-            luqrun.set_finetune(model, phase)
-            model.zero_grad()
-            model(x).sum().backward()
-            assert layer.weight.grad is None or layer.weight.grad.isfinite().all()
+def test_a_phase_masks_what_its_fprop_quantizes(monkeypatch):
+    applied, real = [], Mask.apply
+    monkeypatch.setattr(Mask, "apply", lambda mask, gradient: applied.append(gradient.shape) or real(mask, gradient))
+    layer, x = next(inputs("linear"))
+    model = luqrun.quantize_model(torch.nn.Sequential(layer), RECIPES["quartet"], skip=())
+    both, weight = [layer.weight.shape, x.shape], [layer.weight.shape]
+    for phase, expected in {False: both, "fnt": weight, "forward_high": [], "qaf": both}.items():
+        luqrun.set_finetune(model, phase)
+        applied.clear()
+        model(x.clone().requires_grad_()).sum().backward()
+        assert sorted(applied) == sorted(expected), phase
+
+
+@pytest.mark.parametrize("policy", CheckpointPolicy)
+def test_checkpointing_changes_nothing(policy):
+    recipe = luqrun.recipe("mxfp4", weight={"range": "rms"}, fprop={"hadamard": 8, "trust_mask": True})
+    contexts = functools.partial(create_selective_checkpoint_contexts, lambda *what, **how: policy)
+    layer, x = next(inputs("linear"))
+    model, found = luqrun.quantize_model(layer, recipe, skip=()), []
+    for call in (model, lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        call(x).square().sum().backward()
+        found.append((x.grad, model.weight.grad.clone()))
+    assert same(*found)
 
 
 @pytest.mark.parametrize(
