@@ -55,7 +55,8 @@ def check_dynamic(operator, *arguments):
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in ops._library._op_defs} == {
         "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "block_mask",
-        "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "forward_only",
+        "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad",
+        "forward_only",
     }  # fmt: skip
 
 
