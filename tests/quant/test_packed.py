@@ -45,8 +45,8 @@ def multiplied(model, monkeypatch) -> dict[str, torch.Tensor]:
     """By parameter, the values that enter fprop in an evaluation."""
     seen, made = {}, Plan.quantize_forward
 
-    def watched(self, operand, x, dtype, keep):
-        found = made(self, operand, x, dtype, keep)
+    def watched(self, operand, x, *how, **options):
+        found = made(self, operand, x, *how, **options)
         if operand == "weight":
             seen[x.data_ptr()] = found[0].dequantized()
         return found
