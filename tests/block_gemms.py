@@ -21,7 +21,7 @@ EPS = 2.0**-24
 
 
 def without_mask(recipe):
-    """The recipe, whose gradients are those of its GEMMs: test_trust.py has what a trust mask takes from them."""
+    """The recipe, whose gradients are those of its GEMMs: test_trust_mask.py has what a trust mask takes from them."""
     return replace(recipe, fprop=recipe.fprop._replace(trust_mask=False))
 
 

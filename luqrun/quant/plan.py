@@ -152,7 +152,7 @@ class Plan:
         return first.encoding == second.encoding and not second.requantize and first.lies_alike
 
     def quantize_forward(
-        self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, learns: bool = False
+        self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, learns: bool
     ) -> tuple[Operand, Stored]:
         """x for fprop, and with `keep` what the backward pass takes of it for its second GEMM. learns: whether its own
         gradient is wanted.

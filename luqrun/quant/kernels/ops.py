@@ -204,6 +204,13 @@ class decode_blocks:
         return empty(shape, channels_last, dtype, fields.device)
 
 
+@functools.cache
+def _largest_fields(form: Format) -> int:
+    """A byte of fields of the largest code."""
+    field = int(form.to_fields(torch.tensor(form.limit, device="cpu")))
+    return field | field << 4 if form.field_bits == 4 else field
+
+
 @_operator(
     "block_mask(Tensor x, Tensor scales, Tensor tensor_scale, str encoding, SymInt[] grid, int[] block) -> Tensor"
 )
@@ -215,9 +222,7 @@ class block_mask:
 
     def run(x, scales, tensor_scale, encoding, grid, block):
         how = Encoding.of(encoding)
-        form, field = how.form, int(how.form.to_fields(torch.tensor(how.form.limit, device="cpu")))
-        byte = field | field << 4 if form.field_bits == 4 else field
-        fields = scales.new_full((form.field_bytes(x.numel()),), byte, dtype=torch.uint8)
+        fields = scales.new_full((how.form.field_bytes(x.numel()),), _largest_fields(how.form), dtype=torch.uint8)
         if how.scale_format != "e8m0":  # whose byte 0 is a power of two
             scales = torch.where(scales == 0, 126, scales)  # as a byte of e4m3, 448
         kernels, layout = block_kernels(x.device.type, how), (x.shape, is_channels_last(x))

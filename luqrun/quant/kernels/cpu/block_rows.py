@@ -148,9 +148,8 @@ def _code(x, by, per_unit, high, word, mantissa, multiplies, rounding):
     """See code_rows."""
     magnitude = f32(abs(x) * by) * per_unit if multiplies else abs(x) / by
     magnitude = high if magnitude > high else magnitude
-    magnitude = (
-        magnitude if magnitude > f32(0) else f32(0)
-    )  # NaN: of a scale that is NaN, or so small that its unit is 0
+    # NaN: of a scale that is NaN, or so small that its unit is 0.
+    magnitude = magnitude if magnitude > f32(0) else f32(0)
     exponent = i32(i32(bits_of(magnitude) >> i32(23)) - i32(127))
     shift = max(i32(exponent - mantissa), i32(0))
     steps = magnitude * float_of(i32(i32(i32(127) - shift) << i32(23)))
