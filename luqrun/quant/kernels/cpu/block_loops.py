@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from luqrun.quant.kernels.blocks import RMS_CLIP
-from luqrun.quant.kernels.cpu import block_rows, block_scales, rows
-from luqrun.quant.kernels.cpu.block_scales import E4M3, E8M0, FLOAT32_MAX, FP32
+from luqrun.quant.kernels.cpu import block_rows, block_scales, block_sums, rows
+from luqrun.quant.kernels.cpu.block_scales import E4M3, E8M0, FP32
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.encode import float_of
 from luqrun.quant.kernels.cpu.memory import doubles, floats, halves, int32s, pointer, uint8s, uint32s
@@ -109,47 +108,24 @@ def _code_panel(panel, scales, words, high, count, wide, codes, values, spare, h
 
 
 @row_loop()
-def _clips(panel, clips, patterns, terms, sums, high, count, wide, uses_rms):
-    block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
-    block_rows.as_floats(patterns, clips, count)
-    if uses_rms:
-        block_rows.product_terms(panel, panel, f32(1), terms, high * count * wide)
-        block_rows.add_up(terms, sums, high, count, wide)
-        for j in range(count):
-            clip = f32(RMS_CLIP * np.sqrt(sums[j] / (high * wide)))
-            clips[j] = clip if clips[j] <= FLOAT32_MAX else clips[j]
-
-
-@row_loop()
-def _errors(panel, values, terms, sums, high, count, wide, kind, tensor_scale):
-    block_rows.error_terms(panel, values, tensor_scale, terms, high * count * wide, kind)
-    block_rows.add_up(terms, sums, high, count, wide)
-
-
-@row_loop()
-def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, spare, terms, sums, how, numbers):
+def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, spare, sums, how, numbers):
     """Four over six: the codes, values and scales of the blocks that a finer scale suits better."""
     codes, values, others, finer_values = coded
     block_scales.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
     _code_panel(panel, finer, words, high, count, wide, others, finer_values, spare, how, numbers)
-    _errors(panel, values, terms, sums[0], high, count, wide, how[6], numbers[5])
-    _errors(panel, finer_values, terms, sums[1], high, count, wide, how[6], numbers[5])
     better = spare[0]
-    block_scales.choose(sums[1], sums[0], finer, scales, better, count)
+    block_sums.finer_is_better(panel, values, finer_values, numbers[5], how[6], better, sums, high, count, wide)
+    block_rows.take_better(better, finer, scales, 1, count)
     better = _of_elements(better, spare[2], count, wide)
     block_rows.take_better(better, others, codes, high, count * wide)
     block_rows.take_better(better, finer_values, values, high, count * wide)
 
 
 @row_loop()
-def _correct(panel, words, high, count, wide, codes, values, scales, spare, terms, sums, numbers):
+def _correct(panel, words, high, count, wide, codes, values, scales, spare, sums, numbers):
     """EDEN: each scale times <x, x> / <x, Q(x)>, drawn, and the values with it."""
-    size = high * count * wide
-    block_rows.product_terms(panel, panel, f32(1), terms, size)
-    block_rows.add_up(terms, sums[0], high, count, wide)
-    block_rows.product_terms(panel, values, numbers[5], terms, size)
-    block_rows.add_up(terms, sums[1], high, count, wide)
-    block_scales.correct(sums[0], sums[1], scales, words, count)
+    block_sums.gains(panel, values, numbers[5], spare[0], sums, high, count, wide)
+    block_scales.correct(spare[0], scales, words, count)
     block_rows.scale_by(scales, numbers[1], spare[1], count)
     block_rows.decode_rows(codes, _of_elements(spare[1], spare[3], count, wide), values, high, count * wide)
 
@@ -178,7 +154,7 @@ def encode_blocks(request, task):
     name = stream_words(carray(pointer(stream), (6,), np.int64), sample)
     # One piece of memory: to count the users of many would take longer than a pass over a panel.
     part = (4 * size + 127) // 64 * 64
-    memory = np.empty(26 * part, np.uint8)
+    memory = np.empty(24 * part, np.uint8)
     at = memory.ctypes.data
     panel, codes, decoded = floats(at, size), floats(at + part, size), floats(at + 2 * part, size)
     both = codes, decoded, floats(at + 3 * part, size), floats(at + 4 * part, size)
@@ -193,7 +169,7 @@ def encode_blocks(request, task):
     words, more = uint32s(at + 13 * part, size), uint32s(at + 14 * part, size)
     raw, coded, joined = halves(at + 15 * part, size), uint8s(at + 16 * part, size), uint8s(at + 17 * part, size)
     spare = carray(pointer(at + 18 * part), (size // 2 + 4,), np.uint64)
-    terms, sums = doubles(at + 20 * part, size), (doubles(at + 22 * part, strip), doubles(at + 24 * part, strip))
+    sums = doubles(at + 20 * part, strip), doubles(at + 22 * part, strip)
     for number in range(task * each, min(panels, (task + 1) * each)):
         band, left = number // strips, number % strips * strip
         high_band, middle = band // between, band % between
@@ -209,7 +185,10 @@ def encode_blocks(request, task):
             start, first, run = start_row + left * block[1], band * across + left, count * wide
             where = (start, stride, high, run)
             _load_panel(x, half, start, stride, high, run, elements, panel, raw)
-            _clips(panel, clips, patterns, terms, sums[0], high, count, wide, how[2])
+            block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
+            block_rows.as_floats(patterns, clips, count)
+            if how[2]:
+                block_sums.rms_clips(panel, clips, sums[0], high, count, wide)
             if numbers[3] != f32(1):
                 block_rows.scale_by(panel, numbers[3], panel, high * run)
             if how[3] == E8M0:
@@ -226,12 +205,10 @@ def encode_blocks(request, task):
             if how[6] != 0:
                 if draws:
                     block_rows.gather(uint32s(drawn[1], elements), more, *where)
-                _choose_finer(
-                    panel, more, high, count, wide, both, clips, chosen, finer, room, terms, sums, how, numbers
-                )
+                _choose_finer(panel, more, high, count, wide, both, clips, chosen, finer, room, sums, how, numbers)
             if how[7]:
                 block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
-                _correct(panel, more, high, count, wide, codes, decoded, chosen, room, terms, sums, numbers)
+                _correct(panel, more, high, count, wide, codes, decoded, chosen, room, sums, numbers)
             if values_half:
                 rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
                 block_rows.scatter(raw, halves(values, elements), *where)

@@ -13,7 +13,6 @@ from luqrun.quant.kernels.cpu.encode import bits_of, float_of, integer_of
 from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC, f32, i32, row_loop, u8, u32, u64
 
 MAGNITUDE = i32(0x7FFFFFFF)
-MSE, MAE = 1, 2  # what four over six compares
 
 
 @row_loop()
@@ -46,49 +45,6 @@ def maxima(bits, found, high, count, wide):
                     found[j] = max(found[j], _largest(bits, at, u64(32)))
                 else:
                     found[j] = max(found[j], _largest(bits, at, u64(wide)))
-
-
-@row_loop()
-def product_terms(x, y, factor, terms, size):
-    """The products of a row and another one times a factor, in float64."""
-    for j in range(u64(size)):
-        terms[j] = np.float64(x[j]) * np.float64(f32(y[j] * factor))
-
-
-@row_loop()
-def error_terms(x, decoded, tensor_scale, terms, size, kind):
-    """What decoded values, times the tensor's scale, differ from x by: squared (MSE) or as it is, in float64."""
-    if kind == MSE:
-        for j in range(u64(size)):
-            difference = np.float64(f32(f32(decoded[j] * tensor_scale) - x[j]))
-            terms[j] = difference * difference
-    else:
-        for j in range(u64(size)):
-            terms[j] = np.float64(abs(f32(f32(decoded[j] * tensor_scale) - x[j])))
-
-
-@row_loop()
-def add_up(terms, sums, high, count, wide):
-    """sums[j]: of block j's terms, one after the other. Four blocks take turns: no addition waits for another."""
-    sums[:count] = 0.0
-    for r in range(u64(high)):
-        if wide == 1:
-            for j in range(u64(count)):
-                sums[j] += terms[r * u64(count) + j]
-        else:
-            at, last = r * u64(count) * u64(wide), u64(count) // u64(4) * u64(4)
-            for j in range(u64(0), last, u64(4)):
-                one, two, three, four = sums[j], sums[j + u64(1)], sums[j + u64(2)], sums[j + u64(3)]
-                first = at + j * u64(wide)
-                for c in range(u64(wide)):
-                    one += terms[first + c]
-                    two += terms[first + u64(wide) + c]
-                    three += terms[first + u64(2 * wide) + c]
-                    four += terms[first + u64(3 * wide) + c]
-                sums[j], sums[j + u64(1)], sums[j + u64(2)], sums[j + u64(3)] = one, two, three, four
-            for j in range(last, u64(count)):
-                for c in range(u64(wide)):
-                    sums[j] += terms[at + j * u64(wide) + c]
 
 
 @row_loop()

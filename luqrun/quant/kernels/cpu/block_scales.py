@@ -47,29 +47,17 @@ def round_e4m3(x):
 
 
 @row_loop()
-def correct(squares, products, scales, words, count):
-    """Scales times squares / products, or times 1 where that is not positive; drawn (scale_formats.draw_e4m3), but for
-    a NaN."""
+def correct(gains, scales, words, count):
+    """Scales times gains, drawn (scale_formats.draw_e4m3), but for a NaN."""
     for j in range(count):
-        known, whole = scales[j] <= FLOAT32_MAX, products[j] > 0
-        gain = f32(squares[j] / (products[j] if whole else 1.0))
-        x = f32((gain if whole else f32(1)) * scales[j])
-        x = min(x, f32(448)) if known else f32(0)
+        known = scales[j] <= FLOAT32_MAX
+        x = min(f32(gains[j] * scales[j]), f32(448)) if known else f32(0)
         step = _e4m3_step(x)
         ratio = x / step
         floor = np.floor(ratio)
         up = i32(words[j] >> u32(1)) < integer_of((ratio - floor) * f32(2147483648))
         drawn = (floor + (f32(1) if up else f32(0))) * step
         scales[j] = drawn if known else scales[j]
-
-
-@row_loop()
-def choose(errors, others, finer, scales, better, count):
-    """Scales become the finer ones, and better 1, where errors are less than others; else better is 0."""
-    for j in range(count):
-        less = errors[j] < others[j]
-        scales[j] = finer[j] if less else scales[j]
-        better[j] = f32(1) if less else f32(0)
 
 
 @row_loop()

@@ -15,8 +15,8 @@ from luqrun.quant.formats import Format
 from luqrun.quant.kernels.blocks import counts, layout_of_scales, scales_of_tensor, stored_as
 from luqrun.quant.kernels.cpu import block_loops, loops
 from luqrun.quant.kernels.cpu.block_loops import PANEL
-from luqrun.quant.kernels.cpu.block_rows import MAE, MSE
 from luqrun.quant.kernels.cpu.block_scales import E4M3, E8M0, FP32
+from luqrun.quant.kernels.cpu.block_sums import MAE, MSE
 from luqrun.quant.kernels.cpu.memory import INT8, loadable
 from luqrun.quant.kernels.cpu.rows import NEAREST, STOCHASTIC
 from luqrun.quant.kernels.cpu.sizes import CHUNK, chunks

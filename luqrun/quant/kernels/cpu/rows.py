@@ -39,8 +39,8 @@ _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_
 HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
 # The modules that hold compiled functions.
 _LOOPS = (
-    "block_loops", "block_rows", "block_scales", "dot_tiles", "driver", "encode", "loops", "memory", "philox",
-    "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
+    "block_loops", "block_rows", "block_scales", "block_sums", "dot_tiles", "driver", "encode", "loops", "memory",
+    "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 
