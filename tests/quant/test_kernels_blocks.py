@@ -130,6 +130,47 @@ def test_elements_that_share_a_byte_are_of_one_panel(grid, block):
         both(x, how, grid, block, torch.float32)
 
 
+# Sums whose last bits decide: in the order of the block, and in no other
+
+
+def shuffled(block, rest, rng):
+    """Rows of these 16 numbers in many orders. rest: so small that it is about the last bits of sums."""
+    return torch.tensor([rng.sample(block + [rng.choice((1, -1)) * x for x in rest], 16) for _ in range(200)])
+
+
+@pytest.mark.parametrize(("compared", "ones", "tiny"), [("mse", 12, 2.0**-26), ("mae", 2, 2.0**-53)])
+def test_four_over_six_decides_a_tie_by_the_blocks_own_order(compared, ones, tiny):
+    # Scales 1 and 1.5: 5 becomes 4 or 6, and 4.5; 1 stays, and becomes 0.75. Both errors are 1, but for the last bits.
+    how = Encoding("e2m1", block=16, scale_format="e4m3", four_over_six=compared)
+    rng = random.Random(1)
+    x = shuffled([6.0, 5.0] + [1.0] * ones, [tiny * rng.uniform(0.5, 2) for _ in range(14 - ones)], rng)
+    maximum = torch.tensor(how.top * how.scale_limit)
+    for height, block in ((1, (1, 16)), (16, (16, 1)), (4, (4, 4))):
+        laid = x if height == 1 else x.view(200, height, -1).transpose(0, 1).reshape(height, -1).contiguous()
+        grid = (1, *laid.shape[:1], 1, laid.shape[1])
+        found = [
+            kernels.encode_blocks(laid, how, grid, block, maximum, STREAM, 0, torch.float32)
+            for kernels in (blocks, cpu)
+        ]
+        assert_identical(found[1][2], found[0][2], compared)
+        assert found[0][2].unique().tolist() == [0x38, 0x3C]  # both scales, for sums that are equal: 1 and 1.5
+
+
+def test_a_range_of_root_mean_squares_is_rounded_as_the_blocks_own_order_is():
+    how, rng, varied = Encoding("e2m1", block=16, range="rms", scale_format="fp32"), random.Random(2), 0
+    for _ in range(30):
+        between = 1 + rng.randrange(1, 2**23) * 2.0**-23 + 2.0**-24  # two float32
+        rest = [2.0**-26 * rng.uniform(0.5, 2) for _ in range(11)]
+        left, block = 16 * (between / blocks.RMS_CLIP) ** 2 - sum(t * t for t in rest), []
+        for part in (0.3, 0.6, 0.9, 1.0, 1.0):
+            block.append(torch.tensor((max(left, 0.0) * part) ** 0.5).item())
+            left -= block[-1] ** 2
+        x = shuffled(block, rest, rng)
+        found = both(x, how, (1, 1, 1, x.numel()), (1, 16), torch.float32)
+        varied += len(found[2].unique()) > 1
+    assert varied > 3
+
+
 def test_every_field_and_every_byte_of_a_scale_comes_back():
     for form, scale_format in product(FORMS, ("e8m0", "e4m3")):
         how = Encoding(form, block=16, scale_format=scale_format)

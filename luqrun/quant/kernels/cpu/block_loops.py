@@ -18,7 +18,7 @@ from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_word
 from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 
-PANEL = 4096  # elements that are worked on together
+PANEL = 8192
 
 
 @tasks
@@ -114,7 +114,7 @@ def _choose_finer(panel, words, high, count, wide, coded, clips, scales, finer, 
     block_scales.e4m3_scales(clips, finer, count, numbers[2], numbers[4], f32(1.5))
     _code_panel(panel, finer, words, high, count, wide, others, finer_values, spare, how, numbers)
     better = spare[0]
-    block_sums.finer_is_better(panel, values, finer_values, numbers[5], how[6], better, sums, high, count, wide)
+    block_sums.finer_is_better(panel, clips, values, finer_values, numbers[5], how[6], better, sums, high, count, wide)
     block_rows.take_better(better, finer, scales, 1, count)
     better = _of_elements(better, spare[2], count, wide)
     block_rows.take_better(better, others, codes, high, count * wide)
@@ -156,8 +156,7 @@ def encode_blocks(request, task):
     part = (4 * size + 127) // 64 * 64
     memory = np.empty(24 * part, np.uint8)
     at = memory.ctypes.data
-    panel, codes, decoded = floats(at, size), floats(at + part, size), floats(at + 2 * part, size)
-    both = codes, decoded, floats(at + 3 * part, size), floats(at + 4 * part, size)
+    codes = floats(at + part, size)
     room = (
         floats(at + 5 * part, strip),
         floats(at + 6 * part, strip),
@@ -184,7 +183,13 @@ def encode_blocks(request, task):
             wide = block[1] if left < whole else columns - left * block[1]
             start, first, run = start_row + left * block[1], band * across + left, count * wide
             where = (start, stride, high, run)
-            _load_panel(x, half, start, stride, high, run, elements, panel, raw)
+            panel, decoded = floats(at, size), floats(at + 2 * part, size)
+            if high == 1 and not half and numbers[3] == f32(1):
+                panel = floats(x + 4 * start, run)  # where it lies
+            else:
+                _load_panel(x, half, start, stride, high, run, elements, panel, raw)
+            if high == 1 and not values_half:
+                decoded = floats(values + 4 * start, run)
             block_rows.maxima(panel.view(np.int32), patterns, high, count, wide)
             block_rows.as_floats(patterns, clips, count)
             if how[2]:
@@ -205,14 +210,16 @@ def encode_blocks(request, task):
             if how[6] != 0:
                 if draws:
                     block_rows.gather(uint32s(drawn[1], elements), more, *where)
-                _choose_finer(panel, more, high, count, wide, both, clips, chosen, finer, room, sums, how, numbers)
+                both = codes, decoded, floats(at + 3 * part, size), floats(at + 4 * part, size)
+                errors = floats(at + 20 * part, strip), floats(at + 22 * part, strip)
+                _choose_finer(panel, more, high, count, wide, both, clips, chosen, finer, room, errors, how, numbers)
             if how[7]:
                 block_rows.gather(uint32s(drawn[1], first + count), more, first, 0, 1, count)
                 _correct(panel, more, high, count, wide, codes, decoded, chosen, room, sums, numbers)
             if values_half:
                 rows.round_to_bf16(decoded[: high * run].view(np.int32), raw)
                 block_rows.scatter(raw, halves(values, elements), *where)
-            else:
+            elif high > 1:
                 block_rows.scatter(decoded, floats(values, elements), *where)
             if fields != 0:
                 block_rows.to_fields(codes[: high * run], coded, how[8], how[9])

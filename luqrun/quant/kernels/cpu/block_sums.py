@@ -13,8 +13,9 @@ from luqrun.quant.kernels.cpu.block_scales import FLOAT32_MAX
 from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop, u64
 
 MSE, MAE = 1, 2  # what four over six compares
-# Two orders of n terms that are not negative differ by less than 2 n 2^-53 of the sum: twice that, to be safe.
-DOUBT = 2.0**-51
+# Two orders of n terms that are not negative differ by less than 2 n 2^-53 of their sum, and one in float32 by n 2^-24
+# from the exact sum, unless terms are so small that they lose bits: twice that, to be safe.
+DOUBT, COARSE_DOUBT, SMALL = 2.0**-51, f32(2.0**-22), f32(2.0**-90)
 
 
 @row_loop()
@@ -23,9 +24,13 @@ def _product(x, y, factor):
 
 
 @row_loop()
-def _error(x, decoded, tensor_scale, kind):
-    """What a decoded value, times the tensor's scale, differs from x by: squared (MSE) or as it is (MAE)."""
-    difference = f64(f32(f32(decoded * tensor_scale) - x))
+def _difference(x, decoded, tensor_scale):
+    return f32(f32(decoded * tensor_scale) - x)
+
+
+@row_loop()
+def _error(difference, kind):
+    """Of what a decoded value differs from x by."""
     return difference * difference if kind == MSE else abs(difference)
 
 
@@ -39,10 +44,10 @@ def _add_products(x, y, factor, at, count):
 
 @row_loop(fastmath={"reassoc"})
 def _add_errors(x, first, second, tensor_scale, kind, at, count):
-    one, other = 0.0, 0.0
+    one, other = f32(0), f32(0)
     for c in range(count):
-        one += _error(x[at + c], first[at + c], tensor_scale, kind)
-        other += _error(x[at + c], second[at + c], tensor_scale, kind)
+        one += _error(_difference(x[at + c], first[at + c], tensor_scale), kind)
+        other += _error(_difference(x[at + c], second[at + c], tensor_scale), kind)
     return one, other
 
 
@@ -80,8 +85,8 @@ def _errors(x, first, second, tensor_scale, kind, sums, others, high, count, wid
 
 @row_loop()
 def errors(x, first, second, tensor_scale, kind, sums, others, high, count, wide):
-    """sums[j], others[j]: of what two ways to decode block j differ from x by, in any order."""
-    sums[:count], others[:count] = 0.0, 0.0
+    """sums[j], others[j]: of what two ways to decode block j differ from x by, in float32 and in any order."""
+    sums[:count], others[:count] = f32(0), f32(0)
     if kind == MSE:
         _errors(x, first, second, tensor_scale, MSE, sums, others, high, count, wide)
     else:
@@ -102,7 +107,7 @@ def _errors_in_turn(x, decoded, tensor_scale, kind, j, high, count, wide):
     total = 0.0
     for r in range(high):
         for at in range((r * count + j) * wide, (r * count + j + 1) * wide):
-            total += _error(x[at], decoded[at], tensor_scale, kind)
+            total += _error(f64(_difference(x[at], decoded[at], tensor_scale)), kind)
     return total
 
 
@@ -149,18 +154,23 @@ def gains(panel, values, tensor_scale, out, sums, high, count, wide):
 
 
 @row_loop()
-def finer_is_better(panel, values, finer_values, tensor_scale, kind, better, sums, high, count, wide):
+def _is_sure(one, other, margin):
+    """Whether the exact sums would compare as these do."""
+    return (max(one, other) > SMALL) & (abs(one - other) > margin * (one + other))
+
+
+@row_loop()
+def finer_is_better(panel, clips, values, finer_values, tensor_scale, kind, better, sums, high, count, wide):
     """Four over six: better[j] is 1 where the error of block j's finer values is less, else 0."""
     these, others = sums
     errors(panel, values, finer_values, tensor_scale, kind, these, others, high, count, wide)
-    margin, doubt = high * wide * DOUBT, False
+    margin, doubt = f32(high * wide) * COARSE_DOUBT, False
     for j in range(count):
-        both = these[j] + others[j]
-        doubt |= both > 0 and abs(these[j] - others[j]) <= margin * both
+        doubt |= (clips[j] > f32(0)) & (not _is_sure(these[j], others[j], margin))
         better[j] = f32(1) if others[j] < these[j] else f32(0)
     if doubt:
         for j in range(count):
-            if abs(these[j] - others[j]) <= margin * (these[j] + others[j]):
+            if clips[j] > f32(0) and not _is_sure(these[j], others[j], margin):
                 finer = _errors_in_turn(panel, finer_values, tensor_scale, kind, j, high, count, wide)
                 less = finer < _errors_in_turn(panel, values, tensor_scale, kind, j, high, count, wide)
                 better[j] = f32(1) if less else f32(0)
