@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -42,16 +42,11 @@ BLOCKS = {
 SGD = ScheduleConfig(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def _reference_for(device_type: str) -> ModuleType:
-    return reference
-
-
 @contextmanager
 def oracle(device_type: str) -> Iterator[None]:
     """Within, the reference serves this device in place of its kernels, as with LUQRUN_KERNELS=reference."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "backend_for", _reference_for))
-        stack.enter_context(mock.patch.dict(kernels._fuses, {device_type: False}))
+        stack.enter_context(kernels.serving(device_type, reference))
         stack.enter_context(mock.patch.dict(gemms._int8_devices, {device_type: False}))
         yield
 

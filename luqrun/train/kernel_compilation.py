@@ -1,33 +1,125 @@
-"""The kernels of this CPU, compiled before a run's first step would wait for them, and with a word about it."""
+"""The kernels of this CPU, compiled before a run's first step would wait for them, or beside its first steps."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
+from luqrun.config import Config
 from luqrun.quant.convert import quantize_model, quantized_layers
-from luqrun.quant.kernels import MODULES, backend_for
+from luqrun.quant.kernels import MODULES, backend_for, stand_in
 from luqrun.quant.recipe import Recipe
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6
+from luqrun.quant.sharing import forget
 from luqrun.runtime import process_group
 from luqrun.train.progress import Progress
+
+if TYPE_CHECKING:  # numba is loaded where it is needed
+    from luqrun.quant.kernels.cpu.driver import Version
 
 log = logging.getLogger(__name__)
 
 EVERY = 5.0  # seconds between two lines about the progress, where there is no terminal
+T = TypeVar("T")
 
 
-def compile_training_kernels(model: nn.Module, recipe: Recipe, device: torch.device, no_bar: bool | None) -> None:
-    """Compile, or load, the CPU's kernels that training this quantized model takes. no_bar: as tqdm's `disable`."""
+class KernelCompilation:
+    """A run's kernels, of which some may still be compiled, in other processes, while torch operations stand in for
+    them: with the same bits, several times as slowly.
+
+    In its `with` the stand-in serves until all are there; `run` is for what may begin without them.
+    """
+
+    def __init__(self, missing: Sequence[Version] = ()):
+        self.goes_on = bool(missing)
+        self.ready, self.unwanted, self.failure = threading.Event(), threading.Event(), None
+        self.thread = threading.Thread(target=self._compile, args=(missing,), daemon=True)
+        self.stand_in, self.serving, self.started = stand_in.StandIn(self.ready), None, time.monotonic()
+        self.begun, self.has_cores = False, False
+
+    def __enter__(self):
+        if self.goes_on:
+            from luqrun.quant.kernels.cpu import ahead
+
+            self.has_cores = ahead.cores() > ahead.PROCESSES
+            shown = "meanwhile" if self.has_cores else "in the first step"
+            log.info("compiling the kernels for this CPU, once; %s torch operations do the same, slowly", shown)
+            self.thread.start()
+            self.serving = self.stand_in.serving()
+            self.serving.__enter__()
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self.unwanted.set()
+        self._end()
+
+    def run(self, model: nn.Module, function: Callable[..., T], *arguments) -> T:
+        """function(*arguments), which trains or evaluates the model. Where the kernels come to be there in the middle
+        of it, it is called once more, with the model's buffers as they were."""
+        if not self.goes_on:
+            return function(*arguments)
+        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        # The first one shows that all goes well. More of them would cost those that compile more than they gain, unless
+        # there are cores for both.
+        if self.begun and not self.has_cores:
+            self.ready.wait()
+        self.begun = True
+        try:
+            with self.stand_in.giving_way():
+                return function(*arguments)
+        except stand_in.Ready:
+            self._end()
+        if self.failure is not None:
+            raise self.failure
+        log.info("compiled in %.0f s: from here on kernels quantize", time.monotonic() - self.started)
+        forget()
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        return function(*arguments)
+
+    def _end(self) -> None:
+        if self.goes_on:
+            self.thread.join()
+            self.serving.__exit__(None, None, None)
+            self.goes_on = False
+
+    def _compile(self, missing: Sequence[Version]) -> None:
+        from luqrun.quant.kernels.cpu import ahead
+
+        try:
+            ahead.compile_all(missing, lambda done, total: None, unwanted=self.unwanted)
+        except ahead.Unwanted:
+            pass
+        except Exception as error:  # of which the run itself must hear
+            self.failure = error
+        finally:
+            self.ready.set()
+
+
+def training_kernels(
+    config: Config, model: nn.Module, recipe: Recipe, device: torch.device, no_bar: bool | None
+) -> KernelCompilation:
+    """The CPU's kernels that training this quantized model takes: loaded, and else compiled, here and now where each
+    step is compiled, measured or shared by processes. no_bar: as tqdm's `disable`."""
     layers = [layer for _, layer in quantized_layers(model)]
-    if device.type == "cpu" and layers:
-        convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
-        rectifies = any(isinstance(module, MaskedReLU | MaskedReLU6) for module in model.modules())
-        compile_kernels(lambda: _train_tiny_network(recipe, convolves, rectifies), no_bar)
+    if device.type != "cpu" or not layers or not _is_numba():
+        return KernelCompilation()
+    convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
+    rectifies = any(isinstance(module, MaskedReLU | MaskedReLU6) for module in model.modules())
+    versions = _rehearsed(lambda: _train_tiny_network(recipe, convolves, rectifies))
+    if config.compile or config.tracking.profile_steps or process_group.world_size() > 1:
+        _compile_now(versions, no_bar)
+        return KernelCompilation()
+    from luqrun.quant.kernels.cpu import ahead
+
+    return KernelCompilation(ahead.missing(versions))
 
 
 def _train_tiny_network(recipe: Recipe, convolves: bool, rectifies: bool) -> None:
@@ -45,15 +137,25 @@ def _train_tiny_network(recipe: Recipe, convolves: bool, rectifies: bool) -> Non
 
 def compile_kernels(rehearse: Callable[[], object], no_bar: bool | None) -> None:
     """Compile, or load, the CPU's kernels that `rehearse` calls, none of which computes anything meanwhile."""
-    if backend_for("cpu").__name__ != MODULES["cpu"]:
-        return
-    from luqrun.quant.kernels.cpu import (
-        ahead,
-        driver,  # numba is loaded where it is needed
-    )
+    if _is_numba():
+        _compile_now(_rehearsed(rehearse), no_bar)
+
+
+def _is_numba() -> bool:
+    return backend_for("cpu").__name__ == MODULES["cpu"]
+
+
+def _rehearsed(rehearse: Callable[[], object]) -> list[Version]:
+    from luqrun.quant.kernels.cpu import driver
 
     with torch.random.fork_rng(devices=[]), driver.rehearsal() as versions:
         rehearse()
+    return versions
+
+
+def _compile_now(versions: Sequence[Version], no_bar: bool | None) -> None:
+    from luqrun.quant.kernels.cpu import ahead
+
     with _Report(no_bar) as report:
         ahead.compile_all(versions, report, first=process_group.local_rank() == 0)
 

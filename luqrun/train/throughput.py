@@ -12,7 +12,7 @@ class Throughput:
     checkpoint.
 
     The first step of a process warms up: it is part of the time, not of the speed. A step in which torch.compile was at
-    work is part of neither.
+    work, or during which kernels were compiled, is part of neither.
     """
 
     def __init__(self, progress: dict):

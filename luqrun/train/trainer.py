@@ -37,7 +37,7 @@ from luqrun.tasks.task import Batch
 from luqrun.train import setup, throughput
 from luqrun.train.averaging import average_weights
 from luqrun.train.evaluation import TEST, evaluate
-from luqrun.train.kernel_compilation import compile_training_kernels
+from luqrun.train.kernel_compilation import KernelCompilation, training_kernels
 from luqrun.train.profiling import DATA, StepProfiler
 from luqrun.train.progress import Progress, describe
 from luqrun.train.schedules import build_optimizer, rate_of_step
@@ -67,9 +67,8 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     kept = {name: progress[name] for name in ("metric", "world_sizes")}
     folder.update_run(kernel_backend=trainer.kernels, data=data, **kept)
     try:
-        # Not in a step, nor in its time.
-        compile_training_kernels(trainer.model, trainer.recipe, device, trainer.no_bar)
-        with trainer.requests.deferred():
+        trainer.compilation = training_kernels(config, trainer.model, trainer.recipe, device, trainer.no_bar)
+        with trainer.compilation, trainer.requests.deferred():
             trainer.fit()
     except RuntimeError as error:
         if explanation := explain_dead_worker(error, config.dataset):
@@ -116,6 +115,7 @@ class Trainer:
             **throughput.START, "evaluations": [], "metric": asdict(self.metric), "world_sizes": [],
         }  # fmt: skip
         self.on_test: dict[str, float] = {}
+        self.compilation = KernelCompilation()
         self.no_bar = None if folder.writes else True  # None: where there is a terminal
         own = self._resume()
         self.throughput, sizes = throughput.Throughput(self.progress), self.progress["world_sizes"]
@@ -157,14 +157,14 @@ class Trainer:
     def fit(self) -> None:
         """All epochs that are left. Raises Diverged."""
         if not self.config.schedule.epochs and not self.progress["evaluations"]:  # what the fine-tune starts from
-            self.progress["evaluations"].append({"phase": TRAIN, "epoch": 0, **evaluate(self)})
+            self.progress["evaluations"].append({"phase": TRAIN, "epoch": 0, **self.evaluate()})
         for epoch in range(self.progress["epoch"], self.total_epochs):
             set_finetune(self.model, self.phase(epoch) == FINETUNE and asdict(self.config.finetune.high_precision))
             self.train_epoch(epoch)
             if self.phase(epoch) == TRAIN and self.progress["averaged"] != epoch:  # else it stopped in the evaluation
                 sums = average_weights(self.model, self.progress["average"], self.config.schedule, epoch)
                 self.progress.update(average=sums, averaged=epoch)
-            metrics = {**self._train_metrics(), **evaluate(self)}
+            metrics = {**self._train_metrics(), **self.evaluate()}
             if not math.isfinite(metrics["val/loss"]):
                 self._report_divergence("validation loss", metrics["val/loss"])
             self.progress["evaluations"].append({"phase": self.phase(epoch), "epoch": epoch + 1, **metrics})
@@ -180,9 +180,12 @@ class Trainer:
                 self.save_checkpoint(checkpoint.BEST)
             self.save_checkpoint()
         if self.data.test is not None:
-            self.on_test = evaluate(self, TEST)
+            self.on_test = self.evaluate(TEST)
             step, epoch = self.progress["step"], self.total_epochs
             self.tracker.row("test", epoch, step, self.phase(epoch - 1), self.on_test)
+
+    def evaluate(self, *split: str) -> dict[str, float]:
+        return self.compilation.run(self.model, evaluate, self, *split)
 
     def train_epoch(self, epoch: int) -> None:
         """The micro-batches of one epoch that are left, `accumulate` of them a step."""
@@ -197,12 +200,12 @@ class Trainer:
         bar = Progress(title, usable, "batches", self.no_bar, progress["batch"])
         with bar, closing(iter(loader)) as batches:
             while progress["batch"] < usable:
-                started, compiled = time.perf_counter(), compilations()
+                started, compiled, slow = time.perf_counter(), compilations(), self.compilation.goes_on
                 with record_function(DATA), self.requests.reading(self.save_checkpoint):
                     micro_batches = [next(batches) for _ in range(accumulate)]
                 loss, weight = self.train_step(micro_batches)
                 self.profiler.step()
-                self.throughput.count(time.perf_counter() - started, weight, compilations() > compiled)
+                self.throughput.count(time.perf_counter() - started, weight, slow or compilations() > compiled)
                 progress["batch"] += accumulate
                 progress["step"] += 1
                 step, metrics = progress["step"], {**self._train_metrics(), "train/loss": loss}
@@ -223,7 +226,8 @@ class Trainer:
             group["lr"] = self.learning_rate(step)
         health, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
         put_back = remember_ranges(self.model)
-        sums, weight = self.accumulate_gradients(micro_batches, health or histograms)
+        work = self.accumulate_gradients, micro_batches, health or histograms
+        sums, weight = self.compilation.run(self.model, *work)
         loss = sums["loss"] / weight
         if not math.isfinite(loss):
             put_back()

@@ -12,6 +12,6 @@ def backend(request, monkeypatch):
     """The name of the backend that quantizes in this test, whatever was chosen before."""
     monkeypatch.setenv("LUQRUN_KERNELS", request.param)
     monkeypatch.setattr(kernels, "_fuses", {})
-    kernels.backend_for.cache_clear()
+    kernels._serving.clear()
     yield request.param
-    kernels.backend_for.cache_clear()
+    kernels._serving.clear()

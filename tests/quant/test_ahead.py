@@ -88,7 +88,7 @@ def test_a_rehearsal_names_each_loop_once_and_computes_nothing(loops):
 
 def test_other_processes_compile_once_and_this_one_loads(loops, children, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    monkeypatch.setattr(ahead, "_compile_here", lambda versions, progress: pytest.fail("here") if versions else None)
+    monkeypatch.setattr(ahead, "_compile_here", lambda versions, *rest: pytest.fail("here") if versions else None)
     monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2")  # set too late for this process: the others are as it is
     versions, seen = rehearsed(loops), []
     ahead.compile_all(versions, lambda done, total: seen.append((done, total)))
@@ -126,6 +126,15 @@ def test_who_is_asked_to_stop_ends_the_others_and_leaves(loops, children, monkey
         signal.signal(signal.SIGUSR1, before)
     assert children
     assert all(child.returncode == -signal.SIGKILL for child in children)
+
+
+def test_what_nobody_wants_any_more_ends_the_others(loops, children, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    versions, unwanted = rehearsed(loops), threading.Event()
+    with pytest.raises(ahead.Unwanted):
+        ahead.compile_all(versions, lambda done, total: unwanted.set(), unwanted=unwanted)
+    assert not any(map(is_compiled, versions))
+    assert all(child.returncode is not None for child in children)
 
 
 @pytest.mark.parametrize("how", ["killed", "failing", "not started"])

@@ -90,7 +90,7 @@ def test_operators_run_on_them(monkeypatch, shape):
 
 
 def test_they_serve_gpus_and_nothing_else(monkeypatch):
-    choose = kernels.backend_for.__wrapped__
+    choose = kernels.choose_backend
     monkeypatch.delenv("LUQRUN_KERNELS", raising=False)
     assert choose("cuda") is cuda
     assert f"triton {triton.__version__}" in cuda.describe()
@@ -108,6 +108,6 @@ def test_without_triton_a_gpu_is_refused_with_advice(monkeypatch):
         monkeypatch.delattr(kernels.cuda, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match=r"pip install triton.*LUQRUN_KERNELS=reference"):
-        kernels.backend_for.__wrapped__("cuda")
+        kernels.choose_backend("cuda")
     monkeypatch.setenv("LUQRUN_KERNELS", "reference")
-    assert kernels.backend_for.__wrapped__("cuda") is importlib.import_module("luqrun.quant.kernels.reference")
+    assert kernels.choose_backend("cuda") is importlib.import_module("luqrun.quant.kernels.reference")

@@ -23,10 +23,10 @@ def choose(monkeypatch):
         monkeypatch.setenv("LUQRUN_KERNELS", name)
         monkeypatch.setattr(kernels, "_fuses", {})
         monkeypatch.setattr(gemms, "_int8_devices", {})
-        kernels.backend_for.cache_clear()
+        kernels._serving.clear()
 
     yield choose
-    kernels.backend_for.cache_clear()
+    kernels._serving.clear()
 
 
 def network():

@@ -1,6 +1,7 @@
 """What is compiled before a run's first step: all that its steps need, and nothing else."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from running import quiet_machine, train
 from torch import nn
 
 import luqrun
-from luqrun.quant.convert import set_finetune
+from luqrun.config import Config
+from luqrun.quant.convert import set_finetune, set_step
 from luqrun.quant.finetune import PHASES
-from luqrun.quant.kernels import reference
+from luqrun.quant.kernels import backend_for, reference, stand_in
 from luqrun.quant.kernels.cpu import ahead, driver
+from luqrun.quant.kernels.stand_in import StandIn
 from luqrun.quant.recipe import Recipe
 from luqrun.train import kernel_compilation
 from luqrun.train.trainer import Trainer
@@ -30,10 +33,16 @@ RECIPES = {
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """What compile_all was last asked for, as names; it does nothing."""
+    """What was last looked for in the cache, as names; nothing is missing."""
     asked = []
-    monkeypatch.setattr(ahead, "compile_all", lambda versions, progress, first: asked.append(names(versions)))
+    monkeypatch.setattr(ahead, "missing", lambda versions: asked.append(names(versions)) or [])
     return lambda: asked[-1] if asked else set()
+
+
+def training_kernels(model, recipe, **changes):
+    config = Config()
+    config.compile = changes.get("compile", False)
+    return kernel_compilation.training_kernels(config, model, recipe, CPU, no_bar=True)
 
 
 def names(versions) -> set[str]:
@@ -54,7 +63,7 @@ def linear(recipe):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_it_is_what_steps_and_evaluations_take(recipe, network, prepared):
     model, x = network(recipe)
-    kernel_compilation.compile_training_kernels(model, recipe, CPU, no_bar=True)
+    training_kernels(model, recipe)
     with driver.rehearsal() as versions:
         for phase in (False, *PHASES):
             set_finetune(model.train(), phase)
@@ -66,33 +75,171 @@ def test_it_is_what_steps_and_evaluations_take(recipe, network, prepared):
 
 def test_nothing_is_prepared_for_full_precision(prepared):
     model, _ = convolutions(NOTHING)
-    kernel_compilation.compile_training_kernels(model, NOTHING, CPU, no_bar=True)
+    training_kernels(model, NOTHING)
     assert prepared() == set()
 
 
 def test_nothing_is_prepared_for_the_reference(prepared, monkeypatch):
     model, _ = linear(LUQ)
     monkeypatch.setattr(kernel_compilation, "backend_for", lambda device: reference)
-    kernel_compilation.compile_training_kernels(model, LUQ, CPU, no_bar=True)
+    training_kernels(model, LUQ)
     assert prepared() == set()
 
 
 def test_preparing_draws_nothing_that_training_would_miss(prepared):
     model, _ = linear(LUQ)
     before = torch.get_rng_state()
-    kernel_compilation.compile_training_kernels(model, LUQ, CPU, no_bar=True)
+    training_kernels(model, LUQ)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_run_prepares_before_its_first_step(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(ahead, "compile_all", lambda versions, progress, first: order.append("prepared"))
+    monkeypatch.setattr(ahead, "missing", lambda versions: order.append("prepared") or [])
     train_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self, *a: order.append("step") or train_step(self, *a))
     with quiet_machine(tmp_path / "cache"):
         train(tmp_path / "run")
     assert order[0] == "prepared"
     assert order.count("prepared") == 1
+
+
+def test_a_compiled_step_waits_for_its_kernels(prepared, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ahead, "compile_all", lambda versions, progress, first: asked.append(names(versions)))
+    model, _ = linear(LUQ)
+    assert not training_kernels(model, LUQ, compile=True).goes_on
+    assert len(asked) == 1
+    assert "quantize" in asked[0]
+
+
+# Training while kernels are compiled
+
+
+class Compiler:
+    """In place of ahead.compile_all: done, or fails, when told."""
+
+    def __init__(self, monkeypatch, cores=64):
+        self.done, self.failure, self.unwanted = threading.Event(), None, False
+        monkeypatch.setattr(ahead, "compile_all", self)
+        monkeypatch.setattr(ahead, "missing", list)
+        monkeypatch.setattr(ahead, "cores", lambda: cores)
+
+    def __call__(self, versions, progress, unwanted):
+        while not self.done.wait(0.01):
+            if unwanted.is_set():
+                self.unwanted = True
+                raise ahead.Unwanted
+        if self.failure is not None:
+            raise self.failure
+
+    def finish(self, compilation):
+        self.done.set()
+        compilation.thread.join()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    return Compiler(monkeypatch)
+
+
+def network():
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(36, 2)
+    torch.manual_seed(3)
+    return quantize(nn.Sequential(*layers), HINDSIGHT), torch.randn(2, 3, 5, 5)
+
+
+def gradients(model, x, number=0):
+    set_step(model, number)
+    model.zero_grad()
+    model(x).sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def trained(steps, between=lambda number: None, run=None):
+    """The gradients of some steps, and the buffers after them."""
+    model, x = network()
+    found = []
+    for number in range(steps):
+        found += gradients(model, x, number) if run is None else run(model, gradients, model, x, number)
+        between(number)
+    return found, list(model.buffers())
+
+
+def test_steps_have_the_same_bits_before_and_after_the_kernels_are_there(compiler):
+    kernels = backend_for("cpu")
+    with training_kernels(network()[0], HINDSIGHT) as compilation:
+        assert isinstance(backend_for("cpu"), StandIn)
+        found = trained(4, lambda number: number == 1 and compiler.finish(compilation), compilation.run)
+        assert not compilation.goes_on
+        assert backend_for("cpu") is kernels
+    expected = trained(4)
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert all(map(torch.equal, found[1], expected[1]))
+
+
+@pytest.mark.parametrize("before", [1, 7, 13])
+def test_a_step_in_which_they_come_to_be_there_is_repeated(before, compiler):
+    calls, begun = [], []
+
+    def step(*arguments):
+        begun.append(isinstance(backend_for("cpu"), StandIn))
+        return gradients(*arguments)
+
+    with training_kernels(network()[0], HINDSIGHT) as compilation:
+
+        def count(*arguments):
+            calls.append(arguments)
+            if len(calls) == before:
+                compiler.finish(compilation)
+            return statistics(*arguments)
+
+        statistics = reference.statistics
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "statistics", count)
+            found = trained(3, run=lambda model, function, *rest: compilation.run(model, step, *rest))
+    assert begun.count(False) + begun.count(True) == 4  # one of them twice
+    expected = trained(3)
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert all(map(torch.equal, found[1], expected[1]))  # batch norm has seen three steps
+
+
+def test_a_large_tensor_waits_for_the_kernels(compiler, monkeypatch):
+    monkeypatch.setattr(stand_in, "LARGE", 10)
+    model, x = network()
+    with training_kernels(model, HINDSIGHT) as compilation:
+        threading.Timer(0.1, compiler.done.set).start()
+        compilation.run(model, gradients, model, x)
+        assert not compilation.goes_on
+
+
+def test_without_a_core_for_it_one_step_alone_goes_without_kernels(monkeypatch):
+    compiler = Compiler(monkeypatch, cores=2)
+    model, x = network()
+    with training_kernels(model, HINDSIGHT) as compilation:
+        compilation.run(model, gradients, model, x)
+        assert compilation.goes_on
+        threading.Timer(0.1, compiler.done.set).start()
+        compilation.run(model, gradients, model, x)
+        assert not compilation.goes_on
+
+
+def test_who_leaves_ends_the_compiling(compiler):
+    kernels = backend_for("cpu")
+    with pytest.raises(KeyboardInterrupt), training_kernels(network()[0], HINDSIGHT) as compilation:
+        raise KeyboardInterrupt
+    assert compiler.unwanted
+    assert not compilation.thread.is_alive()
+    assert backend_for("cpu") is kernels
+
+
+def test_what_cannot_be_compiled_fails_the_run(compiler):
+    compiler.failure = ValueError("no compiler")
+    model, x = network()
+    with training_kernels(model, HINDSIGHT) as compilation:
+        compiler.finish(compilation)
+        with pytest.raises(ValueError, match="no compiler"):
+            compilation.run(model, gradients, model, x)
 
 
 def test_the_progress_is_told_where_there_is_no_terminal(caplog, monkeypatch):

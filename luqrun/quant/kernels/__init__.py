@@ -7,10 +7,11 @@ LUQRUN_KERNELS=mfbprop the oracle with a backward pass without multiplications.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from luqrun.errors import UserError
@@ -38,9 +39,19 @@ def own_process() -> None:
     _own.append(True)
 
 
-@functools.cache
+_serving: dict[str, ModuleType] = {}  # by device type
+_fuses: dict[str, bool] = {}  # not functools.cache: torch.compile reads a dictionary, and cannot trace an import
+
+
 def backend_for(device_type: str) -> ModuleType:
-    """The module that serves tensors of this device type.
+    """The module that serves tensors of this device type: see `choose_backend`."""
+    if device_type not in _serving:
+        _serving[device_type] = choose_backend(device_type)
+    return _serving[device_type]
+
+
+def choose_backend(device_type: str) -> ModuleType:
+    """The module that is to serve tensors of this device type.
 
     UserError where LUQRUN_KERNELS names no backend or one for another device, or where triton is not installed.
     """
@@ -66,14 +77,22 @@ def backend_for(device_type: str) -> ModuleType:
         ) from None
 
 
-_fuses: dict[str, bool] = {}  # not functools.cache: torch.compile reads a dictionary, and cannot trace an import
-
-
 def fuses(device_type: str) -> bool:
     """Whether this device's kernels have `quantize`, all of a quantization in one call."""
     if device_type not in _fuses:
         _fuses[device_type] = hasattr(backend_for(device_type), "quantize")
     return _fuses[device_type]
+
+
+@contextmanager
+def serving(device_type: str, backend: ModuleType) -> Iterator[None]:
+    """Within, this backend serves a device type, whose own is kept for later. It has no `quantize`."""
+    before = backend_for(device_type), fuses(device_type)
+    _serving[device_type], _fuses[device_type] = backend, False
+    try:
+        yield
+    finally:
+        _serving[device_type], _fuses[device_type] = before
 
 
 def has_kernels(form: Format, rounding: str = "nearest") -> bool:

@@ -19,7 +19,7 @@ from luqrun.quant.formats import pack as pack_fields
 from luqrun.quant.formats import unpack as unpack_fields
 from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order, is_channels_last, pixels_of
 from luqrun.quant.kernels.philox import SCALE_SAMPLES, random_words
-from luqrun.quant.kernels.reference import float_magnitude, log_magnitude, stochastic_round
+from luqrun.quant.kernels.reference import float_magnitude, in_turn, log_magnitude, stochastic_round
 from luqrun.quant.scale_formats import (
     draw_e4m3,
     e8m0_exponent,
@@ -209,14 +209,6 @@ def _clip(blocks: Tensor, how: Encoding, grid: Grid, block: Block) -> Tensor:
         squares = in_turn(blocks.double() * blocks.double())
         clip = (RMS_CLIP * (squares / count).sqrt()).float()
     return torch.where(maximum.isfinite() & clip.isfinite(), clip, torch.nan)
-
-
-def in_turn(terms: Tensor) -> Tensor:
-    """The sum along the first axis, one after the other: the same bits in every backend."""
-    total = torch.zeros_like(terms[0]) if len(terms) else terms.new_zeros(terms.shape[1:])
-    for term in terms:
-        total = total + term
-    return total
 
 
 def _scale(clip: Tensor, how: Encoding) -> Tensor:

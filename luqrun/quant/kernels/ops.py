@@ -276,7 +276,8 @@ class relu_backward:
 )
 class int8_conv:
     def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
-        return int8.conv(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed)
+        how = kernel, stride, padding, dilation, dtype, channels_last
+        return backend_for("cpu").int8_conv(a, matrix, scale, *how, signed)
 
     def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
         ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
@@ -290,7 +291,8 @@ class int8_conv:
 )
 class int8_conv_dgrad:
     def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
-        return int8.conv_dgrad(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last)
+        how = kernel, stride, padding, dilation, dtype, channels_last
+        return backend_for("cpu").int8_conv_dgrad(g, matrix, scale, shape, *how)
 
     def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
         return empty(shape, channels_last, dtype, g.device)
@@ -301,7 +303,7 @@ class int8_conv_dgrad:
 )
 class int8_conv_wgrad:
     def run(grads, a, kernel, stride, padding, dilation):
-        return int8.conv_wgrad(grads, a, kernel, stride, padding, dilation)
+        return backend_for("cpu").int8_conv_wgrad(grads, a, kernel, stride, padding, dilation)
 
     def fake(grads, a, kernel, stride, padding, dilation):
         shape = (grads[0].shape[1], a.shape[1], *kernel)

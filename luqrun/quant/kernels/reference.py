@@ -9,13 +9,15 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.formats import pack as pack_fields
 from luqrun.quant.formats import unpack as unpack_fields
-from luqrun.quant.kernels.layout import dense, from_memory_order, in_memory_order
+from luqrun.quant.kernels.cpu.sizes import CHUNK, LINE, ROW
+from luqrun.quant.kernels.layout import dense, empty, from_memory_order, in_memory_order
 from luqrun.quant.kernels.philox import random_words
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -25,16 +27,42 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     """What ranges need of x (any shape, floating): float64 tensor (4,) of max|x|, any negative, sum|x|, sum x^2.
 
     A NaN in x makes the maximum NaN, an Inf makes it Inf. Without `moments` the two sums are 0. Empty: zeros.
-    unless: a 0-dim float; where it is positive nothing is read, and zeros come back.
+    unless: a 0-dim float; where it is positive nothing is read, and zeros come back. The sums are those of
+    `add_up`, as on every CPU; a GPU has another order.
     """
     zeros = torch.zeros(4, dtype=torch.float64, device=x.device)
     if x.numel() == 0:
         return zeros
     x = x.detach().float()
     magnitude = x.abs()
-    sums = (magnitude.sum(dtype=torch.float64), x.double().square().sum()) if moments else (zeros[2], zeros[3])
+    sums = zeros[2:]
+    if moments:
+        doubles = in_memory_order(dense(magnitude)).double()
+        sums = add_up(doubles), add_up(doubles.square())
     found = torch.stack([magnitude.max().double(), (x < 0).any().double(), *sums])
     return found if unless is None else torch.where(unless > 0, zeros, found)
+
+
+def add_up(terms: Tensor) -> Tensor:
+    """The sum of a float64 tensor in its own order, 0-dim, in steps that give the same bits on every CPU.
+
+    A row of ROW terms, filled up with zeros where it is short: LINE sums, each of every LINEth term; these by eight,
+    which leaves eight sums, and then by halves. After that the rows of CHUNK terms, and the chunks, in turn.
+    """
+    rows = F.pad(terms.reshape(-1), (0, -terms.numel() % CHUNK)).view(-1, CHUNK // ROW, ROW // LINE, LINE // 8, 8)
+    lanes = in_turn(in_turn(rows.movedim(2, 0)).movedim(2, 0))
+    while lanes.shape[-1] > 1:
+        first, second = lanes.chunk(2, -1)
+        lanes = first + second
+    return in_turn(in_turn(lanes.squeeze(-1).t()))
+
+
+def in_turn(terms: Tensor) -> Tensor:
+    """The sum along the first axis, one after the other: the same bits in every backend."""
+    total = torch.zeros_like(terms[0]) if len(terms) else terms.new_zeros(terms.shape[1:])
+    for term in terms:
+        total = total + term
+    return total
 
 
 def encode(
@@ -116,6 +144,62 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     """grad where the mask of `relu_` has a bit, 0 elsewhere; the mask is of a tensor in that memory format."""
     bits = from_memory_order(unpack_fields(mask, 1, grad.numel()), grad.shape, channels_last)
     return torch.where(bits > 0, grad, 0)
+
+
+def int8_conv(
+    a: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    signed: Tensor,
+) -> Tensor:
+    """See cpu.int8.conv. float64 holds all of these sums."""
+    w = matrix.t().reshape(matrix.shape[1], *kernel, -1).permute(0, 3, 1, 2).double()
+    a = F.pad(a.double(), (padding[1], padding[1], padding[0], padding[0]))  # conv2d refuses negative padding
+    return _scaled(F.conv2d(a, w, None, stride, 0, dilation), scale, dtype, channels_last)
+
+
+def int8_conv_dgrad(
+    g: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """See cpu.int8.conv_dgrad."""
+    w = matrix.reshape(matrix.shape[0], *kernel, -1).permute(0, 3, 1, 2).double()
+    total = torch.nn.grad.conv2d_input(tuple(shape), w, g.double(), stride, padding, dilation)
+    return _scaled(total, scale, dtype, channels_last)
+
+
+def int8_conv_wgrad(
+    grads: Sequence[Tensor],
+    a: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """See cpu.int8.conv_wgrad."""
+    shape = grads[0].shape[1], a.shape[1], *kernel
+    g = torch.stack([each.double() for each in grads]).sum(0)
+    total = torch.nn.grad.conv2d_weight(a.double(), shape, g, stride, padding, dilation)
+    return total.float().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _scaled(sums: Tensor, scale: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    out = empty(sums.shape, channels_last, dtype, sums.device)
+    return out.copy_(sums.float() * scale)
 
 
 def log_magnitude(ratio: Tensor, how: Encoding, draws: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -59,26 +60,38 @@ def missing(versions: Sequence[Version]) -> list[Version]:
     return left
 
 
-def compile_all(versions: Sequence[Version], progress: Progress, first: bool = True) -> None:
+class Unwanted(Exception):
+    """Nobody waits for what is compiled any more."""
+
+
+def compile_all(
+    versions: Sequence[Version], progress: Progress, first: bool = True, unwanted: threading.Event | None = None
+) -> None:
     """Compile what is missing of these, or wait for another process that does.
 
-    first: of several processes that begin at once, one is, which should be the one that compiles.
+    first: of several processes that begin at once, one is, which should be the one that compiles. unwanted: once it is
+    set, this ends soon, and raises Unwanted.
     """
-    left = missing(versions)
+    left, unwanted = missing(versions), unwanted or threading.Event()
     if not left:
         return
     folder = left[0].loop.stats.cache_path
     if folder is not None and sys.executable:
-        with _locked(Path(folder), first):
+        with _locked(Path(folder), first, unwanted):
             left = missing(left)
-            if left and not _compile_elsewhere(left, progress):
+            if left and not _compile_elsewhere(left, progress, unwanted):
                 log.warning("compiling in this process instead")
             left = missing(left)
-    _compile_here(left, progress)
+    _compile_here(left, progress, unwanted)
+
+
+def _check(unwanted: threading.Event) -> None:
+    if unwanted.is_set():
+        raise Unwanted
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, first: bool) -> Iterator[None]:
+def _locked(folder: Path, first: bool, unwanted: threading.Event) -> Iterator[None]:
     """Hold the lock of those that compile for this cache, unless the file system has none."""
     with contextlib.ExitStack() as held:
         try:
@@ -98,19 +111,21 @@ def _locked(folder: Path, first: bool) -> Iterator[None]:
                     log.info("another process compiles the kernels for this CPU: waiting for it")
                 told = True
                 time.sleep(POLL)
+                _check(unwanted)
             except OSError:
                 break
         yield
 
 
-def _compile_here(versions: Sequence[Version], progress: Progress) -> None:
+def _compile_here(versions: Sequence[Version], progress: Progress, unwanted: threading.Event) -> None:
     counter = _Counter(versions, progress)
     for version in versions:
+        _check(unwanted)
         counter.add()
         _compile(version, counter.add)
 
 
-def _compile_elsewhere(versions: Sequence[Version], progress: Progress) -> bool:
+def _compile_elsewhere(versions: Sequence[Version], progress: Progress, unwanted: threading.Event) -> bool:
     """Whether other processes have compiled all of these."""
     counter, children = _Counter(versions, progress), []
     counter.add()
@@ -122,6 +137,7 @@ def _compile_elsewhere(versions: Sequence[Version], progress: Progress) -> bool:
             for child in children:
                 selector.register(child.stdout, selectors.EVENT_READ, child)
             while selector.get_map():
+                _check(unwanted)
                 for key, _ in selector.select(POLL):
                     child, text = key.data, os.read(key.fd, 1 << 16)
                     if not text:
@@ -151,14 +167,18 @@ def _compile_elsewhere(versions: Sequence[Version], progress: Progress) -> bool:
 def _shares(versions: Sequence[Version]) -> list[list[Version]]:
     """What each of the processes compiles, one for each core: about as many functions, those that only others call
     included."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names = {version: parts(version.loop) for version in versions}
-    shares: list[tuple[list[Version], set[str]]] = [([], set()) for _ in range(min(cores, len(versions), PROCESSES))]
+    shares: list[tuple[list[Version], set[str]]] = [([], set()) for _ in range(min(cores(), len(versions), PROCESSES))]
     for version in sorted(versions, key=lambda version: len(names[version]), reverse=True):
         mine, found = min(shares, key=lambda share: len(share[1] | names[version]))
         mine.append(version)
         found |= names[version]
     return [mine for mine, _ in shares]
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(versions: Sequence[Version]) -> subprocess.Popen:

@@ -22,9 +22,10 @@ from luqrun.quant.kernels.cpu.memory import (
     uint32s,
     uint64s,
 )
+from luqrun.quant.kernels.cpu.moments import moments
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import GIVEN, HINDSIGHT, f32, i32, row_loop
-from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
+from luqrun.quant.kernels.cpu.sizes import CHUNK, LINE, ROW
 
 # What a task is told, at one address: see `quantize`. coder: the address of what encodes a row; extremes (int32), sums
 # (float64), two a task, and largest (int32), one a task: addresses of what tasks find; each: images a task.
@@ -46,10 +47,10 @@ def _read(address):
 def measure(address, number):
     """The extremes, and the moments if asked for, of elements number * CHUNK up."""
     request = _read(address)
-    x, half, moments = request.x, request.half, request.moments
+    x, half = request.x, request.half
     extremes = int32s(request.extremes + 8 * number, 2)
     sums = carray(pointer(request.sums + 16 * number), (2,), np.float64)
-    buffer = np.empty(ROW, np.int32)
+    buffer, rest = np.empty(ROW, np.int32), np.zeros(LINE, np.float32)
     stop = min(request.elements, (number + 1) * CHUNK)
     for first in range(number * CHUNK, stop, ROW):
         count = min(stop - first, ROW)
@@ -58,8 +59,8 @@ def measure(address, number):
         else:
             largest, negative = rows.extremes(int32s(x + 4 * first, count))
         extremes[0], extremes[1] = max(extremes[0], largest), min(extremes[1], negative)
-        if moments:
-            sum1, sum2 = rows.moments(load(x, half, first, count, buffer).view(np.float32))
+        if request.moments:
+            sum1, sum2 = moments(load(x, half, first, count, buffer).view(np.float32), rest)
             sums[0] += sum1
             sums[1] += sum2
 

@@ -40,7 +40,7 @@ HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AV
 # The modules that hold compiled functions.
 _LOOPS = (
     "block_loops", "block_rows", "block_scales", "block_sums", "dot_tiles", "driver", "encode", "loops", "memory",
-    "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
+    "moments", "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 
@@ -156,17 +156,6 @@ def extremes_of_halves(bits):
         largest = max(largest, magnitude)
         negative = max(negative, bits[j] if magnitude <= u16(0x7F80) else u16(0))
     return i32(u32(largest) << u32(16)), i32(-1) if negative > u16(0x8000) else i32(0)  # which is -0
-
-
-@row_loop(fastmath={"reassoc", "contract"})
-def moments(x):
-    """(sum |x|, sum x^2) in float64; free to reassociate, so that it vectorises."""
-    sum1, sum2 = 0.0, 0.0
-    for j in range(x.size):
-        value = np.float64(abs(x[j]))
-        sum1 += value
-        sum2 += value * value
-    return sum1, sum2
 
 
 @row_loop()

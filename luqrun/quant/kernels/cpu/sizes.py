@@ -5,6 +5,7 @@ COLUMNS = 2 * LANES  # of a panel of the right operand; the last panel may have 
 ROWS = {1: 14, 2: 12}  # of a block, by its vectors of columns: with these the registers hold the sums
 MOST_ROWS = max(ROWS.values())
 
+LINE = 32  # sums of a row of float64, side by side: see reference.add_up
 ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
 CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
 
