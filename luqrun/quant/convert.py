@@ -28,6 +28,7 @@ from luqrun.quant.dataflow import EMBEDDINGS, Ends, find_ends
 from luqrun.quant.draws import rename_copies
 from luqrun.quant.finetune import Phase, phase_operands
 from luqrun.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from luqrun.quant.norm import FusedBatchNorm2d
 from luqrun.quant.recipe import Recipe
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 
@@ -40,9 +41,9 @@ TWINS = {
     nn.MultiheadAttention: QuantMultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
 }
-# What stands between layers, and what takes its place: it keeps a bit an element, for its output is not what the next
-# layer keeps any more.
-NEIGHBOURS = {nn.ReLU: MaskedReLU, nn.ReLU6: MaskedReLU6}
+# What stands between layers, and what takes its place: a ReLU keeps a bit an element, for its output is not what the
+# next layer keeps any more; a batch norm's backward pass is one with that of the ReLU.
+NEIGHBOURS = {nn.ReLU: MaskedReLU, nn.ReLU6: MaskedReLU6, nn.BatchNorm2d: FusedBatchNorm2d}
 LAST_SHARE = re.compile(r"last (\d{1,2})%")
 NO_QUANTIZERS = "the recipe has no quantizers"
 SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut convolution

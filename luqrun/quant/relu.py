@@ -11,6 +11,7 @@ from luqrun.internals.of_torch import PLAIN, has_modes, has_tangent, is_batched,
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import dense, is_channels_last
 from luqrun.quant.layers import as_leaf
+from luqrun.quant.norm import NormedReLUFunction, take_last
 
 
 class MaskedReLUFunction(torch.autograd.Function):
@@ -70,4 +71,7 @@ def _rectified(module: nn.Module, input: Tensor, most: float | None, otherwise: 
         return otherwise(input)
     if module.inplace and (is_view(input) or dense(input) is not input):
         return otherwise(input)
+    made = take_last(input)
+    if made is not None:
+        return NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, module.inplace, most)
     return MaskedReLUFunction.apply(input, module.inplace, most)

@@ -35,6 +35,11 @@ def rehearsal() -> Iterator[None]:
         _thread.rehearses = before
 
 
+def rehearses() -> bool:
+    """Whether this thread is in a rehearsal."""
+    return _thread.rehearses
+
+
 def fastest(key: Hashable, routes: dict[str, Callable[[], Tensor]]) -> Tensor:
     """What the fastest of `routes` gives for this key, which says all that their time depends on.
 

@@ -14,6 +14,7 @@ from torch import nn
 from luqrun.config import Config
 from luqrun.quant.convert import quantize_model, quantized_layers
 from luqrun.quant.kernels import MODULES, backend_for, stand_in
+from luqrun.quant.norm import FusedBatchNorm2d
 from luqrun.quant.recipe import Recipe
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6
 from luqrun.quant.sharing import forget
@@ -111,9 +112,9 @@ def training_kernels(
     layers = [layer for _, layer in quantized_layers(model)]
     if device.type != "cpu" or not layers or not _is_numba():
         return KernelCompilation()
+    kinds = {type(module) for module in model.modules()}
     convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
-    rectifies = any(isinstance(module, MaskedReLU | MaskedReLU6) for module in model.modules())
-    versions = _rehearsed(lambda: _train_tiny_network(recipe, convolves, rectifies))
+    versions = _rehearsed(lambda: _train_tiny_network(recipe, convolves, kinds))
     if config.compile or config.tracking.profile_steps or process_group.world_size() > 1:
         _compile_now(versions, no_bar)
         return KernelCompilation()
@@ -122,11 +123,12 @@ def training_kernels(
     return KernelCompilation(ahead.missing(versions))
 
 
-def _train_tiny_network(recipe: Recipe, convolves: bool, rectifies: bool) -> None:
-    """A step of a network so small that only the kinds of its layers count."""
-    middle = [nn.ReLU()] if rectifies else []
+def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type]) -> None:
+    """A step of a network so small that only the kinds of its layers count. kinds: of modules of the real one."""
+    middle = [nn.ReLU()] if kinds & {MaskedReLU, MaskedReLU6} else []
     if convolves:
-        parts = [nn.Conv2d(2, 2, 3, padding=1), *middle, nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(), nn.Linear(2, 2)]
+        middle = [nn.BatchNorm2d(8), *middle] if FusedBatchNorm2d in kinds else middle
+        parts = [nn.Conv2d(2, 8, 3, padding=1), *middle, nn.Conv2d(8, 2, 3, stride=2), nn.Flatten(), nn.Linear(2, 2)]
         x = torch.ones(2, 2, 4, 4).to(memory_format=torch.channels_last)
     else:
         parts, x = [nn.Linear(2, 2), *middle, nn.Linear(2, 2)], torch.ones(2, 2)

@@ -50,9 +50,17 @@ def names(versions) -> set[str]:
 
 
 def convolutions(recipe):
-    layers = [nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)]
+    layers = (
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
     model = quantize(nn.Sequential(*layers), recipe).to(memory_format=torch.channels_last)
-    return model, torch.ones(2, 3, 5, 5, requires_grad=True)  # as of a layer before it: a stride has a dgrad of its own
+    x = torch.ones(2, 3, 5, 5).to(memory_format=torch.channels_last)
+    return model, x.requires_grad_()  # as of a layer before it: a stride has a dgrad of its own
 
 
 def linear(recipe):

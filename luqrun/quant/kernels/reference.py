@@ -17,7 +17,7 @@ from luqrun.quant.formats import Format
 from luqrun.quant.formats import pack as pack_fields
 from luqrun.quant.formats import unpack as unpack_fields
 from luqrun.quant.kernels.cpu.sizes import CHUNK, LINE, ROW
-from luqrun.quant.kernels.layout import dense, empty, from_memory_order, in_memory_order
+from luqrun.quant.kernels.layout import dense, empty, from_memory_order, in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import random_words
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -144,6 +144,20 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     """grad where the mask of `relu_` has a bit, 0 elsewhere; the mask is of a tensor in that memory format."""
     bits = from_memory_order(unpack_fields(mask, 1, grad.numel()), grad.shape, channels_last)
     return torch.where(bits > 0, grad, 0)
+
+
+def batch_norm_backward(
+    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of x, of weight, of bias) of a batch norm in training, whose output had this gradient.
+
+    grad, x: float32 (N, C, H, W); mask: of a `relu_` after it, in x's memory order, or None; weight, mean, inverse
+    (1 / sqrt(variance + eps)): float32 (C,).
+    """
+    if mask is not None:
+        grad = relu_backward(grad, mask, is_channels_last(x))
+    rest = weight, None, None, mean, inverse, True, eps, (True, True, True)
+    return torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
 
 
 def int8_conv(

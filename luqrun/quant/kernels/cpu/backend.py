@@ -18,7 +18,7 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
-from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, memory, rotation
+from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, memory, norm, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
 from luqrun.quant.kernels.cpu.memory import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
@@ -38,6 +38,7 @@ _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
+batch_norm_backward = norm.batch_norm_backward
 hadamard, signs = rotation.hadamard, rotation.signs
 int8_conv, int8_conv_dgrad, int8_conv_wgrad = int8.conv, int8.conv_dgrad, int8.conv_wgrad
 

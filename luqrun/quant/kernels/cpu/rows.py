@@ -40,7 +40,7 @@ HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AV
 # The modules that hold compiled functions.
 _LOOPS = (
     "block_loops", "block_rows", "block_scales", "block_sums", "dot_tiles", "driver", "encode", "loops", "memory",
-    "moments", "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
+    "moments", "norm_loops", "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 

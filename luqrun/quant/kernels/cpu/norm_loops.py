@@ -1,0 +1,198 @@
+"""The compiled loops (numba, LLVM's vectors) of batch norm's backward pass: `norm` is the torch side.
+
+x and its gradient are float32 (rows, channels): pixels of images in channels_last memory. The sums and products are
+those of torch's own loop, in its order, so that the results have the same bits.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types as nb
+from numba.extending import intrinsic
+
+from luqrun.internals.of_numba import cgutils
+from luqrun.quant.kernels.cpu.driver import integers, tasks
+from luqrun.quant.kernels.cpu.memory import floats
+from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop
+from luqrun.quant.kernels.cpu.sizes import CHUNK
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, load, store
+
+PANEL = 8192  # elements of rows whose channels are taken a few vectors at a time
+EIGHT = 8  # channels share a byte of the mask
+
+
+class _Columns:
+    """So many vectors of `lanes` channels beside each other, in LLVM."""
+
+    def __init__(self, builder, lanes: int, vectors: int):
+        self.builder, self.lanes, self.vectors = builder, lanes, range(vectors)
+        self.kind = ir.VectorType(FLOAT, lanes)
+        name = f"llvm.fma.v{lanes}f32"
+        self._fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self.kind, [self.kind] * 3), name)
+
+    def fma(self, *terms):
+        return self.builder.call(self._fma, terms)
+
+    def load(self, address):
+        return [load(self.builder, address, self.kind, 4 * self.lanes * vector) for vector in self.vectors]
+
+    def store(self, values, address):
+        for vector in self.vectors:
+            store(self.builder, values[vector], address, 4 * self.lanes * vector)
+
+    def masked(self, values, address):
+        """Values where the mask at an address has a bit, else 0."""
+        bits, kept = ir.IntType(self.lanes), ir.VectorType(ir.IntType(1), self.lanes)
+        found = []
+        for vector in self.vectors:
+            mask = self.builder.bitcast(load(self.builder, address, bits, self.lanes // EIGHT * vector), kept)
+            found.append(self.builder.select(mask, values[vector], ir.Constant(self.kind, None)))
+        return found
+
+
+def _row(builder, index, pitch, address):
+    """Where row number `index` of rows of so many bytes is."""
+    return builder.add(address, builder.mul(index, pitch))
+
+
+def _sum_of(lanes: int, vectors: int):
+    """An intrinsic that adds g and (x - mean) * g of rows, where the mask has a bit, to the sums and products at
+    addresses. pitch, mask_pitch: bytes from row to row, of x and g and of the mask."""
+
+    @intrinsic
+    def add(typingctx, rows, pitch, mask_pitch, x, g, mask, mean, sums, products):
+        def codegen(context, builder, signature, args):
+            rows, pitch, mask_pitch, x, g, mask, mean, sums, products = args
+            columns = _Columns(builder, lanes, vectors)
+            means = columns.load(mean)
+            held = [[cgutils.alloca_once_value(builder, each) for each in columns.load(at)] for at in (sums, products)]
+            with cgutils.for_range(builder, rows) as loop:
+                grads = columns.load(_row(builder, loop.index, pitch, g))
+                grads = columns.masked(grads, _row(builder, loop.index, mask_pitch, mask))
+                values = columns.load(_row(builder, loop.index, pitch, x))
+                for vector in columns.vectors:
+                    total, product = held[0][vector], held[1][vector]
+                    away = builder.fsub(values[vector], means[vector])
+                    builder.store(builder.fadd(builder.load(total), grads[vector]), total)
+                    builder.store(columns.fma(away, grads[vector], builder.load(product)), product)
+            for each, at in zip(held, (sums, products), strict=True):
+                columns.store([builder.load(one) for one in each], at)
+            return context.get_dummy_value()
+
+        return nb.void(*[nb.int64] * 9), codegen
+
+    return add
+
+
+def _gradient_of(lanes: int, vectors: int):
+    """An intrinsic that writes (g - shift - (x - mean) * slope) * inverse * weight of rows. numbers: the address of
+    five numbers a channel, `pitch` bytes apart: mean, slope, shift, inverse, weight."""
+
+    @intrinsic
+    def write(typingctx, rows, pitch, mask_pitch, x, g, mask, numbers, out):
+        def codegen(context, builder, signature, args):
+            rows, pitch, mask_pitch, x, g, mask, numbers, out = args
+            columns = _Columns(builder, lanes, vectors)
+            places = [builder.add(numbers, builder.mul(pitch, ADDRESS(i))) for i in range(5)]
+            mean, slope, shift, inverse, weight = map(columns.load, places)
+            with cgutils.for_range(builder, rows) as loop:
+                grads = columns.load(_row(builder, loop.index, pitch, g))
+                grads = columns.masked(grads, _row(builder, loop.index, mask_pitch, mask))
+                values, found = columns.load(_row(builder, loop.index, pitch, x)), []
+                for vector in columns.vectors:
+                    away = builder.fsub(mean[vector], values[vector])
+                    left = columns.fma(away, slope[vector], builder.fsub(grads[vector], shift[vector]))
+                    found.append(builder.fmul(builder.fmul(left, inverse[vector]), weight[vector]))
+                columns.store(found, _row(builder, loop.index, pitch, out))
+            return context.get_dummy_value()
+
+        return nb.void(*[nb.int64] * 8), codegen
+
+    return write
+
+
+_add64, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 1), _sum_of(8, 1)
+_write32, _write16, _write8 = _gradient_of(16, 2), _gradient_of(16, 1), _gradient_of(8, 1)
+
+
+@row_loop()
+def _add_rows(rows, channels, mask_pitch, x, g, mask, mean, sums, products):
+    column = 0
+    while column < channels:
+        at, left = 4 * column, channels - column
+        how, places = (rows, 4 * channels, mask_pitch), (x + at, g + at, mask + column // EIGHT)
+        if left >= 64:
+            _add64(*how, *places, mean + at, sums + at, products + at)
+            column += 64
+        elif left >= 16:
+            _add16(*how, *places, mean + at, sums + at, products + at)
+            column += 16
+        else:
+            _add8(*how, *places, mean + at, sums + at, products + at)
+            column += 8
+
+
+@row_loop()
+def _write_rows(rows, channels, mask_pitch, x, g, mask, numbers, out):
+    column = 0
+    while column < channels:
+        at, left = 4 * column, channels - column
+        how, places = (rows, 4 * channels, mask_pitch), (x + at, g + at, mask + column // EIGHT)
+        if left >= 32:
+            _write32(*how, *places, numbers + at, out + at)
+            column += 32
+        elif left >= 16:
+            _write16(*how, *places, numbers + at, out + at)
+            column += 16
+        else:
+            _write8(*how, *places, numbers + at, out + at)
+            column += 8
+
+
+@tasks
+def norm_sums(request, part):
+    """The sums of g and of (x - mean) * g of one of `parts` parts of the rows, float32 (parts, 2, channels) at `sums`.
+
+    x, g, mean: addresses; mask: of a bit an element, and mask_pitch its bytes from row to row, or 0 for one row that
+    all share.
+    """
+    rows, channels, parts, mask_pitch, x, g, mask, mean, sums = integers(request, 0, 9)
+    size = (rows + parts - 1) // parts
+    first, stop = part * size, min(rows, (part + 1) * size)
+    mine = sums + 8 * channels * part
+    found = floats(mine, 2 * channels)
+    for j in range(2 * channels):
+        found[j] = f32(0)
+    step = max(1, PANEL // channels)
+    for row in range(first, stop, step):
+        at, count = 4 * row * channels, min(step, stop - row)
+        _add_rows(count, channels, mask_pitch, x + at, g + at, mask + row * mask_pitch, mean, mine, mine + 4 * channels)
+
+
+@tasks
+def norm_numbers(request, number):
+    """What the sums of `norm_sums` make of each channel: float32 (7, channels) at `out`, of which the first, fourth and
+    fifth (mean, inverse, weight) are there. The second and third become slope and shift of `_gradient_of`, the last
+    two the gradients of weight and bias."""
+    rows, channels, parts, sums, out = integers(request, 0, 5)
+    found, numbers, count = floats(sums, 2 * channels * parts), floats(out, 7 * channels), f32(rows)
+    for j in range(channels):
+        total, product, inverse = 0.0, 0.0, numbers[3 * channels + j]
+        for part in range(parts):
+            total += f64(found[2 * channels * part + j])
+            product += f64(found[2 * channels * part + channels + j])
+        total, product = f32(total), f32(product)
+        numbers[channels + j] = f32(f32(product * inverse) * inverse) / count
+        numbers[2 * channels + j] = total / count
+        numbers[5 * channels + j], numbers[6 * channels + j] = f32(product * inverse), total
+
+
+@tasks
+def norm_gradient(request, number):
+    """The gradient of x: float32 (rows, channels) at `out`. numbers: of `norm_numbers`; the rest: as in `norm_sums`."""
+    rows, channels, mask_pitch, x, g, mask, numbers, out = integers(request, 0, 8)
+    step, panel = max(1, CHUNK // channels), max(1, PANEL // channels)
+    stop = min(rows, (number + 1) * step)
+    for row in range(number * step, stop, panel):
+        at, count = 4 * row * channels, min(panel, stop - row)
+        _write_rows(count, channels, mask_pitch, x + at, g + at, mask + row * mask_pitch, numbers, out + at)

@@ -1,0 +1,145 @@
+"""The batch norm of a quantized model: torch's numbers, with fewer passes over memory backward where a ReLU follows."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from luqrun.internals.of_torch import PLAIN, has_modes, has_tangent, is_batched, is_transformed
+from luqrun.quant.kernels import backend_for, ops
+from luqrun.quant.kernels.layout import is_channels_last
+from luqrun.quant.layers import as_leaf
+
+
+class Made(NamedTuple):
+    """What a batch norm made its output of."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    inverse: Tensor
+    eps: float
+
+
+class _Output:
+    """An output, which is not held, and while it lives what it was made of."""
+
+    def __init__(self, output: Tensor, made: Made):
+        self.made, self.version = made, output._version
+        self.tensor = weakref.ref(output, self.forget)  # whichever thread it dies in
+
+    def forget(self, reference: weakref.ref | None = None) -> None:
+        self.made = None
+
+    def is_untouched(self, output: Tensor) -> bool:
+        """Whether it is this tensor, nobody changed it since, and nobody wants its gradient."""
+        same = self.tensor() is output and self.version == output._version
+        return same and not output._backward_hooks and not output.retains_grad
+
+
+class _Last(threading.local):
+    output: _Output | None = None
+
+
+_last = _Last()
+
+
+def take_last(output: Tensor) -> Made | None:
+    """What the last batch norm of this thread made this output of; None for another one, or where somebody changed it
+    or wants its gradient. Only once."""
+    last, _last.output = _last.output, None
+    return last.made if last is not None and last.is_untouched(output) else None
+
+
+def _gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+    """Of x, weight and bias, those that are needed."""
+    x, weight, mean, inverse = saved
+    if not torch.is_grad_enabled() and not is_batched(grad):
+        found = backend_for(x.device.type).batch_norm_backward(grad, mask, x, weight, mean, inverse, ctx.eps)
+    else:  # in torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once
+        rest = weight, None, None, mean, inverse, True, ctx.eps, (True, True, True)
+        found = torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
+    return [each if needed else None for each, needed in zip(found, ctx.needs_input_grad, strict=False)]
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """(output, mean, 1 / standard deviation) of a batch norm in training, over torch's own forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: tuple, momentum: float, eps: float
+    ):
+        output, mean, inverse = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.set_materialize_grads(False)
+        return output, mean, inverse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *_):
+        if grad is None:  # a ReLU's own function has taken it past this one
+            return (None,) * 6
+        return *_gradients(ctx, ctx.saved_tensors, grad, None), None, None, None
+
+
+class NormedReLUFunction(torch.autograd.Function):
+    """The ReLU of a batch norm's output, whose gradient goes to what the batch norm was given, past it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, output: Tensor, made: Made, inplace: bool, most: float | None):
+        if inplace:
+            ctx.mark_dirty(output)
+        else:
+            output = output.clone(memory_format=torch.preserve_format)
+        ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most))
+        ctx.eps = made.eps
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        if torch.is_grad_enabled() or is_batched(grad):
+            with torch.no_grad():
+                ones = torch.ones(grad.shape, dtype=grad.dtype, device=grad.device)
+                passes = ops.relu_backward(ones, mask, True) > 0
+            grad, mask = torch.where(passes, grad, 0), None
+        return *_gradients(ctx, saved, grad, mask), None, None, None, None
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with the same numbers, bit for bit. In training on the CPU (float32, channels_last memory, not
+    compiled) its backward pass is one with that of a ReLU after it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        node = as_leaf(self, input)
+        if node is not None:
+            return node
+        if not self._fuses(input):
+            return super().forward(input)
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+        running = self.running_mean, self.running_var
+        output, mean, inverse = BatchNormFunction.apply(
+            input, self.weight, self.bias, running, momentum or 0.0, self.eps
+        )
+        _last.output = _Output(output, Made(input, self.weight, self.bias, mean, inverse, self.eps))
+        return output
+
+    def _fuses(self, x: Tensor) -> bool:
+        if not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad:
+            return False
+        if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) not in PLAIN or not is_channels_last(x):
+            return False
+        others = self.weight, self.bias, self.running_mean, self.running_var
+        if any(other is not None and other.dtype != torch.float32 for other in others):
+            return False
+        alone = x.numel() == x.shape[1]  # of which torch refuses to take a variance
+        return not (alone or has_modes() or is_transformed() or has_tangent(x) or torch.jit.is_tracing())

@@ -1,0 +1,210 @@
+"""FusedBatchNorm2d: the numbers and the manners of nn.BatchNorm2d, alone and with a ReLU after it."""
+
+import copy
+import gc
+import weakref
+from itertools import product
+
+import pytest
+import torch
+from kernel_inputs import LAST, assert_identical, normal
+from layers import LUQ, quantize
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from luqrun.quant import norm
+from luqrun.quant.kernels import reference
+from luqrun.quant.kernels.cpu import norm as kernels
+from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d, NormedReLUFunction
+from luqrun.quant.relu import MaskedReLU, MaskedReLU6
+
+INPUTS = {
+    "channels_last": normal(5, 24, 7, 5).to(memory_format=LAST),
+    "wide": normal(3, 104, 2, 3).to(memory_format=LAST),
+    "few channels": normal(3, 5, 7, 5).to(memory_format=LAST),
+    "contiguous": normal(3, 16, 7, 5),
+    "one pixel": normal(6, 16, 1, 1).to(memory_format=LAST),
+    "one image": normal(1, 8, 3, 3).to(memory_format=LAST),
+    "empty": normal(0, 8, 3, 3).to(memory_format=LAST),
+    "bf16": normal(3, 16, 4, 4).to(memory_format=LAST).bfloat16(),
+    "float64": normal(3, 16, 4, 4).to(memory_format=LAST).double(),
+    "NaN": torch.where(normal(3, 16, 4, 4) > 2, torch.nan, 1.0).to(memory_format=LAST),
+}
+KINDS = {
+    "usual": {},
+    "averaging": {"momentum": None},
+    "without parameters": {"affine": False},
+    "without running statistics": {"track_running_stats": False},
+    "another eps": {"eps": 0.5, "momentum": 0.3},
+}
+RELUS = {"none": None, "relu": MaskedReLU, "relu6": MaskedReLU6}
+
+
+def fused(plain):
+    made = copy.deepcopy(plain)
+    made.__class__ = FusedBatchNorm2d
+    return made
+
+
+def batch_norm(channels, dtype=torch.float32, **keys):
+    made = nn.BatchNorm2d(channels, dtype=dtype, **keys)
+    for parameter in made.parameters():
+        nn.init.uniform_(parameter, -1, 2)
+    return made
+
+
+def trained(layer, x, call, passes=2):
+    """Outputs, gradients and buffers of a few training passes."""
+    found = []
+    for number in range(passes):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        output = call(leaf * 1)
+        output.backward(torch.linspace(-1, 2, output.numel()).view_as(output).to(output) + number)
+        found += [output.detach(), leaf.grad]
+    return [*found, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+
+def check(found, expected, what=""):
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None, what
+        else:
+            assert_identical(one, other, what)
+
+
+@pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize(("relu", "inplace"), [("none", False), *product(("relu", "relu6"), (False, True))])
+def test_the_numbers_of_torchs(name, keys, relu, inplace):
+    x = INPUTS[name]
+    plain = batch_norm(x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32, **keys)
+    ours, after = fused(plain), RELUS[relu](inplace) if RELUS[relu] else nn.Identity()
+    check(trained(ours, x, lambda x: after(ours(x))), trained(plain, x, lambda x: after(plain(x))), name)
+
+
+def test_what_it_fuses_goes_past_the_batch_norm():
+    ours, relu = fused(batch_norm(24)), MaskedReLU(inplace=True)
+    x = INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_()
+    output = ours(x)
+    assert isinstance(output.grad_fn, BatchNormFunction._backward_cls)
+    assert isinstance(relu(output).grad_fn, NormedReLUFunction._backward_cls)
+    assert not isinstance(relu(ours(x) * 1).grad_fn, NormedReLUFunction._backward_cls)
+    assert not isinstance(ours.eval()(x).grad_fn, BatchNormFunction._backward_cls)
+
+
+CALLS = {
+    "another reader before": lambda layer, relu, x: (lambda y: y.sigmoid() + relu(y))(layer(x)),
+    "a hook": lambda layer, relu, x: (lambda y: y.register_hook(lambda g: 2 * g) and relu(y))(layer(x)),
+    "a change in between": lambda layer, relu, x: relu(layer(x).mul_(2)),
+    "a view": lambda layer, relu, x: relu(layer(x).flatten(2)),
+    "the other one": lambda layer, relu, x: (lambda y, z: relu(y) + z)(layer(x), layer(-x)),
+    "twice": lambda layer, relu, x: (lambda y: relu(y) + relu(y - 1))(layer(x)),
+    "shared by two passes": lambda layer, relu, x: relu(layer(relu(layer(x)))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_it_fuses_nothing_that_somebody_else_has_part_in(call):
+    plain, relu = batch_norm(24), MaskedReLU()
+    ours, x = fused(plain), INPUTS["channels_last"]
+    found = trained(ours, x, lambda x: call(ours, relu, x))
+    for one, other in zip(found, trained(plain, x, lambda x: call(plain, relu, x)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # gradients are added up in another order
+
+
+def test_the_gradient_of_its_output_can_be_kept():
+    ours, relu = fused(batch_norm(24)), MaskedReLU()
+    output = ours(INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_())
+    output.retain_grad()
+    relu(output).sum().backward()
+    assert torch.equal(output.grad, (output > 0).float())
+
+
+@pytest.mark.parametrize("relu", [nn.Identity(), MaskedReLU()], ids=["alone", "relu"])
+def test_second_derivatives_and_many_gradients_at_once(relu):
+    plain = batch_norm(8).double().float()
+    ours, x = fused(plain), normal(3, 8, 2, 2).to(memory_format=LAST)
+
+    def derivatives(layer):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        output = relu(layer(leaf)).square()
+        (first,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [leaf, layer.weight], retain_graph=True)
+        output = relu(layer(leaf))
+        many = torch.autograd.grad(output, leaf, torch.stack([output, -output]).detach(), is_grads_batched=True)
+        return [first, *second, *many]
+
+    for one, other in zip(derivatives(ours), derivatives(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant):
+    plain, relu, x = batch_norm(24), MaskedReLU(inplace=True), INPUTS["channels_last"]
+    ours = fused(plain)
+    found = trained(ours, x, lambda x: checkpoint(lambda x: relu(ours(x)), x, use_reentrant=reentrant), passes=1)
+    expected = trained(plain, x, lambda x: checkpoint(lambda x: relu(plain(x)), x, use_reentrant=reentrant), passes=1)
+    check(found, expected)
+
+
+def test_frozen_parameters_get_no_gradient():
+    ours = fused(batch_norm(24)).requires_grad_(False)
+    x = INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_()
+    MaskedReLU()(ours(x)).sum().backward()
+    assert x.grad is not None
+    assert ours.weight.grad is None
+
+
+def test_one_value_a_channel_is_refused_as_by_torch():
+    x = normal(1, 8, 1, 1).requires_grad_()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fused(batch_norm(8))(x)
+
+
+def test_what_was_made_is_freed_with_the_output():
+    ours = fused(batch_norm(24))
+    x = INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_()
+    middle = x * 1
+    output, kept = ours(middle), weakref.ref(middle)
+    del middle
+    assert norm._last.output.made is not None
+    del output
+    gc.collect()
+    assert kept() is None
+
+
+def test_quantize_model_puts_it_in_place():
+    model = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)), LUQ)
+    assert type(model[1]) is FusedBatchNorm2d
+    assert list(model.state_dict())[1:3] == ["0.bias", "1.weight"]
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(model)[1]) is nn.SyncBatchNorm
+
+
+# The loops
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_loops_give_torchs_bits(threads):
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(threads)
+    torch.set_num_threads(threads)
+    try:
+        for number in range(40):
+            sizes = [int(torch.randint(1, most, (), generator=generator)) for most in (9, 30, 9, 9)]
+            shape = sizes[0], 8 * sizes[1], *sizes[2:]
+            x, grad, other = (torch.randn(shape, generator=generator).to(memory_format=LAST) for _ in range(3))
+            channels = torch.randn(3, shape[1], generator=generator)
+            mask = reference.relu_(other) if number % 3 else None
+            arguments = grad, mask, x, channels[0] if number % 4 else None, channels[1], channels[2].abs(), 1e-5
+            check(kernels.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments), shape)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_loops_that_give_other_bits_are_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(kernels._proven, "verdicts", {})
+    right = kernels._by_loops
+    monkeypatch.setattr(kernels, "_by_loops", lambda *a: [each * (1 + 2**-20) for each in right(*a)])
+    x, grad = (normal(3, 16, 4, 4, seed=seed).to(memory_format=LAST) for seed in (1, 2))
+    arguments = grad, None, x, None, torch.zeros(16), torch.ones(16), 1e-5
+    check(kernels.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))
+    assert "fewer passes" in caplog.text
