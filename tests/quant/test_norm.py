@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luqrun.quant import norm
 from luqrun.quant.kernels import reference
+from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import norm as kernels
 from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d, NormedReLUFunction
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6
@@ -195,16 +196,16 @@ def test_the_loops_give_torchs_bits(threads):
             channels = torch.randn(3, shape[1], generator=generator)
             mask = reference.relu_(other) if number % 3 else None
             arguments = grad, mask, x, channels[0] if number % 4 else None, channels[1], channels[2].abs(), 1e-5
-            check(kernels.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments), shape)
+            check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments), shape)
     finally:
         torch.set_num_threads(before)
 
 
 def test_loops_that_give_other_bits_are_not_used(monkeypatch, caplog):
     monkeypatch.setattr(kernels._proven, "verdicts", {})
-    right = kernels._by_loops
-    monkeypatch.setattr(kernels, "_by_loops", lambda *a: [each * (1 + 2**-20) for each in right(*a)])
+    right = kernels.gradients
+    monkeypatch.setattr(kernels, "gradients", lambda *a: [each * (1 + 2**-20) for each in right(*a)])
     x, grad = (normal(3, 16, 4, 4, seed=seed).to(memory_format=LAST) for seed in (1, 2))
     arguments = grad, None, x, None, torch.zeros(16), torch.ones(16), 1e-5
-    check(kernels.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))
+    check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))
     assert "fewer passes" in caplog.text

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
+from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, memory, norm, rotation
 from luqrun.quant.kernels.cpu import quantize as numba_quantize
 from luqrun.quant.kernels.cpu.memory import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 from luqrun.quant.kernels.cpu.sizes import chunks
-from luqrun.quant.kernels.layout import dense, empty, pixels_of
+from luqrun.quant.kernels.layout import dense, empty, in_channels_last, is_channels_last, pixels_of
 
 KINDS = {
     torch.int8: memory.INT8,
@@ -38,7 +39,6 @@ _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
-batch_norm_backward = norm.batch_norm_backward
 hadamard, signs = rotation.hadamard, rotation.signs
 int8_conv, int8_conv_dgrad, int8_conv_wgrad = int8.conv, int8.conv_dgrad, int8.conv_wgrad
 
@@ -208,3 +208,15 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     half, count = int(grad.dtype == torch.bfloat16), grad.numel()
     loops.apply_mask(chunks(count), count, count, grad.data_ptr(), half, mask.data_ptr(), out.data_ptr())
     return out
+
+
+def batch_norm_backward(
+    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.batch_norm_backward."""
+    if mask is not None and is_channels_last(x):
+        grad = in_channels_last(grad)  # as a ReLU's backward pass would leave it
+    if norm.suits(grad, x, weight):
+        return norm.gradients(grad, mask, x, weight, mean, inverse)
+    grad = grad if mask is None else relu_backward(grad, mask, is_channels_last(x))
+    return reference.batch_norm_backward(grad, None, x, weight, mean, inverse, eps)

@@ -30,19 +30,13 @@ class Kind(NamedTuple):
     threads: int
 
 
-def batch_norm_backward(
-    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.batch_norm_backward."""
-    if _suits(grad, x, weight) and (routes.rehearses() or _proven(*_kind(x))):
-        return _by_loops(grad, mask, x, weight, mean, inverse)
-    return reference.batch_norm_backward(grad, mask, x, weight, mean, inverse, eps)
-
-
-def _suits(grad: Tensor, x: Tensor, weight: Tensor | None) -> bool:
+def suits(grad: Tensor, x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the loops give torch's gradients of a batch norm of x."""
     kinds = {grad.dtype, x.dtype, torch.float32 if weight is None else weight.dtype}
     laid_out = is_channels_last(x) and is_channels_last(grad) and x.shape[1] % EIGHT == 0
-    return HAS_FMA and laid_out and kinds == {torch.float32} and x.numel() > 0
+    if not (HAS_FMA and laid_out and kinds == {torch.float32} and x.numel() > 0):
+        return False
+    return routes.rehearses() or _proven(*_kind(x))
 
 
 def _kind(x: Tensor) -> Kind:
@@ -58,7 +52,7 @@ def _trial(kind: Kind) -> bool:
         for _ in range(2)
     )
     weight, mean, inverse = (torch.empty(kind.channels, device="cpu").uniform_(generator=generator) for _ in range(3))
-    found = _by_loops(grad, None, x, weight, mean, inverse)
+    found = gradients(grad, None, x, weight, mean, inverse)
     expected = reference.batch_norm_backward(grad, None, x, weight, mean, inverse, 0.0)
     return all(map(torch.equal, found, expected))
 
@@ -66,9 +60,10 @@ def _trial(kind: Kind) -> bool:
 _proven = Proofs("the backward pass of batch norm in fewer passes", Kind, _trial, "torch's is used there, slower")
 
 
-def _by_loops(
+def gradients(
     grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.batch_norm_backward; of what `suits`."""
     from luqrun.quant.kernels.cpu import norm_loops
 
     channels, rows = x.shape[1], x.numel() // x.shape[1]
