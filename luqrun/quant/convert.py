@@ -56,8 +56,9 @@ def quantize_model(
 
     Parameters, hooks and state_dict keys stay (a hindsight range adds buffers), and so do the layer objects, whoever
     holds them. A ReLU or ReLU6 then keeps one bit an element for its backward pass (luqrun.quant.relu), in any part of
-    the model. seed: of the draws; parts of a model that are quantized on their own need seeds of their own, or they
-    draw alike. Returns the model, or its replacement where the model itself is a layer.
+    the model, and shares that pass with a BatchNorm2d before it (luqrun.quant.norm). seed: of the draws; parts of a
+    model that are quantized on their own need seeds of their own, or they draw alike. Returns the model, or its
+    replacement where the model itself is a layer.
 
     skip: layers to leave, instead of recipe.skip; `()` quantizes every layer. `first` are the layers that the input
     reaches through no other layer, `last` those whose output reaches the model's through no other: several where a
