@@ -230,9 +230,23 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer))
 
 
+def _layers(model: nn.Module) -> list[QuantLayer]:
+    """The quantized layers in the model's order, for what is done at each step: to name each module takes longer."""
+    found, ahead, seen = [], [model], set()
+    while ahead:
+        module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, QuantLayer):
+            found.append(module)
+        ahead.extend(reversed(module._modules.values()))
+    return found
+
+
 def set_step(model: nn.Module, step: int) -> None:
     """Set the step that names the draws: with it, a resumed run needs nothing else."""
-    layers = [layer for _, layer in quantized_layers(model)]
+    layers = _layers(model)
     rename_copies(layers)
     for layer in layers:
         layer.set_step(step)
@@ -246,7 +260,7 @@ def set_finetune(model: nn.Module, phase: bool | str | Mapping[str, Sequence[str
     {"fprop": ["activation"]}. An evaluation has the recipe's own weights and activations all the same. Hindsight ranges
     go on being learnt where evaluation needs them, not of gradients that are not quantized. Raises UserError.
     """
-    operands, layers = phase_operands(phase), [layer for _, layer in quantized_layers(model)]
+    operands, layers = phase_operands(phase), _layers(model)
     recipes = {id(layer.recipe): layer.recipe for layer in layers}
     # Layers of one recipe share one object, as they share the recipe.
     phases = {key: None if operands is None else Phase.of(recipe, operands) for key, recipe in recipes.items()}
@@ -258,7 +272,7 @@ def set_finetune(model: nn.Module, phase: bool | str | Mapping[str, Sequence[str
 def unchanged_weights(model: nn.Module) -> Iterator[None]:
     """In here the weights do not change, as in an evaluation or between the micro-batches of a step: a quantized layer
     quantizes its own once, where that gives the same codes each time, and holds them (1.5 bytes a weight of 4 bits)."""
-    layers = [layer for _, layer in quantized_layers(model)]
+    layers = _layers(model)
     for layer in layers:
         layer.kept = {}
     try:
@@ -271,7 +285,7 @@ def unchanged_weights(model: nn.Module) -> Iterator[None]:
 def set_shared_ranges(model: nn.Module, on: bool) -> None:
     """Of several processes: activations and gradients get the range of all processes' parts of the batch. Raises
     UserError for range=signed_max, of which processes share nothing."""
-    for _, layer in quantized_layers(model):
+    for layer in _layers(model):
         for operand in ("activation", "gradient") if on else ():
             if any(each.range == "signed_max" for each in layer.recipe.quantizers(operand)):
                 raise UserError(
@@ -283,7 +297,7 @@ def set_shared_ranges(model: nn.Module, on: bool) -> None:
 
 def remember_ranges(model: nn.Module) -> Callable[[], None]:
     """A function that puts the hindsight maxima back to what they are now: then a step can be repeated exactly."""
-    layers = [layer for _, layer in quantized_layers(model)]
+    layers = _layers(model)
     maxima = [layer.get_buffer(f"{operand}_hindsight") for layer in layers for operand in layer.remembers]
     before = [maximum.clone() for maximum in maxima]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 ORDER, AUGMENT, DROPOUT = 1, 2, 3  # what a key is for, its second word: they share no bits
 
@@ -20,3 +21,13 @@ def mix(*words) -> np.ndarray:
         key = (key ^ key >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         key = key ^ key >> np.uint64(31)
     return key
+
+
+def seed_torch(device: torch.device, key: int) -> None:
+    """Seed the generators of torch that a network on this device draws from, as torch.manual_seed does, with a key of
+    `mix`; on a CPU its own alone, which takes a fiftieth of the time."""
+    seed = int(key) & 0xFFFFFFFF  # the CPU's generator takes 32 bits
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

@@ -29,7 +29,7 @@ from luqrun.runs.reading import SUMMARY
 from luqrun.runs.start import find_start
 from luqrun.runtime import process_group
 from luqrun.runtime.devices import choose_device, peak_memory, reset_peak_memory, to_device
-from luqrun.runtime.seeds import DROPOUT, mix
+from luqrun.runtime.seeds import DROPOUT, mix, seed_torch
 from luqrun.runtime.signals import ASKING, Requests, Stopped
 from luqrun.tasks import build_task
 from luqrun.tasks.loader import batches_per_epoch, explain_dead_worker, is_batched, train_loader
@@ -100,6 +100,7 @@ class Trainer:
         self.recipe = Recipe.from_config(config.quant)
         self.kernels = gemms.describe(device.type, self.recipe.encodings)
         self.model = setup.build(config, self.recipe, self.task, device)
+        self.layers = [layer for _, layer in quantized_layers(self.model)]
         self.optimizer = build_optimizer(self.model, config.schedule)
         self.batches = batches_per_epoch(self.data, config.dataset)
         self.steps_per_epoch = self.batches // config.schedule.accumulate
@@ -256,8 +257,7 @@ class Trainer:
         last is the first whose loss is not finite.
         """
         step = self.progress["step"]
-        seed = mix(self.config.seed, DROPOUT, step, process_group.rank())[0]
-        torch.manual_seed(int(seed) & 0xFFFFFFFF)  # the CPU's generator takes 32 bits
+        seed_torch(self.device, mix(self.config.seed, DROPOUT, step, process_group.rank())[0])
         set_step(self.model, step)
         self._record_health(record_health)
         self.optimizer.zero_grad(set_to_none=True)
@@ -343,7 +343,7 @@ class Trainer:
         return every > 0 and self.progress["step"] % every == 0 and self.folder.writes
 
     def _record_health(self, on: bool) -> None:
-        for _, layer in quantized_layers(self.model):
+        for layer in self.layers:
             layer.health = {} if on else None
 
     def autocast(self):

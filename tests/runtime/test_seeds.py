@@ -1,8 +1,9 @@
 """Keys of what is random outside the quantizers."""
 
 import numpy as np
+import torch
 
-from luqrun.runtime.seeds import DROPOUT, mix
+from luqrun.runtime.seeds import DROPOUT, mix, seed_torch
 
 
 def test_keys_differ():
@@ -22,3 +23,11 @@ def test_seeds_steps_and_ranks_have_dropout_of_their_own():
         for rank in range(4)
     ]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_seeding_torch_is_that_of_manual_seed():
+    for key in (3, 2**63 + 5):
+        seed_torch(torch.device("cpu"), key)
+        found = torch.rand(5)
+        torch.manual_seed(key & 0xFFFFFFFF)
+        assert torch.equal(torch.rand(5), found)
