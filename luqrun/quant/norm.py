@@ -16,7 +16,7 @@ from luqrun.quant.layers import as_leaf
 
 
 class Made(NamedTuple):
-    """What a batch norm made its output of."""
+    """What a batch norm made its output of. versions: of x and weight, as it read them."""
 
     x: Tensor
     weight: Tensor | None
@@ -24,6 +24,11 @@ class Made(NamedTuple):
     mean: Tensor
     inverse: Tensor
     eps: float
+    versions: tuple[int, int]
+
+
+def _versions(x: Tensor, weight: Tensor | None) -> tuple[int, int]:
+    return x._version, 0 if weight is None else weight._version
 
 
 class _Output:
@@ -31,14 +36,19 @@ class _Output:
 
     def __init__(self, output: Tensor, made: Made):
         self.made, self.version = made, output._version
-        self.tensor = weakref.ref(output, self.forget)  # whichever thread it dies in
+        mine = weakref.ref(self)  # no cycle, which would hold what was made until a garbage collection
 
-    def forget(self, reference: weakref.ref | None = None) -> None:
-        self.made = None
+        def forget(_) -> None:  # in whichever thread it dies
+            if (own := mine()) is not None:
+                own.made = None
+
+        self.tensor = weakref.ref(output, forget)
 
     def is_untouched(self, output: Tensor) -> bool:
-        """Whether it is this tensor, nobody changed it since, and nobody wants its gradient."""
-        same = self.tensor() is output and self.version == output._version
+        """Whether it is this tensor, nobody changed it or what it was made of since, and nobody wants its gradient."""
+        if self.tensor() is not output or self.version != output._version:
+            return False
+        same = self.made.versions == _versions(self.made.x, self.made.weight)
         return same and not output._backward_hooks and not output.retains_grad
 
 
@@ -89,14 +99,11 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 class NormedReLUFunction(torch.autograd.Function):
-    """The ReLU of a batch norm's output, whose gradient goes to what the batch norm was given, past it."""
+    """The ReLU, in place, of a batch norm's output, whose gradient goes to what the batch norm was given, past it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, output: Tensor, made: Made, inplace: bool, most: float | None):
-        if inplace:
-            ctx.mark_dirty(output)
-        else:
-            output = output.clone(memory_format=torch.preserve_format)
+    def forward(ctx, x, weight, bias, output: Tensor, made: Made, most: float | None):
+        ctx.mark_dirty(output)
         ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most))
         ctx.eps = made.eps
         return output
@@ -109,37 +116,39 @@ class NormedReLUFunction(torch.autograd.Function):
                 ones = torch.ones(grad.shape, dtype=grad.dtype, device=grad.device)
                 passes = ops.relu_backward(ones, mask, True) > 0
             grad, mask = torch.where(passes, grad, 0), None
-        return *_gradients(ctx, saved, grad, mask), None, None, None, None
+        return *_gradients(ctx, saved, grad, mask), None, None, None
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with the same numbers, bit for bit. In training on the CPU (float32, channels_last memory, not
-    compiled) its backward pass is one with that of a ReLU after it."""
+    compiled) its backward pass is one with that of a ReLU, in place, after it."""
 
     def forward(self, input: Tensor) -> Tensor:
         node = as_leaf(self, input)
         if node is not None:
             return node
-        if not self._fuses(input):
+        weight, bias = self.weight, self.bias  # once: a parametrization computes them
+        if not self._fuses(input, weight, bias):
             return super().forward(input)
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
+        momentum, tracks = self.momentum, self.track_running_stats
+        if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        running = self.running_mean, self.running_var
-        output, mean, inverse = BatchNormFunction.apply(
-            input, self.weight, self.bias, running, momentum or 0.0, self.eps
-        )
-        _last.output = _Output(output, Made(input, self.weight, self.bias, mean, inverse, self.eps))
+        running = (self.running_mean, self.running_var) if tracks else (None, None)
+        versions = _versions(input, weight)
+        output, mean, inverse = BatchNormFunction.apply(input, weight, bias, running, momentum or 0.0, self.eps)
+        _last.output = _Output(output, Made(input, weight, bias, mean, inverse, self.eps, versions))
         return output
 
-    def _fuses(self, x: Tensor) -> bool:
+    def _fuses(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         if not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad:
             return False
         if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) not in PLAIN or not is_channels_last(x):
             return False
-        others = self.weight, self.bias, self.running_mean, self.running_var
-        if any(other is not None and other.dtype != torch.float32 for other in others):
+        others = [other for other in (weight, bias, self.running_mean, self.running_var) if other is not None]
+        # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does
+        # not look.
+        if any(other.dtype != torch.float32 or other.shape != x.shape[1:2] for other in others):
             return False
-        alone = x.numel() == x.shape[1]  # of which torch refuses to take a variance
-        return not (alone or has_modes() or is_transformed() or has_tangent(x) or torch.jit.is_tracing())
+        one_value = x.numel() <= x.shape[1]
+        return not (one_value or has_modes() or is_transformed() or has_tangent(x) or torch.jit.is_tracing())

@@ -71,7 +71,8 @@ def _rectified(module: nn.Module, input: Tensor, most: float | None, otherwise: 
         return otherwise(input)
     if module.inplace and (is_view(input) or dense(input) is not input):
         return otherwise(input)
-    made = take_last(input)
+    # Not where the batch norm's own output stays, and somebody may yet ask for its gradient.
+    made = take_last(input) if module.inplace else None
     if made is not None:
-        return NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, module.inplace, most)
+        return NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, most)
     return MaskedReLUFunction.apply(input, module.inplace, most)

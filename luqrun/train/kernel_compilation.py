@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -22,93 +22,105 @@ from luqrun.runtime import process_group
 from luqrun.train.progress import Progress
 
 if TYPE_CHECKING:  # numba is loaded where it is needed
+    from luqrun.quant.kernels.cpu.ahead import Begun
     from luqrun.quant.kernels.cpu.driver import Version
 
 log = logging.getLogger(__name__)
 
+POLL = 0.05  # seconds between two looks at what is compiled elsewhere
 EVERY = 5.0  # seconds between two lines about the progress, where there is no terminal
 T = TypeVar("T")
 
 
 class KernelCompilation:
     """A run's kernels, of which some may still be compiled, in other processes, while torch operations stand in for
-    them: with the same bits, several times as slowly.
+    them: with the same bits, slowly.
 
-    In its `with` the stand-in serves until all are there; `run` is for what may begin without them.
+    In its `with` the stand-in serves until all are there; `run` is for what may begin without them. versions: all that
+    the run takes, of which some are missing; none: all are there. check: is called now and then while it waits, and
+    may raise. no_bar: as tqdm's `disable`.
     """
 
-    def __init__(self, missing: Sequence[Version] = ()):
-        self.goes_on = bool(missing)
-        self.ready, self.unwanted, self.failure = threading.Event(), threading.Event(), None
-        self.thread = threading.Thread(target=self._compile, args=(missing,), daemon=True)
-        self.stand_in, self.serving, self.started = stand_in.StandIn(self.ready), None, time.monotonic()
-        self.begun, self.has_cores = False, False
+    def __init__(
+        self,
+        versions: Sequence[Version] = (),
+        missing: Sequence[Version] = (),
+        check: Callable[[], None] = lambda: None,
+        no_bar: bool | None = True,
+    ):
+        self.versions, self.missing, self.check, self.no_bar = versions, missing, check, no_bar
+        self.work: Begun | None = None
+        self.begun, self.has_cores, self.started = False, False, time.monotonic()
+        self.serving = ExitStack()
+
+    @property
+    def goes_on(self) -> bool:
+        return self.work is not None
 
     def __enter__(self):
-        if self.goes_on:
+        if self.missing:
             from luqrun.quant.kernels.cpu import ahead
 
+            self.work = ahead.begin(self.missing)
+            if self.work is None:
+                _compile_now(self.versions, self.no_bar)
+                return self
             self.has_cores = ahead.cores() > ahead.PROCESSES
             shown = "meanwhile" if self.has_cores else "in the first step"
             log.info("compiling the kernels for this CPU, once; %s torch operations do the same, slowly", shown)
-            self.thread.start()
-            self.serving = self.stand_in.serving()
-            self.serving.__enter__()
+            self.stand_in = stand_in.StandIn(self.work.is_done)
+            self.serving.enter_context(self.stand_in.serving())
         return self
 
     def __exit__(self, *failure) -> None:
-        self.unwanted.set()
         self._end()
 
     def run(self, model: nn.Module, function: Callable[..., T], *arguments) -> T:
-        """function(*arguments), which trains or evaluates the model. Where the kernels come to be there in the middle
-        of it, it is called once more, with the model's buffers as they were."""
+        """function(*arguments), which trains or evaluates the model. Where it must not go on without the kernels, it is
+        called once more, with the model's buffers as they were."""
         if not self.goes_on:
             return function(*arguments)
-        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
         # The first one shows that all goes well. More of them would cost those that compile more than they gain, unless
         # there are cores for both.
-        if self.begun and not self.has_cores:
-            self.ready.wait()
-        self.begun = True
-        try:
-            with self.stand_in.giving_way():
-                return function(*arguments)
-        except stand_in.Ready:
-            self._end()
-        if self.failure is not None:
-            raise self.failure
-        log.info("compiled in %.0f s: from here on kernels quantize", time.monotonic() - self.started)
-        forget()
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        if not self.begun or self.has_cores:
+            self.begun = True
+            before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            try:
+                with self.stand_in.giving_way():
+                    return function(*arguments)
+            except stand_in.GiveWay:
+                forget()
+                with torch.no_grad():
+                    for buffer, value in before:
+                        buffer.copy_(value)
+        self._wait()
         return function(*arguments)
 
+    def _wait(self) -> None:
+        while not self.work.is_done():
+            self.check()
+            time.sleep(POLL)
+        self._end()
+        _compile_now(self.versions, self.no_bar)  # what was compiled elsewhere is loaded, what was not is compiled
+        log.info("compiled in %.0f s: from here on kernels quantize", time.monotonic() - self.started)
+
     def _end(self) -> None:
-        if self.goes_on:
-            self.thread.join()
-            self.serving.__exit__(None, None, None)
-            self.goes_on = False
-
-    def _compile(self, missing: Sequence[Version]) -> None:
-        from luqrun.quant.kernels.cpu import ahead
-
-        try:
-            ahead.compile_all(missing, lambda done, total: None, unwanted=self.unwanted)
-        except ahead.Unwanted:
-            pass
-        except Exception as error:  # of which the run itself must hear
-            self.failure = error
-        finally:
-            self.ready.set()
+        if self.work is not None:
+            self.work.end()
+            self.serving.close()
+            self.work = None
 
 
 def training_kernels(
-    config: Config, model: nn.Module, recipe: Recipe, device: torch.device, no_bar: bool | None
+    config: Config,
+    model: nn.Module,
+    recipe: Recipe,
+    device: torch.device,
+    no_bar: bool | None,
+    check: Callable[[], None],
 ) -> KernelCompilation:
     """The CPU's kernels that training this quantized model takes: loaded, and else compiled, here and now where each
-    step is compiled, measured or shared by processes. no_bar: as tqdm's `disable`."""
+    step is compiled, measured or shared by processes. no_bar, check: see KernelCompilation."""
     layers = [layer for _, layer in quantized_layers(model)]
     if device.type != "cpu" or not layers or not _is_numba():
         return KernelCompilation()
@@ -120,7 +132,7 @@ def training_kernels(
         return KernelCompilation()
     from luqrun.quant.kernels.cpu import ahead
 
-    return KernelCompilation(ahead.missing(versions))
+    return KernelCompilation(versions, ahead.missing(versions), check, no_bar)
 
 
 def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type]) -> None:

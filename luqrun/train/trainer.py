@@ -67,7 +67,8 @@ def run(config: Config, folder: RunFolder, requests: Requests | None = None) -> 
     kept = {name: progress[name] for name in ("metric", "world_sizes")}
     folder.update_run(kernel_backend=trainer.kernels, data=data, **kept)
     try:
-        trainer.compilation = training_kernels(config, trainer.model, trainer.recipe, device, trainer.no_bar)
+        how = config, trainer.model, trainer.recipe, device, trainer.no_bar, trainer.stop_if_asked
+        trainer.compilation = training_kernels(*how)
         with trainer.compilation, trainer.requests.deferred():
             trainer.fit()
     except RuntimeError as error:
@@ -227,8 +228,7 @@ class Trainer:
             group["lr"] = self.learning_rate(step)
         health, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
         put_back = remember_ranges(self.model)
-        work = self.accumulate_gradients, micro_batches, health or histograms
-        sums, weight = self.compilation.run(self.model, *work)
+        sums, weight = self.compilation.run(self.model, self.accumulate_gradients, micro_batches, health or histograms)
         loss = sums["loss"] / weight
         if not math.isfinite(loss):
             put_back()

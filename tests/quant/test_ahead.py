@@ -128,13 +128,48 @@ def test_who_is_asked_to_stop_ends_the_others_and_leaves(loops, children, monkey
     assert all(child.returncode == -signal.SIGKILL for child in children)
 
 
-def test_what_nobody_wants_any_more_ends_the_others(loops, children, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    versions, unwanted = rehearsed(loops), threading.Event()
-    with pytest.raises(ahead.Unwanted):
-        ahead.compile_all(versions, lambda done, total: unwanted.set(), unwanted=unwanted)
-    assert not any(map(is_compiled, versions))
-    assert all(child.returncode is not None for child in children)
+def test_others_compile_while_this_process_goes_on(loops, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    versions = rehearsed(loops)
+    begun = ahead.begin(versions)
+    try:
+        assert ahead.begin(versions) is None  # another one is at it
+        while not begun.is_done():
+            time.sleep(0.05)
+    finally:
+        begun.end()
+    assert not ahead.missing(versions)
+
+
+def test_what_was_begun_can_be_ended(loops):
+    versions = rehearsed(loops)
+    begun = ahead.begin(versions)
+    begun.end()
+    assert begun.is_done()
+    again = ahead.begin(versions)  # the lock is free
+    again.end()
+    assert again is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_meanwhile_holds_nothing_up(loops):
+    """Such as a DataLoader's: it has all files open that this one has."""
+    versions = rehearsed(loops)
+    begun = ahead.begin(versions)
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        while not begun.is_done():
+            time.sleep(0.05)
+        begun.end()
+        again = ahead.begin(versions)
+        assert again is not None
+        again.end()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("how", ["killed", "failing", "not started"])

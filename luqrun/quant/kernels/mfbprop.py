@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from luqrun.quant.formats import Format, get_format
-from luqrun.quant.kernels.reference import encode, pack, relu_, relu_backward, statistics, unpack  # noqa: F401
+from luqrun.quant.kernels.reference import (  # noqa: F401
+    batch_norm_backward,
+    encode,
+    pack,
+    relu_,
+    relu_backward,
+    statistics,
+    unpack,
+)
 
 INTEGER, LOGARITHMIC = "int4", "e3m0"
 EXPONENT_BITS = 4

@@ -33,11 +33,11 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
     zeros = torch.zeros(4, dtype=torch.float64, device=x.device)
     if x.numel() == 0:
         return zeros
-    x = x.detach().float()
+    x = dense(x.detach()).float()
     magnitude = x.abs()
     sums = zeros[2:]
     if moments:
-        doubles = in_memory_order(dense(magnitude)).double()
+        doubles = in_memory_order(magnitude).double()
         sums = add_up(doubles), add_up(doubles.square())
     found = torch.stack([magnitude.max().double(), (x < 0).any().double(), *sums])
     return found if unless is None else torch.where(unless > 0, zeros, found)

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from luqrun.quant import routes
-from luqrun.quant.kernels import blocks, reference, serving
+from luqrun.quant.kernels import MODULES, blocks, reference, serving
 
 LARGE = 1 << 22  # elements of a tensor that would take longer, and several times its memory, than the compiler may
 
 
-class Ready(Exception):
-    """The kernels are there: what was begun without them is to be begun anew, with them."""
+class GiveWay(BaseException):
+    """What was begun without the kernels is to be begun anew, with them. No error: nothing may catch it on its way."""
 
 
 class StandIn:
-    """A backend of the reference's functions. Within `giving_way` a call raises Ready once `ready` is set, and one with
-    a large tensor waits for that."""
+    """A backend of the reference's functions. Within `giving_way` a call raises GiveWay once `is_ready()`, and one with
+    a large tensor does at once."""
 
-    def __init__(self, ready: threading.Event):
-        self.ready, self.gives_way = ready, False
+    def __init__(self, is_ready: Callable[[], bool]):
+        self.is_ready, self.gives_way = is_ready, False
+        self.__name__ = MODULES["cpu"]  # whoever asks chooses as with the kernels
 
     def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
         function = getattr(reference, name, None) or getattr(blocks, name)
 
-        def call(x, *rest):
-            tensors = x if isinstance(x, list | tuple) else [x, *(each for each in rest if isinstance(each, Tensor))]
-            if self.gives_way and any(each.numel() > LARGE for each in tensors):
-                self.ready.wait()
-            if self.gives_way and self.ready.is_set():
-                raise Ready
-            return function(x, *rest)
+        def call(*arguments, **keywords):
+            if self.gives_way:
+                tensors = [each for each in (*arguments, *keywords.values()) if isinstance(each, Tensor)]
+                tensors += arguments[0] if isinstance(arguments[0], list | tuple) else []
+                if self.is_ready() or any(each.numel() > LARGE for each in tensors):
+                    raise GiveWay
+            return function(*arguments, **keywords)
 
         return call
+
+    @staticmethod
+    def describe() -> str:
+        return reference.describe()
 
     @staticmethod
     def quantizes_blocks(how) -> bool:

@@ -1,7 +1,7 @@
 """Compiling loops before they are needed, in processes that fill numba's cache.
 
 The compiler works for up to two seconds at a time without a look at signals, and on one core. So this process only
-waits: it shows how far the others are, and ends them where it is asked to stop.
+waits: it shows how far the others are, and ends them where it is asked to stop. Or it goes on without (`begin`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from luqrun.internals.of_numba import Dispatcher, compiled_for, event
 from luqrun.quant.kernels.cpu.driver import Version
@@ -60,38 +60,26 @@ def missing(versions: Sequence[Version]) -> list[Version]:
     return left
 
 
-class Unwanted(Exception):
-    """Nobody waits for what is compiled any more."""
-
-
-def compile_all(
-    versions: Sequence[Version], progress: Progress, first: bool = True, unwanted: threading.Event | None = None
-) -> None:
+def compile_all(versions: Sequence[Version], progress: Progress, first: bool = True) -> None:
     """Compile what is missing of these, or wait for another process that does.
 
-    first: of several processes that begin at once, one is, which should be the one that compiles. unwanted: once it is
-    set, this ends soon, and raises Unwanted.
+    first: of several processes that begin at once, one is, which should be the one that compiles.
     """
-    left, unwanted = missing(versions), unwanted or threading.Event()
+    left = missing(versions)
     if not left:
         return
     folder = left[0].loop.stats.cache_path
     if folder is not None and sys.executable:
-        with _locked(Path(folder), first, unwanted):
+        with _locked(Path(folder), first):
             left = missing(left)
-            if left and not _compile_elsewhere(left, progress, unwanted):
+            if left and not _compile_elsewhere(left, progress):
                 log.warning("compiling in this process instead")
             left = missing(left)
-    _compile_here(left, progress, unwanted)
-
-
-def _check(unwanted: threading.Event) -> None:
-    if unwanted.is_set():
-        raise Unwanted
+    _compile_here(left, progress)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, first: bool, unwanted: threading.Event) -> Iterator[None]:
+def _locked(folder: Path, first: bool) -> Iterator[None]:
     """Hold the lock of those that compile for this cache, unless the file system has none."""
     with contextlib.ExitStack() as held:
         try:
@@ -105,27 +93,26 @@ def _locked(folder: Path, first: bool, unwanted: threading.Event) -> Iterator[No
         while file is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open, too
                 break
             except BlockingIOError:
                 if not told:
                     log.info("another process compiles the kernels for this CPU: waiting for it")
                 told = True
                 time.sleep(POLL)
-                _check(unwanted)
             except OSError:
                 break
         yield
 
 
-def _compile_here(versions: Sequence[Version], progress: Progress, unwanted: threading.Event) -> None:
+def _compile_here(versions: Sequence[Version], progress: Progress) -> None:
     counter = _Counter(versions, progress)
     for version in versions:
-        _check(unwanted)
         counter.add()
         _compile(version, counter.add)
 
 
-def _compile_elsewhere(versions: Sequence[Version], progress: Progress, unwanted: threading.Event) -> bool:
+def _compile_elsewhere(versions: Sequence[Version], progress: Progress) -> bool:
     """Whether other processes have compiled all of these."""
     counter, children = _Counter(versions, progress), []
     counter.add()
@@ -137,7 +124,6 @@ def _compile_elsewhere(versions: Sequence[Version], progress: Progress, unwanted
             for child in children:
                 selector.register(child.stdout, selectors.EVENT_READ, child)
             while selector.get_map():
-                _check(unwanted)
                 for key, _ in selector.select(POLL):
                     child, text = key.data, os.read(key.fd, 1 << 16)
                     if not text:
@@ -164,6 +150,49 @@ def _compile_elsewhere(versions: Sequence[Version], progress: Progress, unwanted
     return not any(codes)
 
 
+class Begun:
+    """Other processes that compile while this one goes on: it need not read what they say, and what they could not
+    compile is missing afterwards."""
+
+    def __init__(self, children: list[subprocess.Popen], lock: TextIO | None):
+        self.children, self.lock = children, lock
+
+    def is_done(self) -> bool:
+        return all(child.poll() is not None for child in self.children)
+
+    def end(self) -> None:
+        for child in self.children:
+            child.kill()
+            child.wait()
+        if self.lock is not None:
+            with self.lock, contextlib.suppress(OSError):
+                fcntl.flock(self.lock, fcntl.LOCK_UN)  # see _locked
+
+
+def begin(versions: Sequence[Version]) -> Begun | None:
+    """Begin to compile these elsewhere; None where that cannot be, or where another process is at it.
+
+    To be called before this process forks others, which would hold what it shares with its children.
+    """
+    folder, lock, children = versions[0].loop.stats.cache_path, None, []
+    if folder is None or not sys.executable:
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = (Path(folder) / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        children.extend(_start(share, subprocess.DEVNULL) for share in _shares(versions))
+    except OSError:  # locked, no such file system, or no process can be started
+        Begun(children, lock).end()
+        return None
+    return Begun(children, lock)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _shares(versions: Sequence[Version]) -> list[list[Version]]:
     """What each of the processes compiles, one for each core: about as many functions, those that only others call
     included."""
@@ -176,18 +205,13 @@ def _shares(versions: Sequence[Version]) -> list[list[Version]]:
     return [mine for mine, _ in shares]
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start(versions: Sequence[Version]) -> subprocess.Popen:
+def _start(versions: Sequence[Version], stdout: int = subprocess.PIPE) -> subprocess.Popen:
     """A process that compiles these, in a group of its own: Ctrl-C is this one's to answer."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
     environment["NUMBA_CPU_NAME"], environment["NUMBA_CPU_FEATURES"] = compiled_for()
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", "from luqrun.quant.kernels.cpu import ahead; ahead.work()"],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+        env=environment, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, process_group=0,
     )  # fmt: skip
     wanted = [(each.driver.__module__, each.driver.__name__, each.parallel, each.signature) for each in versions]
     with contextlib.suppress(BrokenPipeError), child.stdin:  # its exit code tells

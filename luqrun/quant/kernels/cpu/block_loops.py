@@ -18,7 +18,7 @@ from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_word
 from luqrun.quant.kernels.cpu.rows import STOCHASTIC, f32, i32, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 
-PANEL = 8192
+PANEL = 8192  # elements that are worked on together
 
 
 @tasks

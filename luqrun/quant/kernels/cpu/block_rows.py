@@ -1,8 +1,7 @@
 """Compiled loops (numba) over a panel of blocks, short enough for the second-level cache: `blocks` drives them.
 
 A panel holds `count` blocks of (high, wide) beside each other, row by row: element (r, j, c) of block j is at
-(r * count + j) * wide + c. Where sums are rounded they go through a block in its own order, as luqrun.quant.kernels.
-blocks has them.
+(r * count + j) * wide + c. `block_sums` adds up blocks.
 """
 
 from __future__ import annotations

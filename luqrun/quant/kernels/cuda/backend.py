@@ -22,6 +22,7 @@ from luqrun.quant.kernels.cuda import loops as kernels
 from luqrun.quant.kernels.cuda.launch import launch, native, pattern
 from luqrun.quant.kernels.layout import empty, in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import SAMPLE_SLOTS
+from luqrun.quant.kernels.reference import batch_norm_backward  # noqa: F401  torch's; of CPU tensors, interpreted
 
 TILE = 2048  # elements of an encode tile: 16 a thread, which leaves registers for enough programs beside each other
 TILES = 4  # such tiles a program at most: the words of the stream and 1 / scale are computed once for all
