@@ -134,6 +134,14 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
+def autograd_alone(x: Tensor) -> bool:
+    """Whether autograd follows this plain tensor, and nothing else does: no compiler, tracer, dispatch mode, transform
+    of torch.func or forward-mode derivative."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad or type(x) not in PLAIN:
+        return False
+    return not (has_modes() or is_transformed() or has_tangent(x) or torch.jit.is_tracing())
+
+
 def has_dispatch(x: Tensor) -> bool:
     """Whether x is of a class with __torch_dispatch__, which may wrap other tensors and have no memory itself.
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luqrun.internals.of_torch import PLAIN, has_modes, has_tangent, is_batched, is_transformed
-from luqrun.quant.kernels import backend_for, ops
+from luqrun.internals.of_torch import autograd_alone, is_batched
+from luqrun.quant.kernels import backend_for, reference
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.layers import as_leaf
 
@@ -66,14 +66,12 @@ def take_last(output: Tensor) -> Made | None:
     return last.made if last is not None and last.is_untouched(output) else None
 
 
-def _gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor, mask: Tensor | None) -> list[Tensor | None]:
-    """Of x, weight and bias, those that are needed."""
-    x, weight, mean, inverse = saved
-    if not torch.is_grad_enabled() and not is_batched(grad):
-        found = backend_for(x.device.type).batch_norm_backward(grad, mask, x, weight, mean, inverse, ctx.eps)
-    else:  # in torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once
-        rest = weight, None, None, mean, inverse, True, ctx.eps, (True, True, True)
-        found = torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
+def gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+    """Of x, weight and bias, those that are needed. saved: x, weight, mean and inverse; mask: of a ReLU, or None."""
+    # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
+    in_torch = torch.is_grad_enabled() or is_batched(grad)
+    kernels = reference if in_torch else backend_for(saved[0].device.type)
+    found = kernels.batch_norm_backward(grad, mask, *saved, ctx.eps)
     return [each if needed else None for each, needed in zip(found, ctx.needs_input_grad, strict=False)]
 
 
@@ -95,28 +93,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *_):
         if grad is None:  # a ReLU's own function has taken it past this one
             return (None,) * 6
-        return *_gradients(ctx, ctx.saved_tensors, grad, None), None, None, None
-
-
-class NormedReLUFunction(torch.autograd.Function):
-    """The ReLU, in place, of a batch norm's output, whose gradient goes to what the batch norm was given, past it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, output: Tensor, made: Made, most: float | None):
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most))
-        ctx.eps = made.eps
-        return output
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
-        if torch.is_grad_enabled() or is_batched(grad):
-            with torch.no_grad():
-                ones = torch.ones(grad.shape, dtype=grad.dtype, device=grad.device)
-                passes = ops.relu_backward(ones, mask, True) > 0
-            grad, mask = torch.where(passes, grad, 0), None
-        return *_gradients(ctx, saved, grad, mask), None, None, None
+        return *gradients(ctx, ctx.saved_tensors, grad, None), None, None, None
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -141,14 +118,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return output
 
     def _fuses(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-        if not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad:
+        if not self.training or not autograd_alone(x):
             return False
-        if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) not in PLAIN or not is_channels_last(x):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not is_channels_last(x):
             return False
         others = [other for other in (weight, bias, self.running_mean, self.running_var) if other is not None]
         # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does
         # not look.
         if any(other.dtype != torch.float32 or other.shape != x.shape[1:2] for other in others):
             return False
-        one_value = x.numel() <= x.shape[1]
-        return not (one_value or has_modes() or is_transformed() or has_tangent(x) or torch.jit.is_tracing())
+        return x.numel() > x.shape[1]

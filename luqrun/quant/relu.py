@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from luqrun.internals.of_torch import PLAIN, has_modes, has_tangent, is_batched, is_transformed, is_view
+from luqrun.internals.of_torch import autograd_alone, is_batched, is_view
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import dense, is_channels_last
 from luqrun.quant.layers import as_leaf
-from luqrun.quant.norm import NormedReLUFunction, take_last
+from luqrun.quant.norm import Made, gradients, take_last
 
 
 class MaskedReLUFunction(torch.autograd.Function):
@@ -32,11 +32,34 @@ class MaskedReLUFunction(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if not torch.is_grad_enabled() and not is_batched(grad_output):
             return ops.relu_backward(grad_output, mask, ctx.channels_last), None, None
-        # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
-        with torch.no_grad():
-            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
-            passes = ops.relu_backward(ones, mask, ctx.channels_last) > 0
-        return torch.where(passes, grad_output, 0), None, None
+        return _where_it_passes(grad_output, mask, ctx.channels_last), None, None
+
+
+class NormedReLUFunction(torch.autograd.Function):
+    """MaskedReLUFunction, in place, of a batch norm's output. The gradient goes to what the batch norm was given."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, output: Tensor, made: Made, most: float | None):
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most))
+        ctx.eps = made.eps
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        if torch.is_grad_enabled() or is_batched(grad_output):
+            grad_output, mask = _where_it_passes(grad_output, mask, True), None
+        return *gradients(ctx, saved, grad_output, mask), None, None, None
+
+
+def _where_it_passes(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+    """ops.relu_backward in torch's own operations: for a derivative of the gradient (create_graph=True), or many
+    gradients at once."""
+    with torch.no_grad():
+        ones = torch.ones(grad.shape, dtype=grad.dtype, device=grad.device)
+        passes = ops.relu_backward(ones, mask, channels_last) > 0
+    return torch.where(passes, grad, 0)
 
 
 class MaskedReLU(nn.ReLU):
@@ -62,12 +85,8 @@ def _rectified(module: nn.Module, input: Tensor, most: float | None, otherwise: 
     node = as_leaf(module, input)
     if node is not None:
         return node
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not input.requires_grad:
-        return otherwise(input)
-    if input.dtype not in (torch.float32, torch.bfloat16) or type(input) not in PLAIN or input.is_nested:
-        return otherwise(input)
-    # Who keeps the clone would find it changed; or it is no plain tensor.
-    if has_modes() or is_transformed() or has_tangent(input) or torch.jit.is_tracing():
+    # A dispatch mode may keep the clone, and would find it changed.
+    if input.is_nested or input.dtype not in (torch.float32, torch.bfloat16) or not autograd_alone(input):
         return otherwise(input)
     if module.inplace and (is_view(input) or dense(input) is not input):
         return otherwise(input)

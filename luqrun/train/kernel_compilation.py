@@ -36,21 +36,19 @@ class KernelCompilation:
     """A run's kernels, of which some may still be compiled, in other processes, while torch operations stand in for
     them: with the same bits, slowly.
 
-    In its `with` the stand-in serves until all are there; `run` is for what may begin without them. versions: all that
-    the run takes, of which some are missing; none: all are there. check: is called now and then while it waits, and
-    may raise. no_bar: as tqdm's `disable`.
+    In its `with` the stand-in serves until all are there; `run` is for what may begin without them. check: is called
+    now and then while it waits, and may raise. no_bar: as tqdm's `disable`.
     """
 
     def __init__(
         self,
-        versions: Sequence[Version] = (),
         missing: Sequence[Version] = (),
         check: Callable[[], None] = lambda: None,
         no_bar: bool | None = True,
     ):
-        self.versions, self.missing, self.check, self.no_bar = versions, missing, check, no_bar
+        self.missing, self.check, self.no_bar = missing, check, no_bar
         self.work: Begun | None = None
-        self.begun, self.has_cores, self.started = False, False, time.monotonic()
+        self.tried, self.has_cores, self.started = False, False, time.monotonic()
         self.serving = ExitStack()
 
     @property
@@ -63,7 +61,7 @@ class KernelCompilation:
 
             self.work = ahead.begin(self.missing)
             if self.work is None:
-                _compile_now(self.versions, self.no_bar)
+                _compile_now(self.missing, self.no_bar)
                 return self
             self.has_cores = ahead.cores() > ahead.PROCESSES
             shown = "meanwhile" if self.has_cores else "in the first step"
@@ -82,8 +80,8 @@ class KernelCompilation:
             return function(*arguments)
         # The first one shows that all goes well. More of them would cost those that compile more than they gain, unless
         # there are cores for both.
-        if not self.begun or self.has_cores:
-            self.begun = True
+        if not self.tried or self.has_cores:
+            self.tried = True
             before = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
                 with self.stand_in.giving_way():
@@ -101,7 +99,7 @@ class KernelCompilation:
             self.check()
             time.sleep(POLL)
         self._end()
-        _compile_now(self.versions, self.no_bar)  # what was compiled elsewhere is loaded, what was not is compiled
+        _compile_now(self.missing, self.no_bar)  # what was compiled elsewhere is loaded, what was not is compiled
         log.info("compiled in %.0f s: from here on kernels quantize", time.monotonic() - self.started)
 
     def _end(self) -> None:
@@ -132,7 +130,7 @@ def training_kernels(
         return KernelCompilation()
     from luqrun.quant.kernels.cpu import ahead
 
-    return KernelCompilation(versions, ahead.missing(versions), check, no_bar)
+    return KernelCompilation(ahead.missing(versions), check, no_bar)
 
 
 def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type]) -> None:

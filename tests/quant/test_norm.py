@@ -17,8 +17,8 @@ from luqrun.quant import norm
 from luqrun.quant.kernels import MODULES, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import norm as kernels
-from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d, NormedReLUFunction
-from luqrun.quant.relu import MaskedReLU, MaskedReLU6
+from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d
+from luqrun.quant.relu import MaskedReLU, MaskedReLU6, NormedReLUFunction
 
 INPUTS = {
     "channels_last": normal(5, 24, 7, 5).to(memory_format=LAST),
@@ -130,7 +130,7 @@ def test_the_gradient_of_its_output_can_be_kept():
     "relu", [nn.Identity(), MaskedReLU(), MaskedReLU(inplace=True)], ids=["alone", "relu", "in place"]
 )
 def test_second_derivatives_and_many_gradients_at_once(relu):
-    plain = batch_norm(8).double().float()
+    plain = batch_norm(8)
     ours, x = fused(plain), normal(3, 8, 2, 2).to(memory_format=LAST)
 
     def derivatives(layer):
