@@ -19,6 +19,7 @@ from luqrun.quant.formats import FORMATS, Format, pack, unpack
 from luqrun.quant.grids import Grid, expanded, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
 from luqrun.quant.kernels.philox import make_stream
+from luqrun.quant.measured import statistics, statistics_of
 from luqrun.quant.scale_formats import from_bytes, to_bytes
 
 MAX_SAMPLES = 64
@@ -187,9 +188,9 @@ class Quantizer:
         hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used). share:
         turns the statistics of x (ops.statistics) into those of all parts of a distributed tensor, of equal size.
         """
+        found = statistics(x, self.range == "sawb")
         x = x.detach()
-        statistics = ops.statistics(x, self.range == "sawb")
-        largest, negative, sum1, sum2 = (statistics if share is None else share(statistics)).unbind()
+        largest, negative, sum1, sum2 = (found if share is None else share(found)).unbind()
         maximum = clip = largest.float()
         if self.range == "signed_max" and x.numel():
             clip = x.amax().float().clamp(min=0)
@@ -255,10 +256,10 @@ class Quantizer:
 
         hindsight, share: as in `measure`. With it a logarithmic format reads x once: the maximum is found on the way.
         """
-        x = x.detach()
         plain = self.largest is None and self.range != "signed_max" and share is None
         if plain and fuses(x.device.type) and has_kernels(self.form, self.rounding):
-            return Encoded(*ops.quantize(x, self.encoding.key, hindsight, stream, dtype, packed))
+            known = None if self.range == "hindsight" else statistics_of(x, self.range == "sawb")
+            return Encoded(*ops.quantize(x.detach(), self.encoding.key, hindsight, stream, dtype, packed, known))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
             scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self._most)
@@ -282,12 +283,12 @@ class Quantizer:
     ) -> Blocks:
         """Encode x in the blocks of a grid over its memory, its values as `dtype` (operands.held_in_blocks: one that
         holds them exactly). share: as in `measure`, for the scale of the tensor."""
-        x = x.detach()
         if self.scale_format == "e4m3":
-            statistics = ops.statistics(x, False)
-            maximum = (statistics if share is None else share(statistics))[0].float()
+            found = statistics(x, False)
+            maximum = (found if share is None else share(found))[0].float()
         else:
             maximum = x.new_empty((), dtype=torch.float32)  # not read
+        x = x.detach()
         found = ops.encode_blocks(x, self.encoding.key, grid.sizes, grid.block, maximum, stream, sample, dtype, packed)
         return Blocks(*found)
 

@@ -11,38 +11,41 @@ from luqrun.internals.of_torch import autograd_alone, is_batched, is_view
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import dense, is_channels_last
 from luqrun.quant.layers import as_leaf
+from luqrun.quant.measured import remember, wish_of
 from luqrun.quant.norm import Made, gradients, take_last
+
+Found = tuple[Tensor, bool] | tuple[()]  # where what is measured goes, and whether with moments; or nothing is
 
 
 class MaskedReLUFunction(torch.autograd.Function):
     """max(x, 0), or min(max(x, 0), most), keeping a mask of one bit an element."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, inplace: bool, most: float | None):
+    def forward(ctx, x: Tensor, inplace: bool, most: float | None, found: Found):
         if inplace:
             ctx.mark_dirty(x)
         else:
             x = dense(x).clone(memory_format=torch.preserve_format)
         ctx.channels_last = is_channels_last(x)
-        ctx.save_for_backward(ops.relu_(x, most))
+        ctx.save_for_backward(ops.relu_(x, most, *found))
         return x
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         (mask,) = ctx.saved_tensors
         if not torch.is_grad_enabled() and not is_batched(grad_output):
-            return ops.relu_backward(grad_output, mask, ctx.channels_last), None, None
-        return _where_it_passes(grad_output, mask, ctx.channels_last), None, None
+            return ops.relu_backward(grad_output, mask, ctx.channels_last), None, None, None
+        return _where_it_passes(grad_output, mask, ctx.channels_last), None, None, None
 
 
 class NormedReLUFunction(torch.autograd.Function):
     """MaskedReLUFunction, in place, of a batch norm's output. The gradient goes to what the batch norm was given."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, output: Tensor, made: Made, most: float | None):
+    def forward(ctx, x, weight, bias, output: Tensor, made: Made, most: float | None, found: Found):
         ctx.mark_dirty(output)
-        ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most))
-        ctx.eps = made.eps
+        ctx.save_for_backward(x, weight, made.mean, made.inverse, ops.relu_(output, most, *found))
+        ctx.eps, ctx.wish = made.eps, made.wish
         return output
 
     @staticmethod
@@ -50,7 +53,7 @@ class NormedReLUFunction(torch.autograd.Function):
         *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         if torch.is_grad_enabled() or is_batched(grad_output):
             grad_output, mask = _where_it_passes(grad_output, mask, True), None
-        return *gradients(ctx, saved, grad_output, mask), None, None, None
+        return *gradients(ctx, saved, grad_output, mask), None, None, None, None
 
 
 def _where_it_passes(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
@@ -92,6 +95,11 @@ def _rectified(module: nn.Module, input: Tensor, most: float | None, otherwise: 
         return otherwise(input)
     # Not where the batch norm's own output stays, and somebody may yet ask for its gradient.
     made = take_last(input) if module.inplace else None
+    wish = wish_of(module)
+    found = wish.begin()
     if made is not None:
-        return NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, most)
-    return MaskedReLUFunction.apply(input, module.inplace, most)
+        output = NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, most, found or ())
+    else:
+        output = MaskedReLUFunction.apply(input, module.inplace, most, found or ())
+    remember(output, wish, found)
+    return output

@@ -214,7 +214,9 @@ def test_a_parametrized_weight_is_computed_once():
 @pytest.mark.parametrize("name", MODULES)
 def test_every_backend_has_it(name):
     pytest.importorskip("triton") if name == "cuda" else None
-    assert callable(importlib.import_module(MODULES[name]).batch_norm_backward)
+    backend = importlib.import_module(MODULES[name])
+    assert callable(backend.batch_norm)
+    assert callable(backend.batch_norm_backward)
 
 
 def test_the_trial_is_in_float32_whatever_the_default():
@@ -260,16 +262,34 @@ def test_the_loops_give_torchs_bits(threads):
             channels = torch.randn(3, shape[1], generator=generator)
             mask = reference.relu_(other) if number % 3 else None
             arguments = grad, mask, x, channels[0] if number % 4 else None, channels[1], channels[2].abs(), 1e-5
-            check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments), shape)
+            found, expected = torch.ones(2, 4, dtype=torch.float64).unbind()
+            ours, theirs = (
+                cpu.batch_norm_backward(*arguments, found),
+                reference.batch_norm_backward(*arguments, expected),
+            )
+            check((*ours, found), (*theirs, expected), shape)
+            given = [each if number % 5 else None for each in (*channels[:2], *channels.abs()[1:])]
+            copies = [None if each is None else each.clone() for each in given]
+            ours, theirs = cpu.batch_norm(x, *given, 0.3, 1e-3), reference.batch_norm(x, *copies, 0.3, 1e-3)
+            check((*ours, *given), (*theirs, *copies), shape)
     finally:
         torch.set_num_threads(before)
 
 
-def test_loops_that_give_other_bits_are_not_used(monkeypatch, caplog):
+@pytest.mark.parametrize("function", ["gradients", "normalized"])
+def test_loops_that_give_other_bits_are_not_used(function, monkeypatch, caplog):
     monkeypatch.setattr(kernels._proven, "verdicts", {})
-    right = kernels.gradients
-    monkeypatch.setattr(kernels, "gradients", lambda *a: [each * (1 + 2**-20) for each in right(*a)])
+    right = getattr(kernels, function)
+    monkeypatch.setattr(kernels, function, lambda *a: tuple(each * (1 + 2**-20) for each in right(*a)))
     x, grad = (normal(3, 16, 4, 4, seed=seed).to(memory_format=LAST) for seed in (1, 2))
     arguments = grad, None, x, None, torch.zeros(16), torch.ones(16), 1e-5
     check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))
+    rest = None, None, None, None, 0.1, 1e-5
+    check(cpu.batch_norm(x, *rest), reference.batch_norm(x, *rest))
     assert "fewer passes" in caplog.text
+
+
+def test_vectors_with_gaps_are_torchs():
+    x, given = normal(3, 16, 4, 4).to(memory_format=LAST), torch.rand(4, 16)
+    ours, theirs = (torch.stack([given, given], -1)[..., 0] for _ in range(2))
+    check((*cpu.batch_norm(x, *ours, 0.1, 1e-5), *ours), (*reference.batch_norm(x, *theirs, 0.1, 1e-5), *theirs))

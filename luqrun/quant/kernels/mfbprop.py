@@ -20,6 +20,7 @@ from torch import Tensor
 
 from luqrun.quant.formats import Format, get_format
 from luqrun.quant.kernels.reference import (  # noqa: F401
+    batch_norm,
     batch_norm_backward,
     encode,
     pack,

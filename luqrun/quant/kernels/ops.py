@@ -141,16 +141,16 @@ class encode:
 
 
 @_operator(
-    "quantize(Tensor x, str encoding, Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "quantize(Tensor x, str encoding, Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed, "
+    "Tensor? known=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 class quantize:
     """Measure, scale and encode in one call; kernels that lack it (the reference's) leave it to Quantizer.run."""
 
-    def run(x, encoding, hindsight, stream, dtype, packed):
-        return backend_for(x.device.type).quantize(x, Encoding.of(encoding), hindsight, stream, dtype, packed)
+    def run(x, encoding, hindsight, stream, dtype, packed, known=None):
+        return backend_for(x.device.type).quantize(x, Encoding.of(encoding), hindsight, stream, dtype, packed, known)
 
-    def fake(x, encoding, hindsight, stream, dtype, packed):
+    def fake(x, encoding, hindsight, stream, dtype, packed, known=None):
         codes, fields = _coded(x, encoding, dtype, packed)
         scale, signed, maximum = (x.new_empty((), dtype=t) for t in (torch.float32, torch.bool, torch.float32))
         return codes, scale, signed, fields, maximum
@@ -252,12 +252,12 @@ class signs:
         return stream.new_empty(size, dtype=torch.float32)
 
 
-@_operator("relu_(Tensor(a!) x, float? most=None) -> Tensor")
+@_operator("relu_(Tensor(a!) x, float? most=None, Tensor(b!)? found=None, bool moments=False) -> Tensor")
 class relu_:
-    def run(x, most=None):
-        return backend_for(x.device.type).relu_(x, most)
+    def run(x, most=None, found=None, moments=False):
+        return backend_for(x.device.type).relu_(x, most, found, moments)
 
-    def fake(x, most=None):
+    def fake(x, most=None, found=None, moments=False):
         return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 

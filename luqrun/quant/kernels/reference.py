@@ -126,17 +126,20 @@ def unpack(
     return from_memory_order(flat.to(dtype), shape, channels_last)
 
 
-def relu_(x: Tensor, most: float | None = None) -> Tensor:
+def relu_(x: Tensor, most: float | None = None, found: Tensor | None = None, moments: bool = False) -> Tensor:
     """x <- max(x, 0) in place, for x dense in contiguous or channels_last memory; returns the mask for its backward.
 
     The mask has a bit for each element in memory order, 0 where x <= 0: flat uint8, bit i being bit i % 8 of byte
-    i // 8. NaN stays NaN and has bit 1. most: what larger values become (6 of ReLU6), with bit 0 from it on.
+    i // 8. NaN stays NaN and has bit 1. most: what larger values become (6 of ReLU6), with bit 0 from it on. found:
+    float64 (4,) <- statistics(x, moments) of what x became, or None.
     """
     keep = ~(in_memory_order(x) <= 0)
     if most is not None:
         keep &= ~(in_memory_order(x) >= most)
         x.copy_(torch.where(x >= most, most, x))
     x.copy_(torch.where(x <= 0, 0, x))
+    if found is not None:
+        found.copy_(statistics(x, moments))
     return pack_fields(keep.to(torch.int32), 1)
 
 
@@ -146,18 +149,44 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return torch.where(bits > 0, grad, 0)
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mean, 1 / sqrt(variance + eps)) of a batch norm in training; running mean and variance are updated.
+
+    x: float32 (N, C, H, W); the others float32 (C,), or None.
+    """
+    return torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+
+
 def batch_norm_backward(
-    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+    grad: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    eps: float,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of x, of weight, of bias) of a batch norm in training, whose output had this gradient.
 
     grad, x: float32 (N, C, H, W); mask: of a `relu_` after it, in x's memory order, or None; weight, mean, inverse
-    (1 / sqrt(variance + eps)): float32 (C,).
+    (1 / sqrt(variance + eps)): float32 (C,). found: float64 (4,) <- statistics(gradient of x, False), or None.
     """
     if mask is not None:
         grad = relu_backward(grad, mask, is_channels_last(x))
     rest = weight, None, None, mean, inverse, True, eps, (True, True, True)
-    return torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
+    gradients = torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
+    if found is not None:
+        found.copy_(statistics(gradients[0], False))
+    return gradients
 
 
 def int8_conv(

@@ -24,6 +24,7 @@ from luqrun.quant.kernels.cpu import quantize as numba_quantize
 from luqrun.quant.kernels.cpu.memory import loadable
 from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
 from luqrun.quant.kernels.cpu.sizes import chunks
+from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import dense, empty, in_channels_last, is_channels_last, pixels_of
 
 KINDS = {
@@ -74,7 +75,7 @@ def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor
         return torch.zeros(4, dtype=torch.float64, device="cpu")
     x, found = loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
     how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
-    address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0
+    address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0, 0
     functions = driver.run.address(x.numel()), numba_quantize.measure.address(), 0, 0
     numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers, functions)
     return found[2:].clone()  # memory of its own, as the operator promises
@@ -87,14 +88,15 @@ def quantize(
     stream: Tensor,
     dtype: torch.dtype,
     packed: bool,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, signed, fields, maximum): what Quantizer.run gives, sample 0, in one call.
 
-    hindsight: the estimate of the maximum, 0-dim, or None.
+    hindsight: the estimate of the maximum, 0-dim, or None. known: x's statistics, or None.
     """
     x, numbers = loadable(x), (*how.sawb, 0.0 if hindsight is None else hindsight.item())
     scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
-    addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr())
+    addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr()), 0 if known is None else known.data_ptr()
     steps = _how(how, RANGES[how.range], how.range == "sawb", 0)
     codes, fields = _encode(x, addresses, how.form, stream, steps, numbers, dtype, packed)
     return codes, scale, signed, fields, maximum
@@ -114,15 +116,15 @@ def encode(
     """See reference.encode."""
     given = [scale.item(), float(signed.item()), 0, 0, 0, 0]
     results = torch.tensor(given, dtype=torch.float64, device="cpu")
-    addresses = results.data_ptr(), (0, 0, 0)
+    addresses = results.data_ptr(), (0, 0, 0), 0
     steps, dtype = _how(how, GIVEN, observe, sample), dtype or how.form.code_dtype
     codes, fields = _encode(loadable(x), addresses, how.form, stream, steps, (0.0, 0.0, 0.0), dtype, packed)
     return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
 
 
 def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
-    """The codes and fields of numba_quantize.quantize. addresses: of results and outputs, whose tensors the caller
-    holds; the rest: as there."""
+    """The codes and fields of numba_quantize.quantize. addresses: of results, outputs and statistics, whose tensors the
+    caller holds; the rest: as there."""
     wanted, count, layout = dtype, x.numel(), _layout(x)
     # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards. Without draws
     # the order of the elements does not matter.
@@ -182,14 +184,14 @@ def unpack(
     return codes.to(dtype)
 
 
-def relu_(x: Tensor, most: float | None = None) -> Tensor:
+def relu_(x: Tensor, most: float | None = None, found: Tensor | None = None, moments: bool = False) -> Tensor:
     """See reference.relu_; float32 and bf16."""
     assert x.dtype in (torch.float32, torch.bfloat16)
     assert dense(x) is x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     half, count = int(x.dtype == torch.bfloat16), x.numel()
-    most = _pattern(math.nan if most is None else most, half)
-    loops.rectify(chunks(count), count, count, x.data_ptr(), half, mask.data_ptr(), most)
+    how = x.data_ptr(), half, mask.data_ptr(), _pattern(math.nan if most is None else most, half)
+    measuring(loops.rectify, chunks(count), count, count, *how, out=found, moments=moments)
     return mask
 
 
@@ -210,13 +212,36 @@ def relu_backward(grad: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return out
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.batch_norm."""
+    vectors = weight, bias, running_mean, running_var
+    dense_vectors = all(each is None or each.is_contiguous() for each in vectors)
+    function = norm.normalized if dense_vectors and norm.suits(x, *vectors) else reference.batch_norm
+    return function(x, *vectors, momentum, eps)
+
+
 def batch_norm_backward(
-    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+    grad: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    eps: float,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm_backward."""
     if mask is not None and is_channels_last(x):
         grad = in_channels_last(grad)  # as a ReLU's backward pass would leave it
-    if norm.suits(grad, x, weight):
-        return norm.gradients(grad, mask, x, weight, mean, inverse)
+    if is_channels_last(grad) and norm.suits(x, grad, weight):
+        return norm.gradients(grad, mask, x, weight, mean, inverse, found)
     grad = grad if mask is None else relu_backward(grad, mask, is_channels_last(x))
-    return reference.batch_norm_backward(grad, None, x, weight, mean, inverse, eps)
+    return reference.batch_norm_backward(grad, None, x, weight, mean, inverse, eps, found)

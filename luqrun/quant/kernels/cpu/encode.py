@@ -33,7 +33,7 @@ def float_of(typingctx, bits):
 
 
 @intrinsic
-def _fma(typingctx, x, y, z):
+def fma(typingctx, x, y, z):
     """x y + z of float32, rounded once."""
 
     def codegen(context, builder, signature, args):
@@ -72,7 +72,7 @@ def quotient(x, scale, inverse):
     to 2^60. Smaller ones come out below 2^-50.
     """
     guess = x * inverse
-    return _fma(_fma(-scale, guess, x), inverse, guess)
+    return fma(fma(-scale, guess, x), inverse, guess)
 
 
 @row_loop()

@@ -6,6 +6,7 @@ import numpy as np
 
 from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.driver import integers, tasks
+from luqrun.quant.kernels.cpu.masks import TAIL_BYTES, apply_row, rectify_row
 from luqrun.quant.kernels.cpu.memory import (
     INT8,
     accumulate,
@@ -18,8 +19,9 @@ from luqrun.quant.kernels.cpu.memory import (
     store,
     uint8s,
 )
-from luqrun.quant.kernels.cpu.rows import i32, row_loop
+from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
+from luqrun.quant.kernels.cpu.statistics import MEASURE_BYTES, measure_row
 
 
 @tasks
@@ -64,17 +66,16 @@ def unpack(request, number):
 @tasks
 def rectify(request, number):
     """x <- min(max(x, 0), most) in place, and a bit of the mask for each element between. most: its bit pattern, or one
-    above infinity's."""
-    elements, x, half, mask, most = integers(request, 0, 5)
-    room = np.zeros(ROW, np.uint8)  # see quantize.encode_flat
-    keep = uint8s(room.ctypes.data, ROW)
-    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
-        count = min(ROW, elements - first)
-        bits = uint8s(mask + first // 8, (count + 7) // 8)
-        if half:
-            rows.rectify(halves(x + 2 * first, count), keep, bits, i32(0x7F80), i32(0x7FFF), i32(most))
-        else:
-            rows.rectify(int32s(x + 4 * first, count), keep, bits, i32(0x7F800000), i32(0x7FFFFFFF), i32(most))
+    above infinity's. measures, extremes, sums: see statistics.measuring."""
+    elements, x, half, mask, most, measures, extremes, sums = integers(request, 0, 8)
+    size, found = 2 if half else 4, (extremes + 8 * number, sums + 16 * number)
+    room = np.empty(TAIL_BYTES + MEASURE_BYTES, np.uint8)  # see quantize.encode_flat
+    at, stop = room.ctypes.data, min(elements, (number + 1) * CHUNK)
+    for first in range(number * CHUNK, stop, ROW):
+        count = min(ROW, stop - first)
+        rectify_row(x + size * first, half, count, mask + first // 8, most, at)
+        if measures:
+            measure_row(x, half, first, count, measures == 2, *found, at + TAIL_BYTES)
     room[0] = 0  # see encode_flat
 
 
@@ -82,15 +83,10 @@ def rectify(request, number):
 def apply_mask(request, number):
     """out is grad where the mask has a bit, else 0."""
     elements, grad, half, mask, out = integers(request, 0, 5)
-    room = np.empty(ROW, np.uint8)  # see quantize.encode_flat
-    keep = uint8s(room.ctypes.data, ROW)
-    for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
-        count = min(ROW, elements - first)
-        bits = uint8s(mask + first // 8, (count + 7) // 8)
-        if half:
-            rows.apply_mask(halves(grad + 2 * first, count), bits, keep, halves(out + 2 * first, count))
-        else:
-            rows.apply_mask(int32s(grad + 4 * first, count), bits, keep, int32s(out + 4 * first, count))
+    size, first = 2 if half else 4, number * CHUNK
+    room = np.empty(TAIL_BYTES, np.uint8)  # see quantize.encode_flat
+    at = size * first
+    apply_row(grad + at, half, min(CHUNK, elements - first), mask + first // 8, out + at, room.ctypes.data)
     room[0] = 0  # see encode_flat
 
 

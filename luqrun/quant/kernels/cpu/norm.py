@@ -1,7 +1,8 @@
-"""Batch norm's backward pass on the CPU, with the mask of a ReLU after it: torch's numbers, in fewer passes.
+"""Batch norm in training on the CPU, and backward with the mask of a ReLU after it: torch's numbers, in less time.
 
-torch's own loop divides twice for each element, and a ReLU's backward pass before it reads and writes the gradient once
-more. The loops here (`norm_loops`) are used for work on which they were seen to give torch's bits.
+torch's own loops read and write the sums of each row of channels in memory and divide twice for each element, and a
+ReLU's backward pass before them reads and writes the gradient once more. The loops here (`normalize_loops`,
+`norm_loops`) are used for work on which they were seen to give torch's bits.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from luqrun.quant import routes
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import norm_loops
-from luqrun.quant.kernels.cpu.norm_loops import EIGHT
+from luqrun.quant.kernels.cpu import driver, norm_loops
+from luqrun.quant.kernels.cpu import normalize_loops as loops
+from luqrun.quant.kernels.cpu.columns import EIGHT
 from luqrun.quant.kernels.cpu.proofs import Proofs
 from luqrun.quant.kernels.cpu.rows import HAS_FMA
 from luqrun.quant.kernels.cpu.sizes import CHUNK
+from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import is_channels_last
 
 MOST_KINDS = 256  # that are tried: images whose sizes vary would each be one
@@ -32,14 +35,16 @@ class Kind(NamedTuple):
     threads: int
 
 
-def suits(grad: Tensor, x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the loops give torch's gradients of a batch norm of x."""
-    kinds = {grad.dtype, x.dtype, torch.float32 if weight is None else weight.dtype}
-    laid_out = is_channels_last(x) and is_channels_last(grad) and x.shape[1] % EIGHT == 0
-    if not (HAS_FMA and laid_out and kinds == {torch.float32} and x.numel() > 0):
+def suits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the loops give torch's numbers of a batch norm of x. others: what else goes in."""
+    kinds = {other.dtype for other in (x, *others) if other is not None}
+    if not (HAS_FMA and is_channels_last(x) and x.shape[1] % EIGHT == 0 and kinds == {torch.float32}):
         return False
     if routes.rehearses():
         return True
+    # Of few pixels torch adds up in another way.
+    if x.numel() <= x.shape[1] * torch.get_num_threads():
+        return False
     kind = _kind(x)
     return (len(_proven.verdicts) < MOST_KINDS or kind in _proven.verdicts) and _proven(*kind)
 
@@ -58,21 +63,51 @@ def _trial(kind: Kind) -> bool:
         .normal_(generator=generator)
         for _ in range(2)
     )
-    weight, mean, inverse = torch.empty(3, kind.channels, dtype=torch.float32, device="cpu").uniform_(
+    *given, mean, inverse = torch.empty(6, kind.channels, dtype=torch.float32, device="cpu").uniform_(
         generator=generator
     )
-    found = gradients(grad, None, x, weight, mean, inverse)
-    expected = reference.batch_norm_backward(grad, None, x, weight, mean, inverse, 0.0)
+    theirs = [each.clone() for each in given]
+    found = (*given, *normalized(x, *given, 0.1, 1e-5))
+    expected = (*theirs, *reference.batch_norm(x, *theirs, 0.1, 1e-5))
+    backward = x, given[0], mean, inverse
+    found += gradients(grad, None, *backward)
+    expected += reference.batch_norm_backward(grad, None, *backward, 0.0)
     return all(map(torch.equal, found, expected))
 
 
-_proven = Proofs("the backward pass of batch norm in fewer passes", Kind, _trial, "torch's is used there, slower")
+_proven = Proofs("batch norm in fewer passes", Kind, _trial, "torch's is used there, slower")
+
+
+def normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.batch_norm; of what `suits`, and vectors without gaps."""
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    out = torch.empty_like(x)
+    mean, inverse = torch.empty(2, channels, dtype=torch.float32, device="cpu").unbind()
+    given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
+    size, found = (rows, channels, torch.get_num_threads()), (mean.data_ptr(), inverse.data_ptr(), out.data_ptr())
+    functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
+    loops.batch_norm(*size, x.data_ptr(), *given[:2], (given[2], given[3]), *found, momentum, eps, functions)
+    return out, mean, inverse
 
 
 def gradients(
-    grad: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
+    grad: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.batch_norm_backward; of what `suits`."""
+    """See reference.batch_norm_backward; of what `suits`, and grad in channels_last memory."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself
     sums = torch.empty(parts, 2, channels, dtype=torch.float32, device="cpu")
@@ -87,5 +122,6 @@ def gradients(
     norm_loops.norm_sums(parts, x.numel(), *size, parts, mask_pitch, *places, mean.data_ptr(), sums.data_ptr())
     norm_loops.norm_numbers(1, channels, *size, parts, sums.data_ptr(), numbers.data_ptr())
     tasks = -(-rows // max(1, CHUNK // channels))
-    norm_loops.norm_gradient(tasks, x.numel(), *size, mask_pitch, *places, numbers.data_ptr(), out.data_ptr())
+    places = *places, numbers.data_ptr(), out.data_ptr()
+    measuring(norm_loops.norm_gradient, tasks, x.numel(), *size, mask_pitch, *places, out=found)
     return out, numbers[5].clone(), numbers[6].clone()

@@ -6,53 +6,17 @@ those of torch's own loop, in its order, so that the results have the same bits.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import types as nb
 from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import cgutils
+from luqrun.quant.kernels.cpu.columns import EIGHT, PANEL, Columns, row_at
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.memory import floats
 from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK
-from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, load, store
-
-PANEL = 8192  # elements of rows whose channels are taken a few vectors at a time
-EIGHT = 8  # channels share a byte of the mask
-
-
-class _Columns:
-    """So many vectors of `lanes` channels beside each other, in LLVM."""
-
-    def __init__(self, builder, lanes: int, vectors: int):
-        self.builder, self.lanes, self.vectors = builder, lanes, range(vectors)
-        self.kind = ir.VectorType(FLOAT, lanes)
-        name = f"llvm.fma.v{lanes}f32"
-        self._fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self.kind, [self.kind] * 3), name)
-
-    def fma(self, *terms):
-        return self.builder.call(self._fma, terms)
-
-    def load(self, address):
-        return [load(self.builder, address, self.kind, 4 * self.lanes * vector) for vector in self.vectors]
-
-    def store(self, values, address):
-        for vector in self.vectors:
-            store(self.builder, values[vector], address, 4 * self.lanes * vector)
-
-    def masked(self, values, address):
-        """Values where the mask at an address has a bit, else 0."""
-        bits, kept = ir.IntType(self.lanes), ir.VectorType(ir.IntType(1), self.lanes)
-        found = []
-        for vector in self.vectors:
-            mask = self.builder.bitcast(load(self.builder, address, bits, self.lanes // EIGHT * vector), kept)
-            found.append(self.builder.select(mask, values[vector], ir.Constant(self.kind, None)))
-        return found
-
-
-def _row(builder, index, pitch, address):
-    """Where row number `index` of rows of so many bytes is."""
-    return builder.add(address, builder.mul(index, pitch))
+from luqrun.quant.kernels.cpu.statistics import measure_ends
+from luqrun.quant.kernels.cpu.vectors import ADDRESS
 
 
 def _sum_of(lanes: int, vectors: int):
@@ -63,13 +27,13 @@ def _sum_of(lanes: int, vectors: int):
     def add(typingctx, rows, pitch, mask_pitch, x, g, mask, mean, sums, products):
         def codegen(context, builder, signature, args):
             rows, pitch, mask_pitch, x, g, mask, mean, sums, products = args
-            columns = _Columns(builder, lanes, vectors)
+            columns = Columns(builder, lanes, vectors)
             means = columns.load(mean)
             held = [[cgutils.alloca_once_value(builder, each) for each in columns.load(at)] for at in (sums, products)]
             with cgutils.for_range(builder, rows) as loop:
-                grads = columns.load(_row(builder, loop.index, pitch, g))
-                grads = columns.masked(grads, _row(builder, loop.index, mask_pitch, mask))
-                values = columns.load(_row(builder, loop.index, pitch, x))
+                grads = columns.load(row_at(builder, loop.index, pitch, g))
+                grads = columns.masked(grads, row_at(builder, loop.index, mask_pitch, mask))
+                values = columns.load(row_at(builder, loop.index, pitch, x))
                 for vector in columns.vectors:
                     total, product = held[0][vector], held[1][vector]
                     away = builder.fsub(values[vector], means[vector])
@@ -92,18 +56,18 @@ def _gradient_of(lanes: int, vectors: int):
     def write(typingctx, rows, pitch, mask_pitch, x, g, mask, numbers, out):
         def codegen(context, builder, signature, args):
             rows, pitch, mask_pitch, x, g, mask, numbers, out = args
-            columns = _Columns(builder, lanes, vectors)
+            columns = Columns(builder, lanes, vectors)
             places = [builder.add(numbers, builder.mul(pitch, ADDRESS(i))) for i in range(5)]
             mean, slope, shift, inverse, weight = map(columns.load, places)
             with cgutils.for_range(builder, rows) as loop:
-                grads = columns.load(_row(builder, loop.index, pitch, g))
-                grads = columns.masked(grads, _row(builder, loop.index, mask_pitch, mask))
-                values, found = columns.load(_row(builder, loop.index, pitch, x)), []
+                grads = columns.load(row_at(builder, loop.index, pitch, g))
+                grads = columns.masked(grads, row_at(builder, loop.index, mask_pitch, mask))
+                values, found = columns.load(row_at(builder, loop.index, pitch, x)), []
                 for vector in columns.vectors:
                     away = builder.fsub(mean[vector], values[vector])
                     left = columns.fma(away, slope[vector], builder.fsub(grads[vector], shift[vector]))
                     found.append(builder.fmul(builder.fmul(left, inverse[vector]), weight[vector]))
-                columns.store(found, _row(builder, loop.index, pitch, out))
+                columns.store(found, row_at(builder, loop.index, pitch, out))
             return context.get_dummy_value()
 
         return nb.void(*[nb.int64] * 8), codegen
@@ -189,10 +153,13 @@ def norm_numbers(request, number):
 
 @tasks
 def norm_gradient(request, number):
-    """The gradient of x: float32 (rows, channels) at `out`. numbers: of `norm_numbers`; the rest: as in `norm_sums`."""
-    rows, channels, mask_pitch, x, g, mask, numbers, out = integers(request, 0, 8)
+    """The gradient of x: float32 (rows, channels) at `out`. numbers: of `norm_numbers`; measures, extremes: see
+    statistics.measuring; the rest: as in `norm_sums`."""
+    rows, channels, mask_pitch, x, g, mask, numbers, out, measures, extremes = integers(request, 0, 10)
     step, panel = max(1, CHUNK // channels), max(1, PANEL // channels)
     stop = min(rows, (number + 1) * step)
     for row in range(number * step, stop, panel):
         at, count = 4 * row * channels, min(panel, stop - row)
         _write_rows(count, channels, mask_pitch, x + at, g + at, mask + row * mask_pitch, numbers, out + at)
+        if measures:
+            measure_ends(out, 0, row * channels, count * channels, extremes + 8 * number)

@@ -9,9 +9,9 @@ from luqrun.quant.kernels.cpu import encode, rows
 from luqrun.quant.kernels.cpu.driver import call4, call6, unthreaded
 from luqrun.quant.kernels.cpu.memory import (
     INT8,
+    doubles,
     fields_row,
     floats,
-    halves,
     int8s,
     int32s,
     load,
@@ -22,10 +22,10 @@ from luqrun.quant.kernels.cpu.memory import (
     uint32s,
     uint64s,
 )
-from luqrun.quant.kernels.cpu.moments import moments
 from luqrun.quant.kernels.cpu.philox import fill_pixels, fill_words, stream_words, transpose
 from luqrun.quant.kernels.cpu.rows import GIVEN, HINDSIGHT, f32, i32, row_loop
-from luqrun.quant.kernels.cpu.sizes import CHUNK, LINE, ROW
+from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
+from luqrun.quant.kernels.cpu.statistics import MEASURE_BYTES, ends, measure_row, total
 
 # What a task is told, at one address: see `quantize`. coder: the address of what encodes a row; extremes (int32), sums
 # (float64), two a task, and largest (int32), one a task: addresses of what tasks find; each: images a task.
@@ -47,22 +47,13 @@ def _read(address):
 def measure(address, number):
     """The extremes, and the moments if asked for, of elements number * CHUNK up."""
     request = _read(address)
-    x, half = request.x, request.half
-    extremes = int32s(request.extremes + 8 * number, 2)
-    sums = carray(pointer(request.sums + 16 * number), (2,), np.float64)
-    buffer, rest = np.empty(ROW, np.int32), np.zeros(LINE, np.float32)
+    x, half, wants_moments = request.x, request.half, request.moments
+    found = request.extremes + 8 * number, request.sums + 16 * number
+    room = np.empty(MEASURE_BYTES, np.uint8)  # see encode_flat
     stop = min(request.elements, (number + 1) * CHUNK)
     for first in range(number * CHUNK, stop, ROW):
-        count = min(stop - first, ROW)
-        if half:
-            largest, negative = rows.extremes_of_halves(halves(x + 2 * first, count))
-        else:
-            largest, negative = rows.extremes(int32s(x + 4 * first, count))
-        extremes[0], extremes[1] = max(extremes[0], largest), min(extremes[1], negative)
-        if request.moments:
-            sum1, sum2 = moments(load(x, half, first, count, buffer).view(np.float32), rest)
-            sums[0] += sum1
-            sums[1] += sum2
+        measure_row(x, half, first, min(stop - first, ROW), wants_moments, *found, room.ctypes.data)
+    room[0] = 0
 
 
 @unthreaded
@@ -137,7 +128,7 @@ def encode_flat(address, number):
         if fields != 0:
             fields_row(coded[:count], codes, fields, first, form, split, scratch)
         if request.observe:
-            largest = max(largest, rows.extremes(row)[0])
+            largest = max(largest, ends(row.ctypes.data, 0, row.size)[0])
     int32s(request.largest + 4 * number, 1)[0] = largest
     room[0] = 0  # what only its address was taken of must be in use until here
 
@@ -175,17 +166,20 @@ def encode_images(address, number):
             row = load(x, half, start, size, buffer)
             call6(request.coder, address, row.ctypes.data, size, drawn.ctypes.data, coded.ctypes.data, start)
             if request.observe:
-                largest = max(largest, rows.extremes(row)[0])
+                largest = max(largest, ends(row.ctypes.data, 0, row.size)[0])
     int32s(request.largest + 4 * number, 1)[0] = largest
     room[0] = 0  # see encode_flat
 
 
 @unthreaded
-def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, form, limits, numbers, functions):
+def quantize(
+    elements, x, codes, fields, results, outputs, statistics, stream, layout, how, form, limits, numbers, functions
+):
     """Measure x, choose a scale, encode: as much of it as is asked for, in as few passes as that needs.
 
     x, codes (0: measure only), fields (0: none), results, stream: addresses. results: float64 (6,) of scale, signed,
-    max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. layout: bf16 or not, images,
+    max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. statistics: the address of the
+    other four, where they are known, or 0. layout: bf16 or not, images,
     pixels, channels (no images: memory order is row-major). how: floating, rounding, underflow, range, moments (for
     GIVEN: the maximum), pow2_scale, sample. form: bits, whether two fields share a byte, what codes are stored as,
     floating (Format). outputs: where scale (float32), signed (bool) and max|x| (float32) go as well, or 0. limits: the
@@ -201,17 +195,14 @@ def quantize(elements, x, codes, fields, results, outputs, stream, layout, how, 
     tasks = max(1, (elements + CHUNK - 1) // CHUNK)
     request = told[0]
     request.x, request.half, request.elements, request.moments = x, half, elements, how[4]
-    if how[3] != GIVEN and not once:
+    if how[3] != GIVEN and not once and statistics != 0:
+        found[2:] = doubles(statistics, 4)
+    elif how[3] != GIVEN and not once:
         extremes, sums = np.zeros((tasks, 2), np.int32), np.zeros((tasks, 2), np.float64)
         request.extremes, request.sums = extremes.ctypes.data, sums.ctypes.data
         call4(functions[0], elements, tasks, functions[1], told.ctypes.data)
-        for number in range(1, tasks):
-            extremes[0, 0] = max(extremes[0, 0], extremes[number, 0])
-            extremes[0, 1] = min(extremes[0, 1], extremes[number, 1])
-            sums[0, 0] += sums[number, 0]
-            sums[0, 1] += sums[number, 1]
-        found[2], found[3] = rows.as_float(extremes[0, 0]), extremes[0, 1] < 0
-        found[4], found[5] = sums[0, 0], sums[0, 1]
+        total(request.extremes, request.sums, tasks, found[2:])
+        extremes[0, 0], sums[0, 0] = 0, 0  # see below
     if how[3] != GIVEN:
         signed = how[0] or found[3] > 0
         clip = rows.clip(how[3], found, elements, numbers[0], numbers[1], numbers[2])

@@ -24,9 +24,6 @@ u8, u16, u32, u64, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.uint64, np
 NEAREST, STOCHASTIC, FLUSH, UNUSED = 0, 1, 2, 3
 ABSMAX, SAWB, HINDSIGHT, GIVEN = 0, 1, 2, 3  # where the scale comes from
 MODES = {"nearest": NEAREST, "stochastic": STOCHASTIC, "flush": FLUSH, None: UNUSED}
-# Multiplying eight 0 / 1 bytes by this moves byte j's bit to bit j of the highest byte; SPREAD is the way back.
-GATHER = u64(0x0102040810204080)
-REPEAT, SPREAD = u64(0x0101010101010101), u64(0x8040201008040201)
 
 if config.DISABLE_JIT:
     raise UserError(
@@ -39,8 +36,9 @@ _features = (binding.get_host_cpu_features().flatten() if _host else config.CPU_
 HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AVX))
 # The modules that hold compiled functions.
 _LOOPS = (
-    "block_loops", "block_rows", "block_scales", "block_sums", "dot_tiles", "driver", "encode", "loops", "memory",
-    "moments", "norm_loops", "philox", "quantize", "rotation", "rows", "sizes", "tile_loops", "vectors",
+    "block_loops", "block_rows", "block_scales", "block_sums", "columns", "dot_tiles", "driver", "encode", "loops",
+    "masks", "memory", "norm_loops", "normalize_loops", "philox", "quantize", "rotation", "rows", "sizes",
+    "statistics", "tile_loops", "vectors",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 
@@ -135,30 +133,6 @@ def scale(clip, limit, pow2_scale):
 
 
 @row_loop()
-def extremes(bits):
-    """(bit pattern of max|x|, a number below 0 if any x is): patterns of non-negative floats order like integers,
-    and NaN comes out above Inf. The casts keep numba from widening to 64 bits."""
-    largest, negative = i32(0), i32(0)
-    for j in range(bits.size):
-        magnitude = i32(bits[j] & i32(0x7FFFFFFF))
-        largest = max(largest, magnitude)
-        # Three sign bits: negative, not -0, and not NaN.
-        negative = i32(negative | i32(bits[j] & i32(i32(-magnitude) & i32(magnitude - i32(0x7F800001)))))
-    return largest, negative
-
-
-@row_loop()
-def extremes_of_halves(bits):
-    """`extremes` of bf16's bit patterns, as those of float32."""
-    largest, negative = u16(0), u16(0)
-    for j in range(bits.size):
-        magnitude = u16(bits[j] & u16(0x7FFF))
-        largest = max(largest, magnitude)
-        negative = max(negative, bits[j] if magnitude <= u16(0x7F80) else u16(0))
-    return i32(u32(largest) << u32(16)), i32(-1) if negative > u16(0x8000) else i32(0)  # which is -0
-
-
-@row_loop()
 def to_fields(codes, fields, magnitude, floating, bits):
     """Format.to_fields of a row; magnitude is float32 scratch; floating: see Format."""
     sign, every = i32(i32(1) << i32(bits - 1)), i32(i32(i32(1) << i32(bits)) - i32(1))
@@ -228,33 +202,6 @@ def split(packed, fields):
         fields[2 * j], fields[2 * j + 1] = u8(byte & u32(15)), u8(byte >> u32(4))
     if fields.size % 2:
         fields[fields.size - 1] = packed[fields.size // 2] & u8(15)
-
-
-@row_loop()
-def rectify(bits, keep, mask, infinity, sign, most):
-    """most: the pattern of the largest value, from which on the mask has no bit; or above infinity's."""
-    for j in range(bits.size):
-        # Positive, or NaN of either sign.
-        pattern = i32(bits[j])
-        positive = (pattern > i32(0)) & (pattern < most)
-        keep[j] = u8(positive | (i32(pattern & sign) > infinity))
-    for j in range(bits.size):
-        pattern = i32(bits[j])
-        beyond = most if (pattern >= most) & (pattern <= infinity) else i32(0)
-        bits[j] = bits[j] if keep[j] != u8(0) else beyond
-    keep[bits.size :] = 0
-    eight = keep.view(np.uint64)
-    for j in range(mask.size):
-        mask[j] = u8((eight[j] * GATHER) >> u64(56))
-
-
-@row_loop()
-def apply_mask(grad, mask, keep, out):
-    eight = keep.view(np.uint64)
-    for j in range(mask.size):
-        eight[j] = (u64(mask[j]) * REPEAT) & SPREAD
-    for j in range(grad.size):
-        out[j] = grad[j] if keep[j] != u8(0) else 0
 
 
 @row_loop()

@@ -22,7 +22,9 @@ from luqrun.quant.kernels.cuda import loops as kernels
 from luqrun.quant.kernels.cuda.launch import launch, native, pattern
 from luqrun.quant.kernels.layout import empty, in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import SAMPLE_SLOTS
-from luqrun.quant.kernels.reference import batch_norm_backward  # noqa: F401  torch's; of CPU tensors, interpreted
+
+# torch's, of CPU tensors that are interpreted
+from luqrun.quant.kernels.reference import batch_norm, batch_norm_backward  # noqa: F401
 
 TILE = 2048  # elements of an encode tile: 16 a thread, which leaves registers for enough programs beside each other
 TILES = 4  # such tiles a program at most: the words of the stream and 1 / scale are computed once for all
@@ -171,7 +173,7 @@ def unpack(
     return codes
 
 
-def relu_(x: Tensor, most: float | None = None) -> Tensor:
+def relu_(x: Tensor, most: float | None = None, found: Tensor | None = None, moments: bool = False) -> Tensor:
     """See reference.relu_."""
     flat = in_memory_order(x)
     mask = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
@@ -180,6 +182,8 @@ def relu_(x: Tensor, most: float | None = None) -> Tensor:
         launch(kernels.relu, programs, flat, mask, x.numel(), mask.numel(), MOST=most, ROWS=RELU_ROWS)
     if flat.data_ptr() != x.data_ptr():  # x was not dense
         x.copy_(flat)
+    if found is not None:
+        found.copy_(statistics(x, moments))
     return mask
 
 
