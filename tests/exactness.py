@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from luqrun.quant.gemms import FEW_GROUPS, ConvOp, LinearOp
+from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
 
 LAST = torch.channels_last
@@ -65,8 +65,10 @@ def draw(number: int, seed: int = 0) -> Case:
     if rng.random() < 0.15:
         rows, inner, outer = rng.choice(((), (1,), (5,), (2, 3), (70,))), rng.choice(CHANNELS), rng.choice(CHANNELS)
         return Case("linear", LinearOp(), (*rows, inner), (outer, inner), (*rows, outer), **common)
-    groups = rng.choice((1, 1, 1, 1, 2, 3))
-    c_in, c_out = (max(rng.choice(CHANNELS) // groups, 1) * groups for _ in range(2))
+    groups = rng.choice((1, 1, 1, 1, 2, 3, 4))
+    # Groups that fill vectors, alone or some of them together, or do not.
+    of_groups = (4, 8, 16, 32) if groups > 1 and rng.random() < 0.5 else CHANNELS
+    c_in, c_out = (max(rng.choice(of_groups) // (groups if of_groups is CHANNELS else 1), 1) * groups for _ in range(2))
     if rng.random() < 0.1:
         groups = c_out = c_in  # depthwise
     while True:
@@ -156,15 +158,13 @@ def compare(case: Case, tally: Tally) -> None:
     """Count each GEMM of the case, on each route that serves it."""
     operands = case.operands()
     expected = exact(case, *operands)
-    grouped = case.op.groups > FEW_GROUPS
-    if grouped:
-        assert not any(case.op.int8_pays(case.w))
-    units = set()
-    for route in ROUTES[3:] if grouped else ROUTES:
+    grouped, units = getattr(case.op, "groups", 1) > 1, set()
+    blocks = ["tiles"] if all(case.op.int8_pays(case.w)) else []
+    for route in (*blocks, "floating point") if grouped else ROUTES:
         used, tiled = [], set()
         spy = partial(_spied, used, int8_library._conv_directly)
 
-        def taken(gemm, x, geometry, rest, library, tiles, route=route, tiled=tiled):
+        def taken(gemm, x, geometry, groups, rest, library, tiles, route=route, tiled=tiled):
             if route != "tiles":
                 return library()
             tiled.add("dgrad" if tiled and gemm == "fprop" else gemm)  # that of a stride of 1 is a convolution
@@ -191,6 +191,7 @@ def compare(case: Case, tally: Tally) -> None:
                 )
                 unit = "oneDNN's convolution" if route == "direct" and convolved and next(direct) else "patches"
                 right = (whole.float() * torch.tensor(0.0137)).to(case.dtype)
+            unit = "float64" if grouped and route == "tiles" else unit  # what does not suit the blocks
             key = "blocks of ours" if name in tiled else unit, case.kind
             units.add(key)
             tally.gemms[key] += 1

@@ -102,7 +102,7 @@ def results_of(monkeypatch, name):
 def take(monkeypatch, way):
     """Let the int8 GEMMs be made by the libraries, or where these can by blocks of our own ("tiles"), untimed."""
 
-    def taken(gemm, x, geometry, rest, library, tiles):
+    def taken(gemm, x, geometry, groups, rest, library, tiles):
         return tiles() if way == "tiles" else library()
 
     monkeypatch.setattr(int8, "_by_the_fastest", taken)

@@ -132,6 +132,13 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
+        if torch.compiler.is_compiling():
+            return QuantizedGemm._forward(ctx, activation, weight, op, plan, dtype)
+        with ops.directly(activation, weight):
+            return QuantizedGemm._forward(ctx, activation, weight, op, plan, dtype)
+
+    @staticmethod
+    def _forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
         codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
         a, stored_a = plan.quantize_forward("activation", activation, codes, keep=need_a, learns=need_w)
@@ -164,9 +171,16 @@ class QuantizedGemm(torch.autograd.Function):
             )
         if not compiling and is_batched(grad_output):
             raise TensorError("quantized layers take one gradient at a time, not is_grads_batched or vectorize=True")
-        if not compiling:
-            forget()
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        if compiling:
+            return QuantizedGemm._backward(ctx, saved, grad_output)
+        forget()
+        with ops.directly(grad_output, *saved):
+            return QuantizedGemm._backward(ctx, saved, grad_output)
+
+    @staticmethod
+    def _backward(ctx, saved: tuple[Tensor, ...], grad_output: Tensor):
+        compiling = torch.compiler.is_compiling()
         need_a, need_w = ctx.needs
         dtype = grad_output.dtype
         a_shape, (w_shape, w_dtype) = saved[-1].shape if compiling else ctx.a_shape, ctx.like_w

@@ -1,14 +1,14 @@
 """The GEMMs of linear layers and convolutions: in floating point, and in integers where the units are faster.
 
 fprop: a x w; dgrad: g x w; wgrad: g x a. The floating-point ones take what torch's take. The integer ones take int8
-codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`), except for many groups.
+codes and a scale, sum in int32 and round once: on a CPU with VNNI (`use_int8`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,6 @@ ONE, NONE = (1, 1), (0, 0)
 # Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
 # 6035, oneDNN 3.12): the pixels that count are taken first.
 FEW_CHANNELS = 16
-FEW_GROUPS = 8  # of a convolution that may be faster as a whole one in int8, with zeros between the groups
 LONGEST = int8.CHUNK_ROWS  # terms of a sum that int32 holds whatever the int8 codes
 
 
@@ -193,59 +192,42 @@ class ConvOp(_Contractions):
 
     def int8_pays(self, w_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad, with results of `dtype`: whether the integer one is to be taken, or tried where
-        there are a few groups."""
+        there are groups: then it must round as the floating-point one."""
         out_channels, in_channels, *kernel = w_shape
         taps = kernel[0] * kernel[1]
-        taken = self.groups == 1 or (self.groups <= FEW_GROUPS and dtype == torch.float32 and not is_watched())
-        return taken and in_channels * self.groups * taps <= LONGEST, taken and out_channels * taps <= LONGEST, taken
-
-    def _whole(self) -> ConvOp:
-        return replace(self, groups=1)
-
-    def _spread(self, w: Tensor) -> Tensor:
-        """The weight of the whole convolution: zeros where input and output channel are of different groups."""
-        out_channels, in_channels, *kernel = w.shape
-        whole = w.new_zeros(self.groups, out_channels // self.groups, *kernel, self.groups, in_channels)
-        parts = w.permute(0, 2, 3, 1).unflatten(0, (self.groups, -1))
-        for group, part in enumerate(parts):
-            whole[group, ..., group, :] = part
-        whole = whole.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)
-        return whole if is_channels_last(w) else whole.contiguous()
+        taken = self.groups == 1
+        if not taken and dtype == torch.float32 and not is_watched():
+            taken = int8.suits_groups(self.groups, in_channels * self.groups, out_channels)
+        return taken and in_channels * taps <= LONGEST, taken and out_channels * taps <= LONGEST, taken
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
-        if self.groups > 1:
-            return self._whole().int8_fprop(a, self._spread(w), scale, dtype, signed)
         (height, width), (rows, columns) = a.shape[2:], w.shape[2:]
         too_low = height + 2 * self.padding[0] <= self.dilation[0] * (rows - 1)
         too_narrow = width + 2 * self.padding[1] <= self.dilation[1] * (columns - 1)
-        if too_low or too_narrow or a.shape[1] != w.shape[1]:
+        if too_low or too_narrow or a.shape[1] != w.shape[1] * self.groups:
             return self.fprop(a.float(), w.float())  # which says so
         how = w.shape[2:], self.stride, self.padding, self.dilation
-        return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed)
+        return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed, self.groups)
 
     def int8_dgrad(
         self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
     ) -> Tensor:
-        if self.groups > 1:
-            return self._whole().int8_dgrad(g, self._spread(w), scale, dtype, signed, a_shape)
         if self.stride != ONE:
             matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
-            return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w))
+            return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w), self.groups)
         # Without a stride the adjoint of a convolution is one with the kernel turned round.
         (rows, columns), (high, wide) = w.shape[2:], self.dilation
         padding = high * (rows - 1) - self.padding[0], wide * (columns - 1) - self.padding[1]
-        turned = w.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, w.shape[1])
+        turned = w.flip(2, 3)
+        if self.groups > 1:  # (K, C / groups, R, S) to (K / groups, C, R, S)
+            turned = turned.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1, 2)
+        matrix = turned.permute(2, 3, 0, 1).reshape(-1, turned.shape[1])
         how = (rows, columns), ONE, padding, self.dilation
-        return ops.int8_conv(g, turned, scale, *how, dtype, _format(g, w), signed)
+        return ops.int8_conv(g, matrix, scale, *how, dtype, _format(g, w), signed, self.groups)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
-        if self.groups > 1:
-            out_channels, in_channels, *kernel = w_shape
-            whole = self._whole().int8_wgrad(grads, a, (out_channels, in_channels * self.groups, *kernel))
-            parts = whole.permute(0, 2, 3, 1).unflatten(0, (self.groups, -1)).unflatten(-1, (self.groups, -1))
-            own = [parts[group, ..., group, :] for group in range(self.groups)]
-            return torch.cat(own).permute(0, 3, 1, 2)
-        return ops.int8_conv_wgrad(grads, a, w_shape[2:], self.stride, self.padding, self.dilation)
+        how = self.stride, self.padding, self.dilation, self.groups
+        return ops.int8_conv_wgrad(grads, a, w_shape[2:], *how)
 
 
 def _matrix(w: Tensor) -> Tensor:

@@ -108,26 +108,25 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         if node is not None:
             return node
         weight, bias = self.weight, self.bias  # once: a parametrization computes them
-        if not self._fuses(input, weight, bias):
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if not self.training or not autograd_alone(input) or not _fuses(input, weight, bias, *running):
             return super().forward(input)
-        momentum, tracks = self.momentum, self.track_running_stats
-        if tracks and self.num_batches_tracked is not None:
+        momentum, eps = self.momentum, self.eps
+        if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        running = (self.running_mean, self.running_var) if tracks else (None, None)
-        versions, wish, eps = _versions(input, weight), wish_of(self), self.eps
+        versions, wish = _versions(input, weight), wish_of(self)
         output, mean, inverse = BatchNormFunction.apply(input, weight, bias, running, momentum or 0.0, eps, wish)
         _last.output = _Output(output, Made(input, weight, bias, mean, inverse, eps, versions, wish))
         return output
 
-    def _fuses(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-        if not self.training or not autograd_alone(x):
+
+def _fuses(x: Tensor, *others: Tensor | None) -> bool:
+    if not x.is_cpu or x.dtype != torch.float32 or not is_channels_last(x):
+        return False
+    # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does not
+    # look.
+    for other in others:
+        if other is not None and (other.dtype != torch.float32 or other.shape != x.shape[1:2]):
             return False
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not is_channels_last(x):
-            return False
-        others = [other for other in (weight, bias, self.running_mean, self.running_var) if other is not None]
-        # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does
-        # not look.
-        if any(other.dtype != torch.float32 or other.shape != x.shape[1:2] for other in others):
-            return False
-        return x.numel() > x.shape[1]
+    return x.numel() > x.shape[1]

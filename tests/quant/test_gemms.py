@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_inputs import assert_identical
 from layers import E3M0, INT4, LUQ, quantize
 from torch import nn
 
@@ -13,7 +14,7 @@ import luqrun
 from luqrun.quant import function, gemms, kernels
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
-from luqrun.quant.kernels.cpu import int8, int8_library
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_tiles
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
@@ -33,6 +34,7 @@ LAYERS = {
     "tall": (lambda: nn.Conv2d(4, 8, (5, 1), padding=(2, 0)), (2, 4, 9, 10)),
     "groups": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), (2, 8, 9, 10)),
     "strided groups": (lambda: nn.Conv2d(6, 12, 3, 2, padding=1, groups=3), (2, 6, 9, 10)),
+    "groups that fill vectors": (lambda: nn.Conv2d(32, 64, 3, 2, padding=1, groups=4), (2, 32, 9, 10)),
     "depthwise": (lambda: nn.Conv2d(9, 9, 3, padding=1, groups=9), (2, 9, 9, 10)),
     "pointwise": (lambda: nn.Conv2d(8, 16, 1), (3, 8, 9, 10)),
     "pointwise, strided": (lambda: nn.Conv2d(8, 16, 1, stride=2), (3, 8, 9, 10)),
@@ -113,7 +115,6 @@ def test_int8_is_what_runs(monkeypatch, dense):
         ("linear", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
         ("3 x 3", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
         ("strided", ["int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"]),
-        ("depthwise", []),
     ):
         make, shape = LAYERS[name]
         for wanted in (False, True):
@@ -124,8 +125,9 @@ def test_int8_is_what_runs(monkeypatch, dense):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", ["groups", "strided groups"])
-def test_a_few_groups_are_tried_in_int8_and_in_floats_and_give_the_same(name, last, monkeypatch, dense):
+@pytest.mark.skipif(not int8_tiles.is_there(), reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("name", ["groups", "strided groups", "depthwise", "groups that fill vectors"])
+def test_groups_are_tried_in_int8_and_in_floats_and_give_the_same(name, last, monkeypatch, dense):
     dense(False)
     make, shape = LAYERS[name]
     layer, x = quantize(make()), torch.randn(shape)
@@ -140,8 +142,7 @@ def test_a_few_groups_are_tried_in_int8_and_in_floats_and_give_the_same(name, la
         found.append(trained(layer, x, gradient_like))
     assert set(seen) == {(gemm, "int8", "floating point") for gemm in ("fprop", "dgrad", "wgrad")}
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-        assert one.stride() == other.stride()
+        assert_identical(one, other)
 
 
 def test_codes_that_int8_does_not_hold_are_multiplied_in_fp32_under_bf16(monkeypatch, dense):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -46,16 +47,39 @@ def _operator(schema: str):
 
         @functools.wraps(cls.run)
         def call(*arguments):
-            # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
-            if is_watched() or not _are_plain(arguments):
-                if not torch.compiler.is_compiling() and has_modes():
-                    flops.register_formulas()
+            if torch.compiler.is_compiling():
                 return operator(*arguments)
-            return cls.run(*arguments)
+            # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
+            if _thread.direct or (not is_watched() and _are_plain(arguments)):
+                return cls.run(*arguments)
+            if has_modes():
+                flops.register_formulas()
+            return operator(*arguments)
 
         return call
 
     return register
+
+
+class _Thread(threading.local):
+    direct = False
+
+
+_thread = _Thread()
+
+
+class directly:
+    """Within, what is computed from these tensors calls the operators past torch's dispatcher without another look, if
+    they are plain ones and nobody watches. Not for a compiler."""
+
+    def __init__(self, *tensors: Tensor):
+        self.direct = not is_watched() and _are_plain(tensors)
+
+    def __enter__(self) -> None:
+        self.before, _thread.direct = _thread.direct, self.direct
+
+    def __exit__(self, *failure) -> None:
+        _thread.direct = self.before
 
 
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
@@ -272,14 +296,14 @@ class relu_backward:
 
 @_operator(
     "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-    "ScalarType dtype, bool channels_last, Tensor signed) -> Tensor"
+    "ScalarType dtype, bool channels_last, Tensor signed, int groups=1) -> Tensor"
 )
 class int8_conv:
-    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
+    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed, groups=1):
         how = kernel, stride, padding, dilation, dtype, channels_last
-        return backend_for("cpu").int8_conv(a, matrix, scale, *how, signed)
+        return backend_for("cpu").int8_conv(a, matrix, scale, *how, signed, groups)
 
-    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed):
+    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed, groups=1):
         ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
         size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
         return empty(size, channels_last, dtype, a.device)
@@ -287,26 +311,27 @@ class int8_conv:
 
 @_operator(
     "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, SymInt[] shape, int[] kernel, int[] stride, int[] padding, "
-    "int[] dilation, ScalarType dtype, bool channels_last) -> Tensor"
+    "int[] dilation, ScalarType dtype, bool channels_last, int groups=1) -> Tensor"
 )
 class int8_conv_dgrad:
-    def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
-        how = kernel, stride, padding, dilation, dtype, channels_last
+    def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last, groups=1):
+        how = kernel, stride, padding, dilation, dtype, channels_last, groups
         return backend_for("cpu").int8_conv_dgrad(g, matrix, scale, shape, *how)
 
-    def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last):
+    def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last, groups=1):
         return empty(shape, channels_last, dtype, g.device)
 
 
 @_operator(
-    "int8_conv_wgrad(Tensor[] grads, Tensor a, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor"
+    "int8_conv_wgrad(Tensor[] grads, Tensor a, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "int groups=1) -> Tensor"
 )
 class int8_conv_wgrad:
-    def run(grads, a, kernel, stride, padding, dilation):
-        return backend_for("cpu").int8_conv_wgrad(grads, a, kernel, stride, padding, dilation)
+    def run(grads, a, kernel, stride, padding, dilation, groups=1):
+        return backend_for("cpu").int8_conv_wgrad(grads, a, kernel, stride, padding, dilation, groups)
 
-    def fake(grads, a, kernel, stride, padding, dilation):
-        shape = (grads[0].shape[1], a.shape[1], *kernel)
+    def fake(grads, a, kernel, stride, padding, dilation, groups=1):
+        shape = (grads[0].shape[1], a.shape[1] // groups, *kernel)
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
 
 

@@ -200,11 +200,12 @@ def int8_conv(
     dtype: torch.dtype,
     channels_last: bool,
     signed: Tensor,
+    groups: int = 1,
 ) -> Tensor:
     """See cpu.int8.conv. float64 holds all of these sums."""
     w = matrix.t().reshape(matrix.shape[1], *kernel, -1).permute(0, 3, 1, 2).double()
     a = F.pad(a.double(), (padding[1], padding[1], padding[0], padding[0]))  # conv2d refuses negative padding
-    return _scaled(F.conv2d(a, w, None, stride, 0, dilation), scale, dtype, channels_last)
+    return _scaled(F.conv2d(a, w, None, stride, 0, dilation, groups), scale, dtype, channels_last)
 
 
 def int8_conv_dgrad(
@@ -218,10 +219,11 @@ def int8_conv_dgrad(
     dilation: Sequence[int],
     dtype: torch.dtype,
     channels_last: bool,
+    groups: int = 1,
 ) -> Tensor:
     """See cpu.int8.conv_dgrad."""
     w = matrix.reshape(matrix.shape[0], *kernel, -1).permute(0, 3, 1, 2).double()
-    total = torch.nn.grad.conv2d_input(tuple(shape), w, g.double(), stride, padding, dilation)
+    total = torch.nn.grad.conv2d_input(tuple(shape), w, g.double(), stride, padding, dilation, groups)
     return _scaled(total, scale, dtype, channels_last)
 
 
@@ -232,11 +234,12 @@ def int8_conv_wgrad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int = 1,
 ) -> Tensor:
     """See cpu.int8.conv_wgrad."""
-    shape = grads[0].shape[1], a.shape[1], *kernel
+    shape = grads[0].shape[1], a.shape[1] // groups, *kernel
     g = torch.stack([each.double() for each in grads]).sum(0)
-    total = torch.nn.grad.conv2d_weight(a.double(), shape, g, stride, padding, dilation)
+    total = torch.nn.grad.conv2d_weight(a.double(), shape, g, stride, padding, dilation, groups)
     return total.float().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 

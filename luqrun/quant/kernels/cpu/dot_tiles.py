@@ -23,6 +23,7 @@ from luqrun.quant.kernels.cpu.vectors import (
     constant,
     everywhere,
     load,
+    store,
 )
 
 
@@ -49,48 +50,81 @@ def _to_bf16(builder, values):
     return builder.trunc(builder.select(is_nan, constant(0x7FC0), nearest), HALVES)
 
 
+def _sums(builder, vectors, left, offsets, runs, taps, length, step, right):
+    """The vectors of a block's sums in LLVM, row by row: see `_dot_tile`."""
+    rows, dot = range(ROWS[vectors]), ir.FunctionType(INTS, [INTS] * 3)
+    dot = cgutils.get_or_insert_function(builder.module, dot, DOT)
+    zeros = ir.Constant(INTS, None)
+    sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in rows]
+    starts = [builder.sext(load(builder, offsets, INT, 4 * row), ADDRESS) for row in rows]
+    starts = [builder.add(left, start) for start in starts]
+    next_right = cgutils.alloca_once_value(builder, right)
+    (runs, run_step), (taps, tap_step) = (cgutils.unpack_tuple(builder, pair) for pair in (runs, taps))
+    with cgutils.for_range(builder, runs) as run, cgutils.for_range(builder, taps) as tap:
+        begin = builder.add(builder.mul(run.index, run_step), builder.mul(tap.index, tap_step))
+        begins = [builder.add(start, begin) for start in starts]
+        with cgutils.for_range(builder, length) as quad:
+            quad_start, place = builder.mul(quad.index, step), builder.load(next_right)
+            columns = [load(builder, place, INTS, 64 * vector) for vector in range(vectors)]
+            builder.store(builder.add(place, ADDRESS(64 * vectors)), next_right)
+            for row in rows:
+                four = load(builder, builder.add(begins[row], quad_start), INT)
+                four = everywhere(builder, four, INTS)
+                for total, column in zip(sums[row], columns, strict=True):
+                    builder.store(builder.call(dot, [builder.load(total), four, column]), total)
+    return [[builder.load(total) for total in row] for row in sums]
+
+
 def _dot_tile(vectors: int):
     """`dot_tile` for blocks of ROWS[vectors] rows and so many vectors of columns."""
-    rows = range(ROWS[vectors])
 
     @intrinsic
-    def dot_tile(typingctx, left, offsets, runs, run_step, length, step, right, out):
-        """int32 (rows, columns) at `out`. Row i of the left operand lies at left + offsets[i] (int32): `runs` runs,
-        run_step bytes apart, of `length` quads of uint8, step bytes apart. right: all its quads one after the other,
-        int8 (columns, 4) each."""
+    def dot_tile(typingctx, left, offsets, runs, taps, length, step, right, out):
+        """int32 (rows, columns) at `out`. Row i of the left operand lies at left + offsets[i] (int32): runs, and taps
+        in each of them (how many, bytes apart), of `length` quads of uint8, step bytes apart. right: all its quads one
+        after the other, int8 (columns, 4) each."""
 
         def codegen(context, builder, signature, args):
-            left, offsets, runs, run_step, length, step, right, out = args
-            dot = ir.FunctionType(INTS, [INTS] * 3)
-            dot = cgutils.get_or_insert_function(builder.module, dot, DOT)
-            zeros = ir.Constant(INTS, None)
-            sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in rows]
-            starts = [builder.sext(load(builder, offsets, INT, 4 * row), ADDRESS) for row in rows]
-            starts = [builder.add(left, start) for start in starts]
-            next_right = cgutils.alloca_once_value(builder, right)
-            with cgutils.for_range(builder, runs) as run:
-                run_start = builder.mul(run.index, run_step)
-                run_starts = [builder.add(start, run_start) for start in starts]
-                with cgutils.for_range(builder, length) as quad:
-                    quad_start, place = builder.mul(quad.index, step), builder.load(next_right)
-                    columns = [load(builder, place, INTS, 64 * vector) for vector in range(vectors)]
-                    builder.store(builder.add(place, ADDRESS(64 * vectors)), next_right)
-                    for row in rows:
-                        four = load(builder, builder.add(run_starts[row], quad_start), INT)
-                        four = everywhere(builder, four, INTS)
-                        for total, column in zip(sums[row], columns, strict=True):
-                            builder.store(builder.call(dot, [builder.load(total), four, column]), total)
+            sums = _sums(builder, vectors, *args[:-1])
             for place, total in enumerate(total for row in sums for total in row):
-                to = builder.add(out, ADDRESS(4 * LANES * place))
-                builder.store(builder.load(total), at(builder, to, INTS), align=1)
+                to = builder.add(args[-1], ADDRESS(4 * LANES * place))
+                builder.store(total, at(builder, to, INTS), align=1)
             return context.get_dummy_value()
 
-        return nb.void(*[nb.int64] * 8), codegen
+        pair = nb.UniTuple(nb.int64, 2)
+        return nb.void(nb.int64, nb.int64, pair, pair, *[nb.int64] * 4), codegen
 
     return dot_tile
 
 
+def _scaled_dot_tile(vectors: int):
+    """`_dot_tile`, whose sums go to their places as float32 at once."""
+
+    @intrinsic
+    def scaled_dot_tile(typingctx, left, offsets, runs, taps, length, step, right, shifts, scale, places, out):
+        """(sums - int32 (columns,) at `shifts`) * scale, row i at out + places[i] (int64)."""
+
+        def codegen(context, builder, signature, args):
+            *operands, shifts, scale, places, out = args
+            sums = _sums(builder, vectors, *operands)
+            shifts = [load(builder, shifts, INTS, 4 * LANES * vector) for vector in range(vectors)]
+            scales = everywhere(builder, scale, FLOATS)
+            for row, totals in enumerate(sums):
+                to = builder.add(out, load(builder, places, ADDRESS, 8 * row))
+                for vector, total in enumerate(totals):
+                    exact = builder.sitofp(builder.sub(total, shifts[vector]), FLOATS)
+                    store(builder, builder.fmul(exact, scales), to, 4 * LANES * vector)
+            return context.get_dummy_value()
+
+        pair = nb.UniTuple(nb.int64, 2)
+        rest = *[nb.int64] * 3, nb.int64, nb.float32, nb.int64, nb.int64
+        return nb.void(nb.int64, nb.int64, pair, pair, *rest), codegen
+
+    return scaled_dot_tile
+
+
 dot_tile, narrow_dot_tile = _dot_tile(2), _dot_tile(1)
+scaled_dot_tile, narrow_scaled_dot_tile = _scaled_dot_tile(2), _scaled_dot_tile(1)
 
 
 @intrinsic

@@ -35,7 +35,15 @@ THREADED = threading_layer() in ("omp", "tbb")
 # Only the loops written as prange: any other array expression would be a round of waking threads of its own.
 _ELSE_SERIAL = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
 _PARALLEL = {"prange": True, **dict.fromkeys(_ELSE_SERIAL, False)}
-_home = os.getpid()  # OpenMP's threads do not survive a fork: a DataLoader's worker works alone
+_forked = False  # OpenMP's threads do not survive it: a DataLoader's worker works alone
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class driver:
@@ -52,8 +60,10 @@ class driver:
         twin.__module__ = function.__module__
         self.serial = row_loop()(function)
         self.parallel = row_loop(parallel=_PARALLEL)(twin) if threads and THREADED else self.serial
+        self.has_threads = self.parallel is not self.serial
         self.integers = (nb.int64,) * function.__code__.co_argcount
         self.addresses = {}
+        self.alone = None  # the address of a loop without threads
 
     def __call__(self, elements, *rest):
         loop = self._loop()
@@ -71,19 +81,23 @@ class driver:
     def address(self, elements=0) -> int:
         """Where compiled code finds it, whose arguments are integers and which returns nothing: see `call2`. elements:
         how many it will have. In a rehearsal 0."""
+        if self.alone is not None and _thread.rehearsed is None:
+            return self.alone
         loop = self._loop()
         if _thread.rehearsed is not None:
             self._rehearse(loop, self.integers)
             return 0
         if loop is not self.serial:
             _use_threads(elements)
-        if loop not in self.addresses:
+        address = self.addresses.get(loop)
+        if address is None:
             with event.install_listener("numba:compile", _Announcing(loop)):
-                self.addresses[loop] = address_of(loop, self.integers)
-        return self.addresses[loop]
+                address = self.addresses[loop] = address_of(loop, self.integers)
+            self.alone = None if self.has_threads else address
+        return address
 
     def _loop(self):
-        alone = torch.get_num_threads() == 1 or os.getpid() != _home
+        alone = not self.has_threads or _forked or torch.get_num_threads() == 1
         return self.serial if alone else self.parallel
 
     def _rehearse(self, loop, signature) -> None:
@@ -185,7 +199,7 @@ _thread = _Thread()
 
 def threads_for(elements: int) -> int:
     """Threads that a loop over so many elements gets: torch's, where it has work for two."""
-    if not THREADED or elements <= CHUNK or os.getpid() != _home:
+    if not THREADED or elements <= CHUNK or _forked:
         return 1
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 

@@ -2,7 +2,7 @@
 instructions faster than the bf16 units, let alone fp32's.
 
 Libraries' units do it (`int8_library`); where the CPU has AVX-512's VNNI our own blocks do it too (`int8_tiles`), and
-the faster of both is taken. A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are left to others.
+the faster of both is taken. A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are for our blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import has_vnni
+from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles
 from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
 from luqrun.quant.kernels.layout import empty, in_channels_last
@@ -23,7 +24,7 @@ from luqrun.quant.routes import fastest
 
 log = logging.getLogger(__name__)
 
-__all__ = ["CHUNK_ROWS", "conv", "conv_dgrad", "conv_wgrad", "is_fast", "out_size"]
+__all__ = ["CHUNK_ROWS", "conv", "conv_dgrad", "conv_wgrad", "is_fast", "out_size", "suits_groups"]
 
 
 @functools.cache
@@ -39,15 +40,28 @@ def is_fast() -> bool:
     return int8_products.proven(64, 64, 64, (64, 1), (64, 1), torch.get_num_threads())
 
 
+def suits_groups(groups: int, channels: int, out_channels: int) -> bool:
+    """Whether int8 may be the faster way to multiply so many groups of these channels: of blocks of our own alone."""
+    return int8_tiles.suits_groups(groups, channels, out_channels)
+
+
 def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Kernel, stride, padding and dilation as what can be looked up: operators hand over lists."""
     return tuple([(pair[0], pair[1]) for pair in geometry])
 
 
 def _by_the_fastest(
-    gemm: str, x: Tensor, geometry: Sequence, rest: tuple, library: Callable[[], Tensor], tiles: Callable[[], Tensor]
+    gemm: str,
+    x: Tensor,
+    geometry: Sequence,
+    groups: int,
+    rest: tuple,
+    library: Callable[[], Tensor],
+    tiles: Callable[[], Tensor],
 ) -> Tensor:
     """What both make of x (N, C, H, W), by the one that takes less time. rest: what else that depends on."""
+    if groups > 1:  # libraries have none, but for floating point, which others compare it with
+        return tiles()
     # By powers of two: batches of text, and images of any size, would all be kinds of their own, each with a trial.
     images, height, width = (x.shape[axis].bit_length() for axis in (0, 2, 3))
     # Blocks are exact whatever the numbers and sizes.
@@ -67,12 +81,13 @@ def conv(
     dtype: torch.dtype,
     channels_last: bool,
     signed: Tensor,
+    groups: int = 1,
 ) -> Tensor:
     """scale * conv2d(a, w): the exact integers as float32, times scale, as `dtype`.
 
     (N, K, H', W') in channels_last or contiguous memory.
 
-    a: int8 (N, C, H, W); matrix: int8 (R * S * C, K), w in the order of the patches; scale: 0-dim float32;
+    a: int8 (N, C, H, W); matrix: int8 (R * S * C / groups, K), w in the order of the patches; scale: 0-dim float32;
     signed: 0-dim bool, false where no element of a is negative.
     """
     geometry, channels = _pairs(kernel, stride, padding, dilation), matrix.shape[1]
@@ -82,18 +97,21 @@ def conv(
     has_sign = bool(signed.item())
 
     def by_libraries() -> Tensor:
+        if groups > 1:
+            how = kernel, stride, padding, dilation, dtype, True, signed, groups
+            return reference.int8_conv(a, matrix, scale, *how)
         return int8_library.conv(a, matrix, scale, geometry, dtype, signed)
 
     def by_tiles() -> Tensor:
         out = empty(size, True, dtype, a.device)
-        int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, has_sign, out)
+        int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, has_sign, out, groups)
         return out
 
     if 0 in size or not int8_tiles.suits(a, geometry, size[2:]):
         out = by_libraries()
     else:
         rest = channels, matrix.stride(), dtype, has_sign
-        out = _by_the_fastest("fprop", a, geometry, rest, by_libraries, by_tiles)
+        out = _by_the_fastest("fprop", a, geometry, groups, rest, by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 
 
@@ -108,27 +126,32 @@ def conv_dgrad(
     dilation: Sequence[int],
     dtype: torch.dtype,
     channels_last: bool,
+    groups: int = 1,
 ) -> Tensor:
     """scale * the gradient of conv2d for its (N, C, H, W) input, any stride: exact integers as float32, times scale.
 
     `dtype` (N, C, H, W) in channels_last or contiguous memory.
 
-    g: int8 (N, K, H', W'); matrix: int8 (K, R * S * C), the weight; scale: 0-dim float32; shape: (N, C, H, W).
+    g: int8 (N, K, H', W'); matrix: int8 (K, R * S * C / groups), the weight; scale: 0-dim float32; shape: (N, C,
+    H, W).
     """
     geometry, shape = _pairs(kernel, stride, padding, dilation), tuple(map(int, shape))
 
     def by_tiles() -> Tensor:
         out = empty(shape, True, dtype, g.device)
-        int8_tiles.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry, out)
+        int8_tiles.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry, out, groups)
         return out
 
     def by_libraries() -> Tensor:
+        if groups > 1:
+            how = kernel, stride, padding, dilation, dtype, True, groups
+            return reference.int8_conv_dgrad(g, matrix, scale, shape, *how)
         return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
 
     if 0 in shape or not g.numel() or not int8_tiles.suits_dgrad(g, geometry, shape):
         out = by_libraries()
     else:
-        out = _by_the_fastest("dgrad", g, geometry, (shape[1], dtype), by_libraries, by_tiles)
+        out = _by_the_fastest("dgrad", g, geometry, groups, (shape[1], dtype), by_libraries, by_tiles)
     return out if channels_last else _contiguous(out)
 
 
@@ -143,8 +166,10 @@ def conv_wgrad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int = 1,
 ) -> Tensor:
-    """The weight gradient of conv2d, summed over `grads`: float32 (K, C, R, S), the exact integer rounded once.
+    """The weight gradient of conv2d, summed over `grads`: float32 (K, C / groups, R, S), the exact integer rounded
+    once.
 
     grads: int8 (N, K, H', W') each; a: int8 (N, C, H, W). Where stride leaves pixels over, they have no gradient.
     """
@@ -153,15 +178,19 @@ def conv_wgrad(
         raise UserError(f"images of {width} pixels a row are too wide; at most {CHUNK_ROWS}")
 
     def by_libraries() -> Tensor:
+        if groups > 1:
+            return reference.int8_conv_wgrad(grads, a, kernel, stride, padding, dilation, groups)
         return int8_library.conv_wgrad(grads, a, geometry)
 
     def by_tiles() -> Tensor:
-        return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry)
+        return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry, groups)
 
     empty_sum = not (images and height and width and channels and a.numel())
-    if empty_sum or not int8_tiles.suits_wgrad(grads, a, kernel):
+    if empty_sum or not int8_tiles.suits_wgrad(grads, a, kernel, groups):
         total = by_libraries()
     else:
         rest = channels, len(grads)
-        total = _by_the_fastest("wgrad", a, geometry, rest, by_libraries, by_tiles)
-    return total.view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
+        total = _by_the_fastest("wgrad", a, geometry, groups, rest, by_libraries, by_tiles)
+    if total.dim() == 4:  # the reference's
+        return total
+    return total.view(channels, *kernel, a.shape[1] // groups).permute(0, 3, 1, 2)

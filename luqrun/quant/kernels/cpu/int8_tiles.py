@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from itertools import chain
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
+MOST_TOGETHER = 16  # groups that are multiplied as one, with zeros
 FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time
 IMAGE_BYTES = 1 << 28  # that a task makes of an image, at most
 SUM_BYTES = 1 << 26  # of the sums of all tasks of a weight gradient, at most
@@ -39,6 +42,13 @@ def is_there() -> bool:
     return "+avx512vnni" in compiled_for()[1].split(",")
 
 
+@functools.cache
+def _loops() -> ModuleType:
+    from luqrun.quant.kernels.cpu import tile_loops  # compiled code is loaded when it is first needed
+
+    return tile_loops
+
+
 def suits(a: Tensor, geometry: Pairs, out_size: tuple[int, int]) -> bool:
     """Whether a convolution of a can be made of blocks. geometry: kernel, stride, padding, dilation."""
     kernel, _, _, (_, apart) = geometry
@@ -56,15 +66,32 @@ def suits_dgrad(g: Tensor, geometry: Pairs, shape: tuple[int, ...]) -> bool:
     return fits and dilation == (1, 1) and is_there()
 
 
-def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int]) -> bool:
+def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int], groups: int = 1) -> bool:
     """Whether a weight gradient can be."""
     taps, (images, channels, height, width) = math.prod(kernel), grads[0].shape
-    pixels, rows = height * width * len(grads), taps * a.shape[1]
+    parts = _parts(groups, a.shape[1], channels)
+    pixels, rows = height * width * len(grads), taps * a.shape[1] // parts
     if rows > MOST_TAPS or height * width < FEWEST_PIXELS or pixels > MOST_TERMS or not is_there():
         return False
-    of_image = taps * _up(a.shape[1], LANES) * height * _up(width, 4)
-    sums = _tasks(images, pixels) * (rows + 1) * _up(channels, LANES) * 4
+    of_image = taps * _up(a.shape[1] // parts, LANES) * height * _up(width, 4)
+    sums = _tasks(images, pixels) * parts * (rows + 1) * _up(channels // parts, LANES) * 4
     return of_image <= IMAGE_BYTES and sums <= SUM_BYTES
+
+
+def suits_groups(groups: int, channels: int, out_channels: int) -> bool:
+    """Whether convolutions of so many groups may be faster in blocks, in spite of the zeros between groups."""
+    return is_there() and groups <= MOST_TOGETHER * _parts(groups, channels, out_channels)
+
+
+def _parts(groups: int, channels: int, out_channels: int) -> int:
+    """How many convolutions side by side one of so many groups is made of: each of as few groups as fill vectors, with
+    zeros between them."""
+    for together in range(1, groups):
+        parts = groups // together
+        whole = channels // parts % LANES == 0 and out_channels // parts % LANES == 0
+        if groups % together == 0 and whole:
+            return parts
+    return 1
 
 
 def _up(number: int, step: int) -> int:
@@ -89,63 +116,69 @@ def _images_a_task(images: int, image_bytes: int) -> int:
     return max(1, -(-images // (-(-tasks // threads) * threads)))  # as many for each thread
 
 
-def _pack(weight: int, channels: int, taps: tuple[int, int, int], strides: tuple[int, int, int, int]) -> Tensor:
-    """See tile_loops.pack_weight. weight: an address."""
-    from luqrun.quant.kernels.cpu import tile_loops  # compiled code is loaded when it is first needed
-
-    depth = taps[0] * _up(taps[1] * taps[2], 4) // 4
-    out = torch.empty(_up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
-    panels = -(-channels // COLUMNS)
-    tile_loops.pack_weight(panels, out.numel(), weight, out.data_ptr(), channels, depth, *taps, *strides)
+def _pack(weight: int, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """See tile_loops.pack_weight. weight: an address; groups: of all parts."""
+    of_part = groups // parts
+    channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
+    out = torch.empty(parts * _up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
+    panels = parts * -(-channels // COLUMNS)
+    _loops().pack_weight(panels, out.numel(), weight, out.data_ptr(), depth, of_part, outputs, *taps, *strides)
     return out
 
 
-def _convolve(a: Tensor, weight: Tensor, scale: Tensor, signed: bool, out: Tensor, *where: Sequence[int]) -> None:
+def _convolve(
+    a: Tensor, weight: Tensor, scale: Tensor, signed: bool, out: Tensor, parts: int, *where: Sequence[int]
+) -> None:
     """See tile_loops.convolve. where: padding, padded, source, taps, target."""
-    from luqrun.quant.kernels.cpu import tile_loops
-
     (images, channels, height, width), (_, padded, _, taps, target) = a.shape, where
-    address = a.data_ptr(), weight.data_ptr(), out.data_ptr()
-    how, size = (int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed), (images, height, width, channels)
-    products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2]
+    address, how = (
+        (a.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        (int(out.dtype == torch.bfloat16), scale.data_ptr()),
+    )
+    size = images, height, width, channels
+    products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2] * channels // parts
     group = _images_a_task(images, padded[0] * padded[1] * channels)
-    work, places = max(a.numel(), products // PRODUCTS), (each for part in where for each in part)
-    tile_loops.convolve(-(-images // group), work, *address, *how, group, *size, *places)
+    work, places = max(a.numel(), products // PRODUCTS), chain.from_iterable(where)
+    tasks, shift = -(-images // group), SHIFT * signed
+    _loops().convolve(tasks, work, *address, *how, shift, group, parts, *size, *places)
 
 
-def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor) -> None:
+def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1) -> None:
     """Fill `out`, channels_last, as int8.conv says. a: channels_last; geometry: kernel, stride, padding, dilation."""
     (lines, across), stride, padding, (down, _) = geometry
     (_, channels, *_), (out_height, out_width) = a.shape, out.shape[2:]
+    inputs, outputs, parts = channels // groups, out.shape[1] // groups, _parts(groups, channels, out.shape[1])
     element, column = matrix.stride()
-    strides = across * channels * element, channels * element, element, column
-    weight = _pack(matrix.data_ptr(), out.shape[1], (lines, across, channels), strides)
+    strides = across * inputs * element, inputs * element, element, column, outputs * column
+    weight = _pack(matrix.data_ptr(), groups, parts, outputs, (lines, across, inputs), strides)
     target = out_height, out_width, out.shape[1], 0, 0, 1, 1, out_height, out_width
-    taps = lines, down, across * channels
-    _convolve(a, weight, scale, signed, out, padding, _padded(geometry, out.shape[2:]), (0, 0, *stride), taps, target)
+    taps, source = (lines, down, across), (0, 0, *stride)
+    _convolve(a, weight, scale, signed, out, parts, padding, _padded(geometry, out.shape[2:]), source, taps, target)
 
 
-def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, out: Tensor) -> None:
-    """Fill `out`, channels_last, as int8.conv_dgrad says. g: channels_last; matrix: (K, R * S * C), contiguous;
-    geometry: kernel, stride, padding, dilation, which is 1."""
+def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, out: Tensor, groups: int = 1) -> None:
+    """Fill `out`, channels_last, as int8.conv_dgrad says. g: channels_last; matrix: (K, R * S * C / groups),
+    contiguous; geometry: kernel, stride, padding, dilation, which is 1."""
     (lines, across), (down, beside), (above, left), _ = geometry
     channels, (height, width) = out.shape[1], out.shape[2:]
+    inputs, outputs, parts = g.shape[1] // groups, channels // groups, _parts(groups, g.shape[1], channels)
     upright = [_taps_of(first, lines, down, above, height) for first in range(min(down, height))]
     sideways = [_taps_of(first, across, beside, left, width) for first in range(min(beside, width))]
     if not all(count for count, *_ in (*upright, *sideways)):
         out.zero_()
     high, padded_height = _padding(upright)
     wide, padded_width = _padding(sideways)
+    row = lines * across * outputs  # of the matrix
     for line, (runs, last_line, source_line, count_lines) in enumerate(upright):
         for column, (taps, last_tap, source_column, count_columns) in enumerate(sideways):
             if runs and taps:
-                begin = matrix.data_ptr() + (last_line * across + last_tap) * channels
-                strides = -down * across * channels, -beside * channels, lines * across * channels, 1
-                weight = _pack(begin, channels, (runs, taps, g.shape[1]), strides)
+                begin = matrix.data_ptr() + (last_line * across + last_tap) * outputs
+                strides = -down * across * outputs, -beside * outputs, row, 1, inputs * row
+                weight = _pack(begin, groups, parts, outputs, (runs, taps, inputs), strides)
                 source = source_line + high, source_column + wide, 1, 1
                 target = height, width, channels, line, column, down, beside, count_lines, count_columns
-                how = (high, wide), (padded_height, padded_width), source, (runs, 1, taps * g.shape[1]), target
-                _convolve(g, weight, scale, True, out, *how)
+                how = (high, wide), (padded_height, padded_width), source, (runs, 1, taps), target
+                _convolve(g, weight, scale, True, out, parts, *how)
 
 
 def _taps_of(first: int, kernel: int, stride: int, padding: int, size: int) -> tuple[int, int, int, int]:
@@ -163,27 +196,29 @@ def _padding(kinds: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
     return before, max([1, *(before + source + count - 1 + taps for taps, _, source, count in kinds if taps)])
 
 
-def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs) -> Tensor:
-    """See int8.conv_wgrad: float32 (K, R * S * C). grads, a: channels_last; geometry: kernel, stride, padding,
+def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs, groups: int = 1) -> Tensor:
+    """See int8.conv_wgrad: float32 (K, R * S * C / groups). grads, a: channels_last; geometry: kernel, stride, padding,
     dilation."""
-    from luqrun.quant.kernels.cpu import tile_loops
-
     (kernel, stride, _, dilation), (images, channels, height, width) = geometry, grads[0].shape
-    inputs, taps = a.shape[1], kernel[0] * kernel[1] * a.shape[1]
-    tasks = _tasks(images, height * width * len(grads))
-    padded = _up(channels, LANES)
-    sums = scratch("weight gradients", tasks * (taps + 1), padded, torch.int32)
-    size, g_size = (images, a.shape[2], a.shape[3], inputs), (images, height, width, channels)
-    limit = LARGE_TASK_BYTES if 4 * (taps + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
-    work = max(a.numel(), images * height * width * taps * channels // PRODUCTS)
-    by_lines = _prefers_lines(kernel, stride, dilation, height, width, channels)
+    parts, taps = _parts(groups, a.shape[1], channels), kernel[0] * kernel[1]
+    inputs, outputs, of_part = a.shape[1] // groups, channels // groups, channels // parts
+    rows, tasks = taps * a.shape[1] // parts, _tasks(images, height * width * len(grads))
+    padded = _up(of_part, LANES)
+    sums = scratch("weight gradients", tasks * parts * (rows + 1), padded, torch.int32)
+    size, g_size = (images, a.shape[2], a.shape[3], a.shape[1]), (images, height, width, channels)
+    limit = LARGE_TASK_BYTES if 4 * (rows + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
+    work = max(a.numel(), images * height * width * rows * channels // PRODUCTS)
+    by_lines = _prefers_lines(kernel, stride, dilation, height, width, of_part)
     for number, g in enumerate(grads):
-        address, how = (a.data_ptr(), g.data_ptr(), sums.data_ptr()), (int(by_lines), tasks, limit, int(number > 0))
-        places = (each for part in geometry for each in part)
-        tile_loops.convolve_for_weight(tasks, work, *address, SHIFT, *how, *size, *g_size, *places)
-    out = torch.empty(channels, taps, dtype=torch.float32, device="cpu")
-    parts = padded // LANES
-    tile_loops.add_tasks(parts, out.numel(), sums.data_ptr(), tasks, taps, channels, out.data_ptr())
+        address = a.data_ptr(), g.data_ptr(), sums.data_ptr(), SHIFT
+        how, places = (
+            (int(by_lines), tasks, limit, int(number > 0), parts),
+            (each for part in geometry for each in part),
+        )
+        _loops().convolve_for_weight(tasks, work, *address, *how, *size, *g_size, *places)
+    out = torch.empty(channels, taps * inputs, dtype=torch.float32, device="cpu")
+    split = parts, groups // parts, inputs, outputs, taps
+    _loops().add_tasks(parts * padded // LANES, out.numel(), sums.data_ptr(), tasks, *split, out.data_ptr())
     return out
 
 

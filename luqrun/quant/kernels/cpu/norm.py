@@ -19,8 +19,6 @@ from luqrun.quant.kernels.cpu import normalize_loops as loops
 from luqrun.quant.kernels.cpu.columns import EIGHT
 from luqrun.quant.kernels.cpu.proofs import Proofs
 from luqrun.quant.kernels.cpu.rows import HAS_FMA
-from luqrun.quant.kernels.cpu.sizes import CHUNK
-from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import is_channels_last
 
 MOST_KINDS = 256  # that are tried: images whose sizes vary would each be one
@@ -90,7 +88,7 @@ def normalized(
     """See reference.batch_norm; of what `suits`, and vectors without gaps."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out = torch.empty_like(x)
-    mean, inverse = torch.empty(2, channels, dtype=torch.float32, device="cpu").unbind()
+    mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
     given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
     size, found = (rows, channels, torch.get_num_threads()), (mean.data_ptr(), inverse.data_ptr(), out.data_ptr())
     functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
@@ -109,19 +107,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm_backward; of what `suits`, and grad in channels_last memory."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
+    out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    given = x, grad, mask, weight, mean, inverse, out, of_weight, of_bias, found
+    places = [0 if each is None else each.data_ptr() for each in given]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself
-    sums = torch.empty(parts, 2, channels, dtype=torch.float32, device="cpu")
-    numbers = torch.empty(7, channels, dtype=torch.float32, device="cpu")
-    numbers[0], numbers[3] = mean, inverse
-    numbers[4] = 1 if weight is None else weight
-    mask_pitch = 0 if mask is None else channels // EIGHT
-    mask = torch.full((channels // EIGHT,), 255, dtype=torch.uint8, device="cpu") if mask is None else mask
-    out = torch.empty_like(x)
-    places = x.data_ptr(), grad.data_ptr(), mask.data_ptr()
-    size = rows, channels
-    norm_loops.norm_sums(parts, x.numel(), *size, parts, mask_pitch, *places, mean.data_ptr(), sums.data_ptr())
-    norm_loops.norm_numbers(1, channels, *size, parts, sums.data_ptr(), numbers.data_ptr())
-    tasks = -(-rows // max(1, CHUNK // channels))
-    places = *places, numbers.data_ptr(), out.data_ptr()
-    measuring(norm_loops.norm_gradient, tasks, x.numel(), *size, mask_pitch, *places, out=found)
-    return out, numbers[5].clone(), numbers[6].clone()
+    functions = driver.run.address(x.numel()), norm_loops.norm_sums.address(), norm_loops.norm_gradient.address()
+    norm_loops.batch_norm_backward(rows, channels, parts, *places, functions)
+    return out, of_weight, of_bias

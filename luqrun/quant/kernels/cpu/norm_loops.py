@@ -6,16 +6,18 @@ those of torch's own loop, in its order, so that the results have the same bits.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import types as nb
 from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import cgutils
+from luqrun.quant.kernels.cpu import rows as rows_of
 from luqrun.quant.kernels.cpu.columns import EIGHT, PANEL, Columns, row_at
-from luqrun.quant.kernels.cpu.driver import integers, tasks
-from luqrun.quant.kernels.cpu.memory import floats
+from luqrun.quant.kernels.cpu.driver import call4, integers, unthreaded
+from luqrun.quant.kernels.cpu.memory import doubles, floats, int64s, uint8s
 from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK
-from luqrun.quant.kernels.cpu.statistics import measure_ends
+from luqrun.quant.kernels.cpu.statistics import measure_ends, total_of_ends
 from luqrun.quant.kernels.cpu.vectors import ADDRESS
 
 
@@ -113,7 +115,7 @@ def _write_rows(rows, channels, mask_pitch, x, g, mask, numbers, out):
             column += 8
 
 
-@tasks
+@unthreaded
 def norm_sums(request, part):
     """The sums of g and of (x - mean) * g of one of `parts` parts of the rows, float32 (parts, 2, channels) at `sums`.
 
@@ -133,13 +135,12 @@ def norm_sums(request, part):
         _add_rows(count, channels, mask_pitch, x + at, g + at, mask + row * mask_pitch, mean, mine, mine + 4 * channels)
 
 
-@tasks
-def norm_numbers(request, number):
-    """What the sums of `norm_sums` make of each channel: float32 (7, channels) at `out`, of which the first, fourth and
-    fifth (mean, inverse, weight) are there. The second and third become slope and shift of `_gradient_of`, the last
-    two the gradients of weight and bias."""
-    rows, channels, parts, sums, out = integers(request, 0, 5)
-    found, numbers, count = floats(sums, 2 * channels * parts), floats(out, 7 * channels), f32(rows)
+@row_loop()
+def _add_parts(rows, channels, parts, found, numbers):
+    """What the sums of `norm_sums` make of each channel: float32 (5, channels), of which the first, fourth and fifth
+    (mean, inverse, weight) are there. The second and third become slope and shift of `_gradient_of`, and after them
+    come the gradients of weight and bias."""
+    count = f32(rows)
     for j in range(channels):
         total, product, inverse = 0.0, 0.0, numbers[3 * channels + j]
         for part in range(parts):
@@ -151,15 +152,56 @@ def norm_numbers(request, number):
         numbers[5 * channels + j], numbers[6 * channels + j] = f32(product * inverse), total
 
 
-@tasks
+@unthreaded
 def norm_gradient(request, number):
-    """The gradient of x: float32 (rows, channels) at `out`. numbers: of `norm_numbers`; measures, extremes: see
-    statistics.measuring; the rest: as in `norm_sums`."""
-    rows, channels, mask_pitch, x, g, mask, numbers, out, measures, extremes = integers(request, 0, 10)
+    """The gradient of x: float32 (rows, channels) at `out`. numbers: of `_add_parts`; extremes: where the tasks' ends
+    go (statistics.total), or 0; the rest: as in `norm_sums`."""
+    rows, channels, mask_pitch, x, g, mask, numbers, out, extremes = integers(request, 0, 9)
     step, panel = max(1, CHUNK // channels), max(1, PANEL // channels)
     stop = min(rows, (number + 1) * step)
     for row in range(number * step, stop, panel):
         at, count = 4 * row * channels, min(panel, stop - row)
         _write_rows(count, channels, mask_pitch, x + at, g + at, mask + row * mask_pitch, numbers, out + at)
-        if measures:
+        if extremes != 0:
             measure_ends(out, 0, row * channels, count * channels, extremes + 8 * number)
+
+
+@unthreaded
+def batch_norm_backward(
+    rows, channels, parts, x, g, mask, weight, mean, inverse, out, of_weight, of_bias, statistics, functions
+):
+    """Batch norm's backward pass: the gradients of x (out), weight and bias.
+
+    All but the sizes are addresses; mask, weight: 0 where there is none. statistics: where those of out go, float64
+    (4,), or 0. functions: addresses of `run`, norm_sums and norm_gradient.
+    """
+    elements, step = rows * channels, max(1, CHUNK // channels)
+    tasks, mask_pitch = (rows + step - 1) // step, channels // EIGHT if mask != 0 else 0
+    # One piece of memory: see quantize.encode_flat.
+    sizes = 8 * parts * channels, 28 * channels, channels, 8 * (tasks + 1), 16
+    room = np.zeros(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + 72 + 8, np.uint8)
+    sums = room.ctypes.data
+    values = sums + sizes[0]
+    ones = values + sizes[1]
+    told = (ones + sizes[2] + 7) // 8 * 8
+    extremes = told + 72
+    request, numbers = int64s(told, 9), floats(values, 7 * channels)
+    if mask == 0:
+        rows_of.fill(uint8s(ones, channels), 255)
+        mask = ones
+    means, inverses = floats(mean, channels), floats(inverse, channels)
+    for j in range(channels):
+        numbers[j], numbers[3 * channels + j] = means[j], inverses[j]
+        numbers[4 * channels + j] = f32(1) if weight == 0 else floats(weight, channels)[j]
+    request[0], request[1], request[2], request[3], request[4] = rows, channels, parts, mask_pitch, x
+    request[5], request[6], request[7], request[8] = g, mask, mean, sums
+    call4(functions[0], elements, parts, functions[1], told)
+    _add_parts(rows, channels, parts, floats(sums, 2 * parts * channels), numbers)
+    request[2], request[3], request[4], request[5] = mask_pitch, x, g, mask
+    request[6], request[7], request[8] = values, out, extremes if statistics != 0 else 0
+    call4(functions[0], elements, tasks, functions[2], told)
+    rows_of.copy(numbers[5 * channels : 6 * channels], floats(of_weight, channels))
+    rows_of.copy(numbers[6 * channels :], floats(of_bias, channels))
+    if statistics != 0:
+        total_of_ends(extremes, tasks, doubles(statistics, 4))
+    room[0] = 0  # what only its address was taken of must be in use until here

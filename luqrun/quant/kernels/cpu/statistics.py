@@ -161,16 +161,24 @@ def measure_row(x, half, first, count, wants_moments, extremes, sums, scratch):
 
 
 @row_loop()
+def total_of_ends(extremes, tasks, found):
+    """The statistics of a tensor without its moments: see `total`."""
+    ends = int32s(extremes, 2 * tasks)
+    largest, negative = i32(0), i32(0)
+    for number in range(tasks):
+        largest, negative = max(largest, ends[2 * number]), min(negative, ends[2 * number + 1])
+    found[0], found[1], found[2], found[3] = rows.as_float(largest), negative < i32(0), 0.0, 0.0
+
+
+@row_loop()
 def total(extremes, sums, tasks, found):
     """float64 (4,), the statistics of a tensor, from what its tasks found, one after the other. extremes, sums:
     addresses of int32 and float64 (tasks, 2)."""
-    ends, added = int32s(extremes, 2 * tasks), doubles(sums, 2 * tasks)
-    largest, negative, sum1, sum2 = i32(0), i32(0), 0.0, 0.0
+    total_of_ends(extremes, tasks, found)
+    added = doubles(sums, 2 * tasks)
     for number in range(tasks):
-        largest, negative = max(largest, ends[2 * number]), min(negative, ends[2 * number + 1])
-        sum1 += added[2 * number]
-        sum2 += added[2 * number + 1]
-    found[0], found[1], found[2], found[3] = rows.as_float(largest), negative < i32(0), sum1, sum2
+        found[2] += added[2 * number]
+        found[3] += added[2 * number + 1]
 
 
 @tasks

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from luqrun.quant.kernels.cpu import rows
-from luqrun.quant.kernels.cpu.dot_tiles import dot_tile, interleave, narrow_dot_tile, store_scaled
+from luqrun.quant.kernels.cpu.dot_tiles import (
+    dot_tile,
+    interleave,
+    narrow_dot_tile,
+    narrow_scaled_dot_tile,
+    scaled_dot_tile,
+    store_scaled,
+)
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.loops import pad_line
 from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s, int32s, int64s, uint8s
@@ -17,12 +24,22 @@ QUADS = 4 * LANES  # bytes of a quad of 16 channels
 
 
 @row_loop()
-def _tile(columns, left, offsets, runs, run_step, length, step, right, out):
+def _tile(columns, left, offsets, runs, taps, length, step, right, out):
     """The block for so many columns and the rows at the offsets from an address on; returns how many it has."""
     if columns > LANES:
-        dot_tile(left, offsets, runs, run_step, length, step, right, out)
+        dot_tile(left, offsets, runs, taps, length, step, right, out)
         return _ROWS
-    narrow_dot_tile(left, offsets, runs, run_step, length, step, right, out)
+    narrow_dot_tile(left, offsets, runs, taps, length, step, right, out)
+    return _NARROW_ROWS
+
+
+@row_loop()
+def _scaled_tile(columns, left, offsets, runs, taps, length, right, shifts, factor, places, out):
+    """As _tile, of whole vectors of columns, to the places of the rows from `out` on."""
+    if columns > LANES:
+        scaled_dot_tile(left, offsets, runs, taps, length, 4, right, shifts, factor, places, out)
+        return _ROWS
+    narrow_scaled_dot_tile(left, offsets, runs, taps, length, 4, right, shifts, factor, places, out)
     return _NARROW_ROWS
 
 
@@ -43,22 +60,34 @@ def _panel_width(columns):
     return COLUMNS if columns > LANES else LANES
 
 
+@row_loop()
+def _up(channels):
+    """The next multiple of LANES."""
+    return (channels + LANES - 1) // LANES * LANES
+
+
 @tasks
 def pack_weight(request, number):
-    """The right operand of `convolve`: panels of COLUMNS output channels, the last perhaps of LANES, quad by quad.
+    """The right operand of `convolve`: for each part, panels of COLUMNS output channels, the last perhaps of LANES,
+    quad by quad.
 
-    weight: the address of int8; channels: of the output; taps: (runs, taps a run, channels a tap); strides: from one to
-    the next of each of these and of the output channels, in bytes; depth: quads in all runs. A task is a panel.
+    weight: the address of int8; depth: quads in all runs; parts: see `convolve`; groups, outputs: of a part, and of one
+    of its groups; taps: (runs, taps a run, channels a tap) of a group; strides: from one to the next of each of these,
+    of the output channels and of the groups, in bytes. Where input and output are of different groups, there are
+    zeros. A task is a panel.
     """
-    weight, out, channels, depth = integers(request, 0, 4)
-    taps, strides = integers(request, 4, 3), integers(request, 7, 4)
+    weight, out, depth, groups, outputs = integers(request, 0, 5)
+    taps, strides = integers(request, 5, 3), integers(request, 8, 5)
     runs, across, inputs = taps
-    quads = depth // runs
-    together = strides[2] == 1 and (across == 1 or strides[1] == inputs)
-    columns = min(COLUMNS, channels - number * COLUMNS)
+    quads, channels = depth // runs, groups * outputs  # a part's taps are of whole quads, or there is only one part
+    panels = (channels + COLUMNS - 1) // COLUMNS
+    part, first = number // panels, number % panels * COLUMNS
+    together = groups == 1 and strides[2] == 1 and (across == 1 or strides[1] == inputs)
+    columns = min(COLUMNS, channels - first)
     width = _panel_width(columns)
-    target, source = out + number * COLUMNS * depth * 4, weight + number * COLUMNS * strides[3]
+    target = out + (part * _up(channels) + first) * depth * 4
     rows.clear(uint8s(target, depth * width * 4))
+    source = weight + part * groups * strides[4] + first * strides[3]
     for run in range(runs):
         if together:
             whole = across * inputs // 4
@@ -69,13 +98,17 @@ def pack_weight(request, number):
                 for byte in range(4 * whole, across * inputs):
                     to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
                     int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
-        else:
+            continue
+        for group in range(groups):
+            # The columns of this group in the panel.
+            low, high = max(0, group * outputs - first), min(columns, (group + 1) * outputs - first)
+            start = source + run * strides[0] + group * (strides[4] - outputs * strides[3])
             for tap in range(across):
                 for channel in range(inputs):
-                    byte = tap * inputs + channel
-                    begin = source + run * strides[0] + tap * strides[1] + channel * strides[2]
+                    byte = (tap * groups + group) * inputs + channel
+                    begin = start + tap * strides[1] + channel * strides[2]
                     to = int8s(target + (run * quads + byte // 4) * width * 4 + byte % 4, width * 4)
-                    for column in range(columns):
+                    for column in range(low, high):
                         to[4 * column] = int8s(begin + column * strides[3], 1)[0]
 
 
@@ -85,15 +118,21 @@ def convolve(request, number):
 
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; weight: from
     `pack_weight`. padding, padded: see `pad`: what is read has padded (lines, columns). source: (line, column) there of
-    the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, bytes a run).
-    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task.
+    the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, taps a run).
+    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task. parts: into how many
+    of the same size the channels are split, of which each of the output sees that of the input alone.
     """
-    a, weight, out, half, scale, shift, group = integers(request, 0, 7)
-    size, padding, padded = integers(request, 7, 4), integers(request, 11, 2), integers(request, 13, 2)
-    source, taps, target = integers(request, 15, 4), integers(request, 19, 3), integers(request, 22, 9)
-    images, _, _, channels = size
+    a, weight, out, half, scale, shift, group, parts = integers(request, 0, 8)
+    size, padding, padded = integers(request, 8, 4), integers(request, 12, 2), integers(request, 14, 2)
+    source, taps, target = integers(request, 16, 4), integers(request, 20, 3), integers(request, 23, 9)
+    images, channels = size[0], size[3]
     out_height, out_width, out_channels, first_line, first_column, down, across, lines, columns = target
-    pitch, quads = padded[1] * channels, (taps[2] + 3) // 4
+    pitch, of_part = padded[1] * channels, out_channels // parts
+    runs, in_run, length = (taps[0], taps[1] * pitch), (taps[2], channels), channels // parts
+    if parts == 1:  # the taps of a run are neighbours
+        in_run, length = (1, 0), taps[2] * channels
+    length = (length + 3) // 4
+    depth = runs[0] * in_run[0] * length
     image_bytes, factor = padded[0] * pitch, floats(scale, 1)[0]
     begin = number * group
     count = min(group, images - begin)
@@ -110,9 +149,6 @@ def convolve(request, number):
     left = same + 4
     rows.clear(uint8s(nowhere, sizes[3]))
     rows.fill(uint8s(same, 4), shift)
-    for line in range(count * padded[0]):
-        image, row = begin + line // padded[0], line % padded[0]
-        pad_line(left + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
     at = 0
     for image in range(count):
         for line in range(lines):
@@ -124,16 +160,27 @@ def convolve(request, number):
                 at += 1
     for row in range(MOST_ROWS):
         offsets[pixels + row] = offsets[pixels - 1]  # the last one once more
-    for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
-        wide = min(COLUMNS, out_channels - panel * COLUMNS)
-        lanes = _panel_width(wide)
-        right, to = weight + panel * COLUMNS * taps[0] * quads * 4, out + panel * COLUMNS * element
-        _tile(wide, same, nowhere, taps[0], 0, quads, 0, right, shifts)
-        at = 0
-        while at < pixels:
-            done = _tile(wide, left, starts + 4 * at, taps[0], taps[1] * pitch, quads, 4, right, sums)
-            _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
-            at += done
+    for line in range(count * padded[0]):
+        image, row = begin + line // padded[0], line % padded[0]
+        pad_line(left + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
+    for part in range(parts):
+        start, weights = left + part * (channels // parts), weight + part * _up(of_part) * depth * 4
+        for first in range(0, of_part, COLUMNS):
+            wide = min(COLUMNS, of_part - first)
+            lanes = _panel_width(wide)
+            right, to = weights + first * depth * 4, out + (part * of_part + first) * element
+            _tile(wide, same, nowhere, (runs[0], 0), (in_run[0], 0), length, 0, right, shifts)
+            whole, at = not half and wide == lanes, 0
+            most = _NARROW_ROWS if lanes == LANES else _ROWS
+            while at < pixels:
+                offsets_here = starts + 4 * at
+                if whole and at + most <= pixels:
+                    where = start_of + 8 * at, to
+                    at += _scaled_tile(wide, start, offsets_here, runs, in_run, length, right, shifts, factor, *where)
+                    continue
+                done = _tile(wide, start, offsets_here, runs, in_run, length, 4, right, sums)
+                _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
+                at += done
     memory[0] = 0  # what only its address was taken of must be in use until here
 
 
@@ -169,19 +216,21 @@ def _make_quads(out, far, step, places, a, nowhere, size, which, flip, begin, ch
 
 @tasks
 def convolve_for_weight(request, number):
-    """int32 (tasks, R * S * C + 1, K, rounded up to LANES) at `sums` <- (+= if more) for each tap and input channel the
-    products with each output channel, over the pixels of each task's images; in the last row what `shift` adds to each.
+    """int32 (tasks, parts, R * S * C + 1, K, rounded up to LANES) at `sums` <- (+= if more) for each tap and input
+    channel the products with each output channel, over the pixels of each task's images; in the last row what `shift`
+    adds to each. C, K: the channels of a part, see `convolve`.
 
-    a, g: the addresses of int8 (N, H, W, C) and (N, H', W', K), with these sizes; shift: 128, what is added to a.
+    a, g: the addresses of int8 images in channels_last memory, with the sizes (N, H, W, channels); shift: 128, what is
+    added to a.
     by_lines: whether a line of a is made into quads once for all lines of the kernel, which needs a stride of 1 between
     lines; else images are, for each tap. limit: bytes of quads at a time, where an image has no more.
     """
-    a, g, sums, shift, by_lines, tasks, limit, more = integers(request, 0, 8)
-    size, g_size, kernel = integers(request, 8, 4), integers(request, 12, 4), integers(request, 16, 2)
-    stride, padding, dilation = integers(request, 18, 2), integers(request, 20, 2), integers(request, 22, 2)
-    images, _, _, channels = size
-    _, out_height, out_width, out_channels = g_size
-    padded_channels = (out_channels + LANES - 1) // LANES * LANES
+    a, g, sums, shift, by_lines, tasks, limit, more, parts = integers(request, 0, 9)
+    size, g_size, kernel = integers(request, 9, 4), integers(request, 13, 4), integers(request, 17, 2)
+    stride, padding, dilation = integers(request, 19, 2), integers(request, 21, 2), integers(request, 23, 2)
+    images, channels = size[0], size[3] // parts
+    _, out_height, out_width, out_channels = g_size[0], g_size[1], g_size[2], g_size[3] // parts
+    padded_channels = _up(out_channels)
     rows_of_sums = kernel[0] * kernel[1] * channels + 1
     if by_lines:
         copies, lines, g_lines = kernel[1], out_height + (kernel[0] - 1) * dilation[0], out_height
@@ -191,13 +240,13 @@ def convolve_for_weight(request, number):
     quads = (pixels + 3) // 4
     # Of an image: 16 of its channels, made into quads; one of g's.
     image_bytes, g_bytes = lines * quads * QUADS, g_lines * quads * 4
-    parts = (channels + LANES - 1) // LANES
-    group = max(1, limit // (copies * parts * image_bytes + g_bytes * COLUMNS))
+    vectors = (channels + LANES - 1) // LANES
+    group = max(1, limit // (copies * vectors * image_bytes + g_bytes * COLUMNS))
     begin, end = images * number // tasks, images * (number + 1) // tasks
     # See convolve.
     most, sums_bytes = max(channels, COLUMNS) + LANES, 4 * MOST_ROWS * COLUMNS
     small = 4 * 8 + 4 * (rows_of_sums + MOST_ROWS) + sums_bytes + 4 * MOST_ROWS + 4 + most
-    memory = np.empty(small + copies * parts * group * image_bytes + group * g_bytes * COLUMNS, np.uint8)
+    memory = np.empty(small + copies * vectors * group * image_bytes + group * g_bytes * COLUMNS, np.uint8)
     place = memory.ctypes.data
     places, starts = int64s(place, 4), place + 4 * 8
     offsets = int32s(starts, rows_of_sums + MOST_ROWS)
@@ -206,75 +255,87 @@ def convolve_for_weight(request, number):
     same = nowhere + 4 * MOST_ROWS
     zero = same + 4
     to = zero + most
-    g_to = to + copies * parts * group * image_bytes
+    g_to = to + copies * vectors * group * image_bytes
     rows.clear(uint8s(nowhere, 4 * MOST_ROWS))
     rows.fill(uint8s(same, 4), shift)
     rows.clear(uint8s(zero, most))
     rows.clear(uint8s(starts, 4 * (rows_of_sums + MOST_ROWS)))
-    target = sums + 4 * number * rows_of_sums * padded_channels
+    part_sums = rows_of_sums * padded_channels
     if not more:
-        rows.clear(int32s(target, rows_of_sums * padded_channels))
-    for first in range(begin, end, group):
-        count = min(group, end - first)
-        part_bytes, at = count * image_bytes, 0
-        for r in range(kernel[0]):
-            for s in range(kernel[1]):
-                start = s * parts * part_bytes + r * dilation[0] * quads * QUADS
-                if not by_lines:
-                    start = (r * kernel[1] + s) * parts * part_bytes
-                for channel in range(channels):
-                    offsets[at] = start + channel // LANES * part_bytes + channel % LANES * 4
-                    at += 1
-        for copied in range(copies):
-            r, s = (0, copied) if by_lines else (copied // kernel[1], copied % kernel[1])
-            column = s * dilation[1] - padding[1]
-            for image in range(count):
-                for line in range(lines):
-                    row = line + r * dilation[0] - padding[0]
-                    place = to + copied * parts * part_bytes + image * image_bytes + line * quads * QUADS
-                    which = first + image, column, row, pixels, out_width, stride[0], stride[1]
-                    _make_quads(place, part_bytes, QUADS, places, a, zero, size, which, shift, 0, channels)
-        for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
-            wide = min(COLUMNS, out_channels - panel * COLUMNS)
-            lanes = _panel_width(wide)
-            if wide < lanes:
-                rows.clear(uint8s(g_to, count * g_bytes * lanes))
-            for image in range(count):
-                for line in range(g_lines):
-                    place = g_to + (image * g_lines + line) * quads * lanes * 4
-                    which, by = (first + image, 0, line, pixels, out_width, 1, 1), panel * COLUMNS
-                    _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
-            run = count, image_bytes, g_lines * quads
-            _tile(wide, same, nowhere, count, 0, run[2], 0, g_to, found)
-            last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
-            accumulate(last, found, lanes)
-            at = 0
-            while at < rows_of_sums - 1:
-                done = _tile(wide, to, starts + 4 * at, run[0], run[1], run[2], QUADS, g_to, found)
-                for row in range(min(done, rows_of_sums - 1 - at)):
-                    place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
-                    accumulate(place, found + 4 * row * lanes, lanes)
-                at += done
+        rows.clear(int32s(sums + 4 * number * parts * part_sums, parts * part_sums))
+    for part in range(parts):
+        target, begin_of_g = sums + 4 * (number * parts + part) * part_sums, part * out_channels
+        for first in range(begin, end, group):
+            count = min(group, end - first)
+            vector_bytes, at = count * image_bytes, 0
+            for r in range(kernel[0]):
+                for s in range(kernel[1]):
+                    start = s * vectors * vector_bytes + r * dilation[0] * quads * QUADS
+                    if not by_lines:
+                        start = (r * kernel[1] + s) * vectors * vector_bytes
+                    for channel in range(channels):
+                        offsets[at] = start + channel // LANES * vector_bytes + channel % LANES * 4
+                        at += 1
+            for copied in range(copies):
+                r, s = (0, copied) if by_lines else (copied // kernel[1], copied % kernel[1])
+                column = s * dilation[1] - padding[1]
+                for image in range(count):
+                    for line in range(lines):
+                        row = line + r * dilation[0] - padding[0]
+                        place = to + copied * vectors * vector_bytes + image * image_bytes + line * quads * QUADS
+                        which = first + image, column, row, pixels, out_width, stride[0], stride[1]
+                        _make_quads(
+                            place, vector_bytes, QUADS, places, a, zero, size, which, shift, part * channels, channels
+                        )
+            for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
+                wide = min(COLUMNS, out_channels - panel * COLUMNS)
+                lanes = _panel_width(wide)
+                if wide < lanes:
+                    rows.clear(uint8s(g_to, count * g_bytes * lanes))
+                for image in range(count):
+                    for line in range(g_lines):
+                        place = g_to + (image * g_lines + line) * quads * lanes * 4
+                        which, by = (first + image, 0, line, pixels, out_width, 1, 1), begin_of_g + panel * COLUMNS
+                        _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
+                length = g_lines * quads
+                _tile(wide, same, nowhere, (count, 0), (1, 0), length, 0, g_to, found)
+                last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
+                accumulate(last, found, lanes)
+                at = 0
+                while at < rows_of_sums - 1:
+                    done = _tile(wide, to, starts + 4 * at, (count, image_bytes), (1, 0), length, QUADS, g_to, found)
+                    for row in range(min(done, rows_of_sums - 1 - at)):
+                        place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
+                        accumulate(place, found + 4 * row * lanes, lanes)
+                    at += done
     memory[0] = 0  # what only its address was taken of must be in use until here
 
 
 @tasks
 def add_tasks(request, number):
-    """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once."""
-    sums, tasks, taps, channels, out = integers(request, 0, 5)
-    padded = (channels + LANES - 1) // LANES * LANES
-    total, wide = np.empty(LANES, np.int64), min(LANES, channels - number * LANES)
+    """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once. parts:
+    see there; groups, inputs, outputs: of a part, and of one of its groups; taps: R * S. A task is LANES of a part's
+    output channels."""
+    sums, tasks, parts, groups, inputs, outputs, taps, out = integers(request, 0, 8)
+    channels, rows_of_sums = groups * outputs, taps * groups * inputs + 1
+    lanes = (channels + LANES - 1) // LANES
+    part, first = number // lanes, number % lanes * LANES
+    total, wide = np.empty(LANES, np.int64), min(LANES, channels - first)
     last = np.zeros(LANES, np.int64)
-    for tap in range(taps, -1, -1):
+    for row in range(rows_of_sums - 1, -1, -1):
         for lane in range(LANES):
             total[lane] = -last[lane]
         for task in range(tasks):
-            found = int32s(sums + 4 * ((task * (taps + 1) + tap) * padded + number * LANES), LANES)
+            place = ((task * parts + part) * rows_of_sums + row) * lanes * LANES + first
+            found = int32s(sums + 4 * place, LANES)
             for lane in range(LANES):
                 total[lane] += found[lane]
-        if tap == taps:
+        if row == rows_of_sums - 1:
             for lane in range(LANES):
                 last[lane] = total[lane]
-        else:
-            for lane in range(wide):
-                floats(out + 4 * ((number * LANES + lane) * taps + tap), 1)[0] = total[lane]
+            continue
+        tap, group, channel = row // (groups * inputs), row // inputs % groups, row % inputs
+        low, high = max(0, group * outputs - first), min(wide, (group + 1) * outputs - first)
+        for lane in range(low, high):
+            to = ((part * channels + first + lane) * taps + tap) * inputs + channel
+            floats(out + 4 * to, 1)[0] = total[lane]
