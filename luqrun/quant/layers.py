@@ -159,6 +159,7 @@ class QuantLayer(nn.Module):
             kept=None if compiling else self.kept,
             share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
             multiplication_free=self.multiplication_free,
+            uses=recipe.uses,
         )
 
     def _refuse_to_repeat(self) -> None:

@@ -19,9 +19,9 @@ from luqrun.quant.quantizer import QuantizedTensor, Quantizer
 from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once
+from luqrun.quant.uses import Uses, uses_of
 
 MAX_INT8_DRAWS = 2  # more int8 GEMMs than this cost more than one in floating point
-SECOND = {"activation": "wgrad", "weight": "dgrad"}  # the GEMM after fprop that takes the operand
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Plan:
     weights that do not change is kept, or None. share: what makes a tensor's statistics
     those of all processes (Quantizer.measure), for operands that are not the same in all of them. multiplication_free:
     whether dgrad and wgrad of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those
-    of its rotation, once they were drawn.
+    of its rotation, once they were drawn. uses: of the three GEMMs.
     """
 
     op: LinearOp | ConvOp
@@ -52,6 +52,11 @@ class Plan:
     share: Callable[[Tensor], Tensor] | None = None
     multiplication_free: bool = False
     signs: dict[str, Tensor | None] = field(default_factory=dict)
+    uses: Uses | None = None
+
+    def __post_init__(self):
+        if self.uses is None:
+            self.uses = uses_of(self.fprop, self.dgrad, self.wgrad)
 
     def quantize(
         self,
@@ -95,7 +100,7 @@ class Plan:
 
     def has_blocks(self, gemm: str) -> bool:
         """Whether an operand of a GEMM is in blocks, which int8 does not hold."""
-        return any(each is not None and each.block is not None for each in getattr(self, gemm).operands)
+        return self.uses.blocks[gemm]
 
     def _in_blocks(self, gemm: str, operand: str, x: Tensor, quantizer: Quantizer) -> tuple[Tensor, tuple, Grid]:
         """x in memory that blocks can lie in, its shape and whether it is channels_last, and where they lie."""
@@ -107,15 +112,8 @@ class Plan:
         stream = self.streams[operand]
         return of_gemm(stream, gemm) if again and quantizer.is_stochastic else stream
 
-    def _rotation(self, gemm: str) -> Rotation | None:
-        """That of a GEMM of which anything is quantized."""
-        pair = getattr(self, gemm)
-        if pair.hadamard is None or all(each is None for each in pair.operands):
-            return None
-        return pair.hadamard
-
     def _rotated(self, gemm: str, operand: str, x: Tensor) -> Tensor:
-        rotation = self._rotation(gemm)
+        rotation = self.uses.rotations[gemm]
         if rotation is None:
             return x
         x = self.op.laid_out(x, None)
@@ -132,7 +130,7 @@ class Plan:
 
     def _unrotated(self, operand: str, x: Tensor) -> Tensor:
         """x, which is in the axes that fprop rotated, in its own."""
-        rotation = self._rotation("fprop")
+        rotation = self.uses.rotations["fprop"]
         if rotation is None:
             return x
         lines = self.op.lines("fprop", operand, x.shape, is_channels_last(x))
@@ -141,15 +139,6 @@ class Plan:
     def trusted(self, operand: str, gradient: Tensor, mask: Mask) -> Tensor:
         """An operand's gradient without what the mask of fprop's clipping takes from it, in the axes fprop rotates."""
         return self._unrotated(operand, mask.apply(self._rotated("fprop", operand, gradient)))
-
-    def _same(self, operand: str, *gemms: str) -> bool:
-        """Whether two GEMMs can share one quantization of a tensor: all but the number of samples is the same."""
-        first, second = (getattr(getattr(self, gemm), operand) for gemm in gemms)
-        if any(self._rotation(gemm) is not None for gemm in gemms):
-            return False
-        if first is None or second is None:
-            return first is second
-        return first.encoding == second.encoding and not second.requantize and first.lies_alike
 
     def quantize_forward(
         self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, learns: bool
@@ -160,14 +149,10 @@ class Plan:
         Where several layers read one activation, the first of them quantizes it for all; and weights that do not change
         are quantized once.
         """
-        first, second = getattr(self.fprop, operand), getattr(getattr(self, SECOND[operand]), operand)
+        use = self.uses.activation if operand == "activation" else self.uses.weight
         alone = self.share is not None or self.health is not None  # what belongs to this layer is done in it
-        needed = (first, second) if keep else (first,)
-        rotations = self._rotation("fprop"), self._rotation(SECOND[operand])
-        repeats = all(each is None or each.signs != "drawn" for each in rotations)
-        repeats = repeats and all(each is not None and each.repeats for each in needed)
-        masked = learns and self.fprop.trust_mask and first is not None and first.range == "rms"
-        key = (self.op, first, second, rotations, dtype, keep, masked)
+        repeats, masked = use.repeats["both" if keep else "fprop"], learns and use.masks
+        key = (self.op, use.first, use.second, use.rotations, dtype, keep, masked)
         if operand == "activation" and repeats and not alone:
             return made_once(x, key, self.reader, lambda: self._quantize_forward(operand, x, dtype, keep, masked))
         if operand == "weight" and repeats and self.kept is not None and self.health is None and _is_parameter(x):
@@ -180,16 +165,14 @@ class Plan:
     def _quantize_forward(
         self, operand: str, x: Tensor, dtype: torch.dtype, keep: bool, masked: bool
     ) -> tuple[Operand, Stored]:
-        gemm = SECOND[operand]
-        first, second = getattr(self.fprop, operand), getattr(getattr(self, gemm), operand)
-        same, other = self._same(operand, "fprop", gemm), None
-        requantizes = second is not None and second.requantize and first is not None
-        if keep and not same and not requantizes:  # before the first, which may change what a hindsight range remembers
-            other = self.quantize(gemm, operand, x, dtype, packed=True, again=first is not None)[1]
-        found, stored = self.quantize("fprop", operand, x, dtype, packed=keep and same, masked=masked)
-        if keep and requantizes:
+        use, other = self.uses.activation if operand == "activation" else self.uses.weight, None
+        if keep and not use.same and not use.requantizes:
+            # Before the first, which may change what a hindsight range remembers.
+            other = self.quantize(use.gemm, operand, x, dtype, packed=True, again=use.first is not None)[1]
+        found, stored = self.quantize("fprop", operand, x, dtype, packed=keep and use.same, masked=masked)
+        if keep and use.requantizes:
             exact = self._unrotated(operand, found.dequantized())
-            other = self.quantize(gemm, operand, exact, dtype, packed=True, again=True)[1]
+            other = self.quantize(use.gemm, operand, exact, dtype, packed=True, again=True)[1]
         return found, other._replace(mask=stored.mask) if other else stored
 
     def quantize_gradient(self, g: Tensor, dtype: torch.dtype) -> tuple[Operand, Operand]:
@@ -201,7 +184,7 @@ class Plan:
         if self.health is not None:
             self.health["gradient_exponents"] = exponent_counts(g)
         for_dgrad, for_wgrad = self.dgrad.gradient, self.wgrad.gradient
-        if self._same("gradient", "dgrad", "wgrad"):
+        if self.uses.gradients_same:
             one, _ = self.quantize("dgrad", "gradient", g, dtype)
             first = self._average("dgrad", g, one)
             alike = for_dgrad is None or for_dgrad.samples == for_wgrad.samples

@@ -10,6 +10,7 @@ from luqrun.errors import UserError, check_choice
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.quantizer import Quantizer, quantizer
 from luqrun.quant.rotation import Rotation
+from luqrun.quant.uses import uses_of
 
 OPERANDS = ("weight", "activation", "gradient")
 OF_GRADIENTS = ("samples", "samples_scope", "redraw_every")  # keys that other operands do not have
@@ -84,6 +85,7 @@ class Recipe:
         # No field: what each forward asks for.
         redraw_every = max((each.redraw_every for each in self.quantizers("gradient")), default=1)
         object.__setattr__(self, "redraw_every", redraw_every)
+        object.__setattr__(self, "uses", uses_of(self.fprop, self.dgrad, self.wgrad))
 
     def _check_rotations(self) -> None:
         """Raise UserError for a range from earlier steps of what is rotated in one GEMM and not in another."""
