@@ -1,4 +1,4 @@
-"""How a layer's three GEMMs take their operands, as far as its recipe says it: known once, asked for in each forward."""
+"""How a layer's three GEMMs take their operands, as far as its recipe says it: known once, asked in each forward."""
 
 from __future__ import annotations
 
