@@ -246,7 +246,11 @@ def _layers(model: nn.Module) -> list[QuantLayer]:
 
 def set_step(model: nn.Module, step: int) -> None:
     """Set the step that names the draws: with it, a resumed run needs nothing else."""
-    layers = _layers(model)
+    set_step_of(_layers(model), step)
+
+
+def set_step_of(layers: Sequence[QuantLayer], step: int) -> None:
+    """`set_step` of all the quantized layers of a model."""
     rename_copies(layers)
     for layer in layers:
         layer.set_step(step)
@@ -295,9 +299,9 @@ def set_shared_ranges(model: nn.Module, on: bool) -> None:
         layer.shares_ranges = on
 
 
-def remember_ranges(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the hindsight maxima back to what they are now: then a step can be repeated exactly."""
-    layers = _layers(model)
+def remember_ranges(layers: Sequence[QuantLayer]) -> Callable[[], None]:
+    """A function that puts the layers' hindsight maxima back to what they are now: then a step can be repeated
+    exactly."""
     maxima = [layer.get_buffer(f"{operand}_hindsight") for layer in layers for operand in layer.remembers]
     before = [maximum.clone() for maximum in maxima]
 

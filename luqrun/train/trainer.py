@@ -20,7 +20,7 @@ from luqrun.config import Config
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import compilations
 from luqrun.quant import gemms
-from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step
+from luqrun.quant.convert import quantized_layers, remember_ranges, set_finetune, set_step_of
 from luqrun.quant.recipe import Recipe
 from luqrun.runs import checkpoint
 from luqrun.runs.folder import RunFolder, now
@@ -227,7 +227,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         health, histograms = self._due(config.tracking.health_every), self._due(config.tracking.histogram_every)
-        put_back = remember_ranges(self.model)
+        put_back = remember_ranges(self.layers)
         sums, weight = self.compilation.run(self.model, self.accumulate_gradients, micro_batches, health or histograms)
         loss = sums["loss"] / weight
         if not math.isfinite(loss):
@@ -258,7 +258,7 @@ class Trainer:
         """
         step = self.progress["step"]
         seed_torch(self.device, mix(self.config.seed, DROPOUT, step, process_group.rank())[0])
-        set_step(self.model, step)
+        set_step_of(self.layers, step)
         self._record_health(record_health)
         self.optimizer.zero_grad(set_to_none=True)
         weights = [self.task.weight(batch) for batch in micro_batches]
