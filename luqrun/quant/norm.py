@@ -100,8 +100,8 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with the same numbers, bit for bit. In training on the CPU (float32, channels_last memory, not
-    compiled) its backward pass is one with that of a ReLU, in place, after it."""
+    """nn.BatchNorm2d with the same numbers, bit for bit. In training on the CPU (float32 or, beside float32 parameters,
+    bf16; channels_last memory; not compiled) its backward pass is one with that of a ReLU, in place, after it."""
 
     def forward(self, input: Tensor) -> Tensor:
         node = as_leaf(self, input)
@@ -122,11 +122,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
 
 def _fuses(x: Tensor, *others: Tensor | None) -> bool:
-    if not x.is_cpu or x.dtype != torch.float32 or not is_channels_last(x):
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not is_channels_last(x):
         return False
     # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does not
     # look.
-    for other in others:
-        if other is not None and (other.dtype != torch.float32 or other.shape != x.shape[1:2]):
+    given = [other for other in others if other is not None]
+    for other in given:
+        if other.dtype != torch.float32 or other.shape != x.shape[1:2]:
             return False
-    return x.numel() > x.shape[1]
+    return x.numel() > x.shape[1] and (x.dtype == torch.float32 or len(given) > 0)  # else torch has bf16 moments

@@ -223,7 +223,7 @@ def test_the_trial_is_in_float32_whatever_the_default():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        assert kernels._trial(kernels.Kind(2, 9, 16, 1)) or not kernels.HAS_FMA
+        assert kernels._trial(kernels.Kind(2, 9, 16, torch.float32, 1)) or not kernels.HAS_FMA
     finally:
         torch.set_default_dtype(before)
 
@@ -250,25 +250,31 @@ def test_quantize_model_puts_it_in_place():
 # The loops
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_loops_give_torchs_bits(threads):
+def test_the_loops_give_torchs_bits(threads, dtype):
     before, generator = torch.get_num_threads(), torch.Generator().manual_seed(threads)
     torch.set_num_threads(threads)
     try:
         for number in range(40):
             sizes = [int(torch.randint(1, most, (), generator=generator)) for most in (9, 30, 9, 9)]
             shape = sizes[0], 8 * sizes[1], *sizes[2:]
-            x, grad, other = (torch.randn(shape, generator=generator).to(memory_format=LAST) for _ in range(3))
+            x, grad, other = (
+                torch.randn(shape, generator=generator).to(dtype).to(memory_format=LAST) for _ in range(3)
+            )
+            grad = x if number % 8 == 0 else grad  # of that nothing is left but what was rounded
             channels = torch.randn(3, shape[1], generator=generator)
             mask = reference.relu_(other) if number % 3 else None
-            arguments = grad, mask, x, channels[0] if number % 4 else None, channels[1], channels[2].abs(), 1e-5
+            _, *moments = reference.batch_norm(x, channels[0], None, None, None, 0.0, 1e-5)
+            arguments = grad, mask, x, channels[0] if number % 4 else None, *moments, 1e-5
             found, expected = torch.ones(2, 4, dtype=torch.float64).unbind()
             ours, theirs = (
                 cpu.batch_norm_backward(*arguments, found),
                 reference.batch_norm_backward(*arguments, expected),
             )
             check((*ours, found), (*theirs, expected), shape)
-            given = [each if number % 5 else None for each in (*channels[:2], *channels.abs()[1:])]
+            given = [each if number % 5 else None for each in (channels[1], *channels.abs()[1:])]
+            given = channels[0], *given
             copies = [None if each is None else each.clone() for each in given]
             ours, theirs = cpu.batch_norm(x, *given, 0.3, 1e-3), reference.batch_norm(x, *copies, 0.3, 1e-3)
             check((*ours, *given), (*theirs, *copies), shape)

@@ -160,7 +160,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, 1 / sqrt(variance + eps)) of a batch norm in training; running mean and variance are updated.
 
-    x: float32 (N, C, H, W); the others float32 (C,), or None.
+    x: float32 or bf16 (N, C, H, W); the others float32 (C,), or None, but not all for bf16.
     """
     return torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
 
@@ -177,11 +177,13 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of x, of weight, of bias) of a batch norm in training, whose output had this gradient.
 
-    grad, x: float32 (N, C, H, W); mask: of a `relu_` after it, in x's memory order, or None; weight, mean, inverse
-    (1 / sqrt(variance + eps)): float32 (C,). found: float64 (4,) <- statistics(gradient of x, False), or None.
+    grad, x: float32 or bf16 (N, C, H, W); mask: of a `relu_` after it, in x's memory order, or None; weight, mean,
+    inverse (1 / sqrt(variance + eps)): float32 (C,). found: float64 (4,) <- statistics(gradient of x, False), or None.
     """
     if mask is not None:
         grad = relu_backward(grad, mask, is_channels_last(x))
+    # Without a weight, torch 2.14 writes the gradients for bf16 beyond their memory.
+    weight = torch.ones_like(mean) if weight is None else weight
     rest = weight, None, None, mean, inverse, True, eps, (True, True, True)
     gradients = torch.ops.aten.native_batch_norm_backward(grad, x, *rest)
     if found is not None:

@@ -223,8 +223,9 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm."""
     vectors = weight, bias, running_mean, running_var
-    dense_vectors = all(each is None or each.is_contiguous() for each in vectors)
-    function = norm.normalized if dense_vectors and norm.suits(x, *vectors) else reference.batch_norm
+    given = [each for each in vectors if each is not None]
+    fits = all(each.is_contiguous() for each in given) and (x.dtype == torch.float32 or len(given) > 0)
+    function = norm.normalized if fits and norm.suits(x, *given) else reference.batch_norm
     return function(x, *vectors, momentum, eps)
 
 
@@ -241,7 +242,7 @@ def batch_norm_backward(
     """See reference.batch_norm_backward."""
     if mask is not None and is_channels_last(x):
         grad = in_channels_last(grad)  # as a ReLU's backward pass would leave it
-    if is_channels_last(grad) and norm.suits(x, grad, weight):
+    if is_channels_last(grad) and grad.dtype == x.dtype and norm.suits(x, weight):
         return norm.gradients(grad, mask, x, weight, mean, inverse, found)
     grad = grad if mask is None else relu_backward(grad, mask, is_channels_last(x))
     return reference.batch_norm_backward(grad, None, x, weight, mean, inverse, eps, found)

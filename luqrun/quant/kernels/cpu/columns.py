@@ -1,11 +1,12 @@
-"""Rows of float32 in LLVM's vectors, some columns at a time: for intrinsics over channels in channels_last memory."""
+"""Rows of float32 or bf16 in LLVM's vectors, some columns at a time: for intrinsics over the channels of images in
+channels_last memory."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
 from luqrun.internals.of_numba import cgutils
-from luqrun.quant.kernels.cpu.vectors import FLOAT, load, store
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, HALF, INT, load, store
 
 PANEL = 8192  # elements of rows whose columns are taken a few vectors at a time
 EIGHT = 8  # columns share a byte of a mask
@@ -30,6 +31,34 @@ class Columns:
         for vector in self.vectors:
             store(self.builder, values[vector], address, 4 * self.lanes * vector)
 
+    def load_row(self, address, half: bool):
+        """As float32, what are bf16s where half."""
+        if not half:
+            return self.load(address)
+        halves, ints, found = ir.VectorType(HALF, self.lanes), ir.VectorType(INT, self.lanes), []
+        for vector in self.vectors:
+            bits = self.builder.zext(load(self.builder, address, halves, 2 * self.lanes * vector), ints)
+            found.append(self.builder.bitcast(self.builder.shl(bits, self._ints(16)), self.kind))
+        return found
+
+    def store_row(self, values, address, half: bool):
+        """The inverse of `load_row`: bf16s are the nearest ones, ties to even, or torch's NaN."""
+        if not half:
+            self.store(values, address)
+            return
+        ints, halves = ir.VectorType(INT, self.lanes), ir.VectorType(HALF, self.lanes)
+        for vector in self.vectors:
+            bits = self.builder.bitcast(values[vector], ints)
+            odd = self.builder.and_(self.builder.lshr(bits, self._ints(16)), self._ints(1))
+            nearest = self.builder.add(self.builder.add(bits, self._ints(0x7FFF)), odd)
+            nan = self.builder.fcmp_unordered("uno", values[vector], values[vector])
+            chosen = self.builder.select(nan, self._ints(0x7FC0 << 16), nearest)
+            rounded = self.builder.trunc(self.builder.lshr(chosen, self._ints(16)), halves)
+            store(self.builder, rounded, address, 2 * self.lanes * vector)
+
+    def _ints(self, number):
+        return ir.Constant(ir.VectorType(INT, self.lanes), [number] * self.lanes)
+
     def masked(self, values, address):
         """Values where the mask at an address has a bit, else 0."""
         bits, kept = ir.IntType(self.lanes), ir.VectorType(ir.IntType(1), self.lanes)
@@ -43,3 +72,12 @@ class Columns:
 def row_at(builder, index, pitch, address):
     """Where row number `index` of rows of so many bytes is."""
     return builder.add(address, builder.mul(index, pitch))
+
+
+def for_each_kind(builder, half, emit):
+    """emit(True) where `half`, an integer, says that rows are of bf16, and emit(False) where they are of float32."""
+    with builder.if_else(builder.icmp_signed("!=", half, ADDRESS(0))) as (halves, floats):
+        with halves:
+            emit(True)
+        with floats:
+            emit(False)

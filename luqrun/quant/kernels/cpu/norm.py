@@ -21,6 +21,8 @@ from luqrun.quant.kernels.cpu.proofs import Proofs
 from luqrun.quant.kernels.cpu.rows import HAS_FMA
 from luqrun.quant.kernels.layout import is_channels_last
 
+# Channels by which the loops go; of bf16 torch rounds what is left over in another way.
+STEPS = {torch.float32: EIGHT, torch.bfloat16: 16}
 MOST_KINDS = 256  # that are tried: images whose sizes vary would each be one
 
 
@@ -30,13 +32,14 @@ class Kind(NamedTuple):
     images: int
     pixels: int
     channels: int
+    dtype: torch.dtype
     threads: int
 
 
-def suits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the loops give torch's numbers of a batch norm of x. others: what else goes in."""
-    kinds = {other.dtype for other in (x, *others) if other is not None}
-    if not (HAS_FMA and is_channels_last(x) and x.shape[1] % EIGHT == 0 and kinds == {torch.float32}):
+def suits(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether the loops give torch's numbers of a batch norm of x. vectors: what else goes in of each channel."""
+    fits = HAS_FMA and is_channels_last(x) and x.dtype in STEPS and x.shape[1] % STEPS[x.dtype] == 0
+    if not (fits and all(each is None or each.dtype == torch.float32 for each in vectors)):
         return False
     if routes.rehearses():
         return True
@@ -48,7 +51,7 @@ def suits(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _kind(x: Tensor) -> Kind:
-    return Kind(x.shape[0], x.shape[2] * x.shape[3], x.shape[1], torch.get_num_threads())
+    return Kind(x.shape[0], x.shape[2] * x.shape[3], x.shape[1], x.dtype, torch.get_num_threads())
 
 
 def _trial(kind: Kind) -> bool:
@@ -59,17 +62,17 @@ def _trial(kind: Kind) -> bool:
         torch.empty(shape, dtype=torch.float32, device="cpu")
         .to(memory_format=torch.channels_last)
         .normal_(generator=generator)
+        .to(kind.dtype)
         for _ in range(2)
     )
-    *given, mean, inverse = torch.empty(6, kind.channels, dtype=torch.float32, device="cpu").uniform_(
-        generator=generator
-    )
+    given = torch.empty(4, kind.channels, dtype=torch.float32, device="cpu").uniform_(generator=generator).unbind()
     theirs = [each.clone() for each in given]
     found = (*given, *normalized(x, *given, 0.1, 1e-5))
     expected = (*theirs, *reference.batch_norm(x, *theirs, 0.1, 1e-5))
-    backward = x, given[0], mean, inverse
-    found += gradients(grad, None, *backward)
-    expected += reference.batch_norm_backward(grad, None, *backward, 0.0)
+    backward = x, given[0], *found[-2:]
+    for each in (grad, x):  # of the second nothing is left but what was rounded
+        found += gradients(each, None, *backward)
+        expected += reference.batch_norm_backward(each, None, *backward, 0.0)
     return all(map(torch.equal, found, expected))
 
 
@@ -90,7 +93,10 @@ def normalized(
     out = torch.empty_like(x)
     mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
     given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
-    size, found = (rows, channels, torch.get_num_threads()), (mean.data_ptr(), inverse.data_ptr(), out.data_ptr())
+    size, found = (
+        (int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()),
+        (mean.data_ptr(), inverse.data_ptr(), out.data_ptr()),
+    )
     functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
     loops.batch_norm(*size, x.data_ptr(), *given[:2], (given[2], given[3]), *found, momentum, eps, functions)
     return out, mean, inverse
@@ -112,5 +118,6 @@ def gradients(
     places = [0 if each is None else each.data_ptr() for each in given]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself
     functions = driver.run.address(x.numel()), norm_loops.norm_sums.address(), norm_loops.norm_gradient.address()
-    norm_loops.batch_norm_backward(rows, channels, parts, *places, functions)
+    half = int(x.dtype == torch.bfloat16)
+    norm_loops.batch_norm_backward(half, rows, channels, parts, *places, functions)
     return out, of_weight, of_bias
