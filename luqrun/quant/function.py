@@ -20,6 +20,7 @@ from luqrun.internals.of_torch import is_batched
 from luqrun.quant import mfbprop_gemms
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
 from luqrun.quant.kernels import ops
+from luqrun.quant.kernels.operators import directly
 from luqrun.quant.operands import Operand, rescale
 from luqrun.quant.plan import Plan
 from luqrun.quant.routes import fastest
@@ -134,7 +135,7 @@ class QuantizedGemm(torch.autograd.Function):
     def forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
         if torch.compiler.is_compiling():
             return QuantizedGemm._forward(ctx, activation, weight, op, plan, dtype)
-        with ops.directly(activation, weight):
+        with directly(activation, weight):
             return QuantizedGemm._forward(ctx, activation, weight, op, plan, dtype)
 
     @staticmethod
@@ -175,7 +176,7 @@ class QuantizedGemm(torch.autograd.Function):
         if compiling:
             return QuantizedGemm._backward(ctx, saved, grad_output)
         forget()
-        with ops.directly(grad_output, *saved):
+        with directly(grad_output, *saved):
             return QuantizedGemm._backward(ctx, saved, grad_output)
 
     @staticmethod

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.rotation import Rotation
-
-if TYPE_CHECKING:
-    from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
 
 SECOND = {"activation": "wgrad", "weight": "dgrad"}  # the GEMM after fprop that takes the operand
 
@@ -42,7 +39,8 @@ class Uses(NamedTuple):
     blocks: dict[str, bool]
 
 
-def uses_of(fprop: Fprop, dgrad: Dgrad, wgrad: Wgrad) -> Uses:
+def uses_of(fprop: tuple, dgrad: tuple, wgrad: tuple) -> Uses:
+    """Those of the three pairs of a recipe (recipe.GEMMS)."""
     gemms = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}
     quantized = {gemm: [each for each in pair.operands if each is not None] for gemm, pair in gemms.items()}
     rotations = {gemm: pair.hadamard if quantized[gemm] else None for gemm, pair in gemms.items()}

@@ -19,7 +19,7 @@ from luqrun.quant.convert import set_step
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.grids import Lines, grid_of
-from luqrun.quant.kernels import blocks, ops
+from luqrun.quant.kernels import blocks, operators, ops
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.philox import make_stream
@@ -53,7 +53,7 @@ def check_dynamic(operator, *arguments):
 
 
 def test_every_operator_is_checked_here():
-    assert {name.split("::")[1] for name in ops._library._op_defs} == {
+    assert {name.split("::")[1] for name in operators.LIBRARY._op_defs} == {
         "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "block_mask",
         "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad",
         "forward_only",

@@ -8,95 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals.of_torch import PLAIN, has_modes, is_watched, keep_results
+from luqrun.internals.of_torch import keep_results
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format, get_format
 from luqrun.quant.kernels import (
     backend_for,
     block_kernels,
     blocks,
-    flops,
     has_kernels,
     reference,
     rotation_kernels,
 )
 from luqrun.quant.kernels.cpu import int8
 from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+from luqrun.quant.kernels.operators import LIBRARY, operator
 from luqrun.quant.kernels.philox import EVALUATION_STEP, MICRO_STEP, RANK, STEP
 from luqrun.quant.scale_formats import dtype_of
-
-_library = torch.library.Library("luqrun", "DEF")
-
-
-def _operator(schema: str):
-    """Register the decorated class's `run` under `schema`, and its `fake` for tensors without data."""
-
-    def register(cls):
-        name = schema.partition("(")[0]
-        _library.define(schema)
-        _library.impl(name, cls.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"luqrun::{name}", cls.fake, lib=_library)
-        operator = getattr(torch.ops.luqrun, name)
-
-        @functools.wraps(cls.run)
-        def call(*arguments):
-            if torch.compiler.is_compiling():
-                return operator(*arguments)
-            # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
-            if _thread.direct or (not is_watched() and _are_plain(arguments)):
-                return cls.run(*arguments)
-            if has_modes():
-                flops.register_formulas()
-            return operator(*arguments)
-
-        return call
-
-    return register
-
-
-class _Thread(threading.local):
-    direct = False
-
-
-_thread = _Thread()
-
-
-class directly:
-    """Within, what is computed from these tensors calls the operators past torch's dispatcher without another look, if
-    they are plain ones and nobody watches. Not for a compiler."""
-
-    def __init__(self, *tensors: Tensor):
-        self.direct = not is_watched() and _are_plain(tensors)
-
-    def __enter__(self) -> None:
-        self.before, _thread.direct = _thread.direct, self.direct
-
-    def __exit__(self, *failure) -> None:
-        _thread.direct = self.before
-
-
-_NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
-
-
-def _are_plain(arguments: Sequence) -> bool:
-    """Whether each argument, or each of a list, is a tensor with memory of its own, or none at all."""
-    for argument in arguments:
-        kind = type(argument)
-        if kind in PLAIN:
-            if argument.is_meta:
-                return False
-        elif kind not in _NO_TENSORS and (
-            isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not _are_plain(argument))
-        ):
-            return False
-    return True
 
 
 def _backend(x: Tensor, form: Format, rounding: str = "nearest"):
@@ -109,7 +41,7 @@ def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[
     return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
 
 
-@_operator("next_draws(Tensor(a!) streams, bool advances, bool evaluates, int rank, int redraw_every) -> Tensor")
+@operator("next_draws(Tensor(a!) streams, bool advances, bool evaluates, int rank, int redraw_every) -> Tensor")
 class next_draws:
     """The names of a forward's draws: int64 (3, 6), see quant.draws. An operator, for a compiler may neither read the
     names of a draw after they advanced nor run this twice.
@@ -137,10 +69,10 @@ class next_draws:
 
 
 # Compiled, activation checkpointing would read the names again in the backward pass, after they advanced.
-keep_results("luqrun::next_draws", _library)
+keep_results("luqrun::next_draws", LIBRARY)
 
 
-@_operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
+@operator("statistics(Tensor x, bool moments, Tensor? unless=None) -> Tensor")
 class statistics:
     def run(x, moments, unless=None):
         return backend_for(x.device.type).statistics(x, moments, unless)
@@ -149,7 +81,7 @@ class statistics:
         return x.new_empty(4, dtype=torch.float64)
 
 
-@_operator(
+@operator(
     "encode(Tensor x, Tensor scale, Tensor signed, str encoding, Tensor stream, int sample, ScalarType dtype, "
     "bool packed=False, bool observe=False) -> (Tensor, Tensor, Tensor)"
 )
@@ -164,7 +96,7 @@ class encode:
         return *_coded(x, encoding, dtype, packed), x.new_empty(() if observe else 0, dtype=torch.float32)
 
 
-@_operator(
+@operator(
     "quantize(Tensor x, str encoding, Tensor? hindsight, Tensor stream, ScalarType dtype, bool packed, "
     "Tensor? known=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -180,7 +112,7 @@ class quantize:
         return codes, scale, signed, fields, maximum
 
 
-@_operator(
+@operator(
     "unpack(Tensor fields, SymInt[] shape, bool channels_last, Tensor signed, str format, ScalarType dtype) -> Tensor"
 )
 class unpack:
@@ -192,7 +124,7 @@ class unpack:
         return empty(shape, channels_last, dtype, fields.device)
 
 
-@_operator(
+@operator(
     "encode_blocks(Tensor x, str encoding, SymInt[] grid, int[] block, Tensor maximum, Tensor stream, int sample, "
     "ScalarType dtype, bool packed) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -213,7 +145,7 @@ class encode_blocks:
         )
 
 
-@_operator(
+@operator(
     "decode_blocks(Tensor fields, Tensor scales, SymInt[] shape, bool channels_last, str encoding, SymInt[] grid, "
     "int[] block, ScalarType dtype) -> Tensor"
 )
@@ -235,7 +167,7 @@ def _largest_fields(form: Format) -> int:
     return field | field << 4 if form.field_bits == 4 else field
 
 
-@_operator(
+@operator(
     "block_mask(Tensor x, Tensor scales, Tensor tensor_scale, str encoding, SymInt[] grid, int[] block) -> Tensor"
 )
 class block_mask:
@@ -258,7 +190,7 @@ class block_mask:
         return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
-@_operator("hadamard(Tensor x, SymInt[] grid, int axis, int size, Tensor? signs) -> Tensor")
+@operator("hadamard(Tensor x, SymInt[] grid, int axis, int size, Tensor? signs) -> Tensor")
 class hadamard:
     def run(x, grid, axis, size, signs):
         return rotation_kernels(x.device.type).hadamard(x, grid, axis, size, signs)
@@ -267,7 +199,7 @@ class hadamard:
         return torch.empty_like(dense(x), dtype=torch.float32)
 
 
-@_operator("signs(Tensor stream, int size) -> Tensor")
+@operator("signs(Tensor stream, int size) -> Tensor")
 class signs:
     def run(stream, size):
         return rotation_kernels(stream.device.type).signs(stream, size)
@@ -276,7 +208,7 @@ class signs:
         return stream.new_empty(size, dtype=torch.float32)
 
 
-@_operator("relu_(Tensor(a!) x, float? most=None, Tensor(b!)? found=None, bool moments=False) -> Tensor")
+@operator("relu_(Tensor(a!) x, float? most=None, Tensor(b!)? found=None, bool moments=False) -> Tensor")
 class relu_:
     def run(x, most=None, found=None, moments=False):
         return backend_for(x.device.type).relu_(x, most, found, moments)
@@ -285,7 +217,7 @@ class relu_:
         return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
-@_operator("relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor")
+@operator("relu_backward(Tensor grad, Tensor mask, bool channels_last) -> Tensor")
 class relu_backward:
     def run(grad, mask, channels_last):
         return backend_for(grad.device.type).relu_backward(grad, mask, channels_last)
@@ -294,7 +226,7 @@ class relu_backward:
         return empty(grad.shape, channels_last, grad.dtype, grad.device)
 
 
-@_operator(
+@operator(
     "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "ScalarType dtype, bool channels_last, Tensor signed, int groups=1) -> Tensor"
 )
@@ -309,7 +241,7 @@ class int8_conv:
         return empty(size, channels_last, dtype, a.device)
 
 
-@_operator(
+@operator(
     "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, SymInt[] shape, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, ScalarType dtype, bool channels_last, int groups=1) -> Tensor"
 )
@@ -322,7 +254,7 @@ class int8_conv_dgrad:
         return empty(shape, channels_last, dtype, g.device)
 
 
-@_operator(
+@operator(
     "int8_conv_wgrad(Tensor[] grads, Tensor a, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "int groups=1) -> Tensor"
 )
@@ -335,7 +267,7 @@ class int8_conv_wgrad:
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-@_operator("forward_only(Tensor x, Tensor activation, Tensor weight) -> Tensor")
+@operator("forward_only(Tensor x, Tensor activation, Tensor weight) -> Tensor")
 class forward_only:
     """x as a result of activation and weight that has no derivative, and says so."""
 
@@ -350,4 +282,4 @@ def _refuse_backward(*_):
     raise TensorError("what torch.jit.trace made of a quantized layer has no gradient: train the model itself")
 
 
-torch.library.register_autograd("luqrun::forward_only", _refuse_backward, lib=_library)
+torch.library.register_autograd("luqrun::forward_only", _refuse_backward, lib=LIBRARY)
