@@ -3,10 +3,11 @@
 import pytest
 import torch
 from int8_inputs import GEOMETRIES, assert_exact, codes, conv, exact, exact_wgrad, matrix_of, operands, take
-from kernel_inputs import LAST
+from kernel_inputs import LAST, assert_identical
 
 from luqrun.internals import of_numba
 from luqrun.quant import routes
+from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import driver, int8, int8_tiles
 
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -170,3 +171,40 @@ def test_nothing_is_chosen_where_nothing_is_computed(chosen):
         int8.conv_wgrad([codes(2, 8, 6, 7)], a, *THREE)
     assert not chosen
     assert {"patches", "convolve", "convolve_for_weight"} <= {version.driver.__name__ for version in versions}
+
+
+GROUPS = {
+    "a vector each": (4, 16, 16, 4),
+    "two vectors each": (3, 32, 48, 3),
+    "two fill a vector": (4, 8, 8, 2),
+    "depthwise": (32, 1, 1, 2),
+    "none fills a vector": (3, 8, 16, 1),
+    "outputs fill none": (2, 16, 24, 1),
+    "odd": (2, 3, 5, 1),
+}
+
+
+@needs_tiles
+@pytest.mark.parametrize(("groups", "inputs", "outputs", "parts"), GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups(groups, inputs, outputs, parts, stride, dtype):
+    assert int8_tiles._parts(groups, groups * inputs, groups * outputs) == parts
+    assert int8_tiles.suits_groups(groups, groups * inputs, groups * outputs)
+    a, w = codes(5, groups * inputs, 9, 8, low=-128), codes(groups * outputs, inputs, 3, 2, seed=1)
+    how, scale, yes = ((3, 2), stride, (1, 0), (1, 1)), torch.tensor(0.3), torch.tensor(True)
+    arguments = a, matrix_of(w).t(), scale, *how, dtype, True, yes, groups
+    found = int8.conv(*arguments)
+    assert_identical(found, reference.int8_conv(*arguments))
+    g = codes(*found.shape, seed=2)
+    arguments = g, matrix_of(w), scale, a.shape, *how, dtype, True, groups
+    assert_identical(int8.conv_dgrad(*arguments), reference.int8_conv_dgrad(*arguments))
+    for grads in ([g], [g, -g]):
+        assert_identical(int8.conv_wgrad(grads, a, *how, groups), reference.int8_conv_wgrad(grads, a, *how, groups))
+
+
+@needs_tiles
+def test_too_many_groups_are_left_to_floating_point():
+    most = int8_tiles.MOST_TOGETHER
+    assert int8_tiles.suits_groups(2 * most, 2 * most, 2 * most)
+    assert not int8_tiles.suits_groups(most + 1, most + 1, most + 1)  # as one, nearly all would be zeros

@@ -222,6 +222,8 @@ def batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm."""
+    # torch reads a weight or bias with gaps as if it had none.
+    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
     vectors = weight, bias, running_mean, running_var
     given = [each for each in vectors if each is not None]
     fits = all(each.is_contiguous() for each in given) and (x.dtype == torch.float32 or len(given) > 0)

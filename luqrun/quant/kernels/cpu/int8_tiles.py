@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
-from luqrun.quant.kernels.cpu.int8_products import scratch
+from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, scratch
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
@@ -83,13 +83,13 @@ def suits_groups(groups: int, channels: int, out_channels: int) -> bool:
     return is_there() and groups <= MOST_TOGETHER * _parts(groups, channels, out_channels)
 
 
+@functools.lru_cache(MOST_VIEWS)
 def _parts(groups: int, channels: int, out_channels: int) -> int:
     """How many convolutions side by side one of so many groups is made of: each of as few groups as fill vectors, with
-    zeros between them."""
-    for together in range(1, groups):
+    zeros between them; or one."""
+    for together in range(1, min(groups, MOST_TOGETHER + 1)):
         parts = groups // together
-        whole = channels // parts % LANES == 0 and out_channels // parts % LANES == 0
-        if groups % together == 0 and whole:
+        if groups % together == 0 and channels // parts % LANES == 0 and out_channels // parts % LANES == 0:
             return parts
     return 1
 

@@ -93,10 +93,8 @@ def normalized(
     out = torch.empty_like(x)
     mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
     given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
-    size, found = (
-        (int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()),
-        (mean.data_ptr(), inverse.data_ptr(), out.data_ptr()),
-    )
+    size = int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()
+    found = mean.data_ptr(), inverse.data_ptr(), out.data_ptr()
     functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
     loops.batch_norm(*size, x.data_ptr(), *given[:2], (given[2], given[3]), *found, momentum, eps, functions)
     return out, mean, inverse
@@ -114,6 +112,7 @@ def gradients(
     """See reference.batch_norm_backward; of what `suits`, and grad in channels_last memory."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    weight = None if weight is None else weight.contiguous()
     given = x, grad, mask, weight, mean, inverse, out, of_weight, of_bias, found
     places = [0 if each is None else each.data_ptr() for each in given]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself

@@ -18,7 +18,7 @@ from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.memory import doubles, floats, halves, int32s, load
 from luqrun.quant.kernels.cpu.rows import HAS_FMA, f32, i32, row_loop, u16, u32
 from luqrun.quant.kernels.cpu.sizes import LANES, LINE, ROW
-from luqrun.quant.kernels.cpu.vectors import ADDRESS, BITS, FLOAT, FLOATS, HALF, INT, INTS, constant
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, BITS, FLOAT, HALF, INT, INTS, constant
 from luqrun.quant.kernels.cpu.vectors import load as load_vector
 
 SUMS = 8  # of a vector
@@ -88,7 +88,9 @@ def _ends(typingctx, address, vectors):
             bits = load_vector(builder, builder.add(address, builder.mul(loop.index, ADDRESS(4 * LANES))), INTS)
             magnitude, before = builder.and_(bits, constant(0x7FFFFFFF)), builder.load(largest)
             builder.store(builder.select(builder.icmp_signed(">", magnitude, before), magnitude, before), largest)
-            negative = builder.fcmp_ordered("<", builder.bitcast(bits, FLOATS), ir.Constant(FLOATS, None))
+            # The patterns of negative numbers, between those of -0 and of NaN; no comparison of floats, which may take
+            # the smallest for zero.
+            negative = builder.icmp_unsigned("<", builder.sub(bits, constant(0x80000001)), constant(0x7F800000))
             builder.store(builder.or_(builder.load(below), negative), below)
         kind = ir.FunctionType(INT, [INTS])
         most = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
