@@ -222,12 +222,9 @@ def batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm."""
-    # torch reads a weight or bias with gaps as if it had none.
-    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
     vectors = weight, bias, running_mean, running_var
-    given = [each for each in vectors if each is not None]
-    fits = all(each.is_contiguous() for each in given) and (x.dtype == torch.float32 or len(given) > 0)
-    function = norm.normalized if fits and norm.suits(x, *given) else reference.batch_norm
+    mixed = x.dtype == torch.float32 or any(each is not None for each in vectors)
+    function = norm.normalized if mixed and norm.suits(x, *vectors) else reference.batch_norm
     return function(x, *vectors, momentum, eps)
 
 

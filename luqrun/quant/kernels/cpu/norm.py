@@ -39,7 +39,8 @@ class Kind(NamedTuple):
 def suits(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the loops give torch's numbers of a batch norm of x. vectors: what else goes in of each channel."""
     fits = HAS_FMA and is_channels_last(x) and x.dtype in STEPS and x.shape[1] % STEPS[x.dtype] == 0
-    if not (fits and all(each is None or each.dtype == torch.float32 for each in vectors)):
+    # Vectors with gaps torch takes in another way, too.
+    if not (fits and all(each is None or (each.dtype == torch.float32 and each.is_contiguous()) for each in vectors)):
         return False
     if routes.rehearses():
         return True
@@ -88,7 +89,7 @@ def normalized(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.batch_norm; of what `suits`, and vectors without gaps."""
+    """See reference.batch_norm; of what `suits`."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out = torch.empty_like(x)
     mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
@@ -112,7 +113,6 @@ def gradients(
     """See reference.batch_norm_backward; of what `suits`, and grad in channels_last memory."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-    weight = None if weight is None else weight.contiguous()
     given = x, grad, mask, weight, mean, inverse, out, of_weight, of_bias, found
     places = [0 if each is None else each.data_ptr() for each in given]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself
