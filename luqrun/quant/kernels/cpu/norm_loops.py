@@ -91,7 +91,7 @@ def _gradient_of(lanes: int, vectors: int):
     return write
 
 
-_add64, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 1), _sum_of(8, 1)
+_add64, _add32, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 2), _sum_of(16, 1), _sum_of(8, 1)
 _write32, _write16, _write8 = _gradient_of(16, 2), _gradient_of(16, 1), _gradient_of(8, 1)
 
 
@@ -104,6 +104,9 @@ def _add_rows(half, rows, channels, mask_pitch, x, g, mask, mean, sums, products
         if left >= 64:
             _add64(*how, *places, mean + at, sums + at, products + at)
             column += 64
+        elif left >= 32:
+            _add32(*how, *places, mean + at, sums + at, products + at)
+            column += 32
         elif left >= 16:
             _add16(*how, *places, mean + at, sums + at, products + at)
             column += 16

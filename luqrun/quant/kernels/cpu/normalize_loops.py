@@ -82,7 +82,7 @@ def _line_of(lanes: int, vectors: int):
     return write
 
 
-_add64, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 1), _sum_of(8, 1)
+_add64, _add32, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 2), _sum_of(16, 1), _sum_of(8, 1)
 _line64, _line16, _line8 = _line_of(16, 4), _line_of(16, 1), _line_of(8, 1)
 
 
@@ -95,6 +95,9 @@ def _add_rows(half, squares, rows, channels, x, mean, sums):
         if left >= 64:
             _add64(*how)
             column += 64
+        elif left >= 32:
+            _add32(*how)
+            column += 32
         elif left >= 16:
             _add16(*how)
             column += 16
