@@ -23,7 +23,7 @@ from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.operators import directly
 from luqrun.quant.operands import Operand, rescale
 from luqrun.quant.plan import Plan
-from luqrun.quant.routes import fastest
+from luqrun.quant.routes import fastest, size_class
 from luqrun.quant.sharing import forget
 
 
@@ -66,9 +66,11 @@ def _route(
     in_integers: Callable[[], Tensor],
     in_floats: Callable[[], Tensor],
 ) -> Tensor:
-    """pays: see `int8_pays`."""
+    """shapes: of the activation, and what else the time depends on; pays: see `int8_pays`."""
     if pays and op.groups > 1:
-        return fastest((gemm, op, *shapes), {"int8": in_integers, "floating point": in_floats})
+        return fastest(
+            (gemm, op, size_class(shapes[0]), *shapes[1:]), {"int8": in_integers, "floating point": in_floats}
+        )
     return in_integers() if pays else in_floats()
 
 

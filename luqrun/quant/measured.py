@@ -23,13 +23,15 @@ class Wish:
 
     moments: bool | None = None
 
-    def begin(self) -> tuple[Tensor, bool] | None:
-        """Where the statistics of what is made now go, and whether with moments; None where nobody asked. The wish is
-        gone with it, unless the reader asks again."""
+    def begin(self, x: Tensor, can_do_moments: bool = True) -> tuple[Tensor, bool] | None:
+        """Where the statistics of what is made of x now go, and whether with moments; None where nobody asked, or they
+        cannot be found on the way: on a GPU nothing is. The wish is gone with it, unless the reader asks again."""
         moments, self.moments = self.moments, None
         if routes.rehearses():
-            moments = True
-        return None if moments is None else (torch.zeros(4, dtype=torch.float64), moments)
+            moments = can_do_moments
+        if moments is None or not x.is_cpu or (moments and not can_do_moments):
+            return None
+        return torch.zeros(4, dtype=torch.float64, device="cpu"), moments
 
 
 class _Made:

@@ -74,9 +74,9 @@ def gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor, mask: Tensor | None)
     # In torch's own operations: a derivative of the gradient (create_graph=True), or many gradients at once.
     in_torch = torch.is_grad_enabled() or is_batched(grad)
     kernels = reference if in_torch else backend_for(saved[0].device.type)
-    found = None if in_torch else ctx.wish.begin()
+    found = None if in_torch else ctx.wish.begin(grad, can_do_moments=False)
     made = kernels.batch_norm_backward(grad, mask, *saved, ctx.eps, None if found is None else found[0])
-    remember(made[0], ctx.wish, found and (found[0], False))
+    remember(made[0], ctx.wish, found)
     return [each if needed else None for each, needed in zip(made, ctx.needs_input_grad, strict=False)]
 
 

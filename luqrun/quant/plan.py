@@ -31,11 +31,11 @@ class Plan:
 
     streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
     the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
-    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
-    weights that do not change is kept, or None. share: what makes a tensor's statistics
-    those of all processes (Quantizer.measure), for operands that are not the same in all of them. multiplication_free:
-    whether dgrad and wgrad of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those
-    of its rotation, once they were drawn. uses: of the three GEMMs.
+    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of weights that
+    do not change is kept, or None. share: what makes a tensor's statistics those of all processes (Quantizer.measure),
+    for operands that are not the same in all of them. multiplication_free: whether dgrad and wgrad of two operands of
+    codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those of its rotation, once they were drawn.
+    uses: of the three GEMMs.
     """
 
     op: LinearOp | ConvOp

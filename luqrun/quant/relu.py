@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from luqrun.internals.of_torch import autograd_alone, is_batched, is_view
 from luqrun.quant.kernels import ops
-from luqrun.quant.kernels.layout import dense, is_channels_last
+from luqrun.quant.kernels.layout import dense, in_channels_last, is_channels_last
 from luqrun.quant.layers import as_leaf
 from luqrun.quant.measured import remember, wish_of
 from luqrun.quant.norm import Made, gradients, take_last
@@ -50,7 +50,8 @@ class NormedReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        x, *saved, mask = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        saved = in_channels_last(x), *saved  # as the mask is, whatever hooks of saved tensors give back
         if torch.is_grad_enabled() or is_batched(grad_output):
             grad_output, mask = _where_it_passes(grad_output, mask, True), None
         return *gradients(ctx, saved, grad_output, mask), None, None, None, None
@@ -96,7 +97,7 @@ def _rectified(module: nn.Module, input: Tensor, most: float | None, otherwise: 
     # Not where the batch norm's own output stays, and somebody may yet ask for its gradient.
     made = take_last(input) if module.inplace else None
     wish = wish_of(module)
-    found = wish.begin()
+    found = wish.begin(input)
     if made is not None:
         output = NormedReLUFunction.apply(made.x, made.weight, made.bias, input, made, most, found or ())
     else:

@@ -255,7 +255,10 @@ QUANTIZERS = (
 def assert_same_quantization(quantizer, x, hindsight, monkeypatch):
     """All that Quantizer.run returns, in one call and composed of the reference's kernels."""
     moved, estimate = x.to(DEVICE), torch.tensor(hindsight) if quantizer.range == "hindsight" else None
-    found = cuda.quantize(moved, quantizer.encoding, estimate, STREAM, torch.bfloat16, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizers, "fuses", lambda device_type: True)
+        patch.setattr(ops, "backend_for", lambda device_type: cuda)
+        found = quantizer.run(moved, STREAM, estimate, torch.bfloat16, True)
     with monkeypatch.context() as patch:
         patch.setattr(quantizers, "fuses", lambda device_type: False)
         patch.setattr(ops, "backend_for", lambda device_type: reference)

@@ -46,7 +46,7 @@ def trained(steps=3):
 
 def test_the_numbers_are_the_same_and_found_from_the_second_pass_on(known, monkeypatch):
     found, told = trained(), list(known)
-    monkeypatch.setattr(measured.Wish, "begin", lambda self: None)
+    monkeypatch.setattr(measured.Wish, "begin", lambda self, *how, **keys: None)
     for one, other in zip(found, trained(), strict=True):
         assert_identical(one, other)
     # A pass: activation and weight of three layers, then their gradients from the last one on. The input is nobody's,
@@ -130,3 +130,25 @@ def test_a_relu_measures_what_it_leaves(x, most, moments, dtype):
     assert_identical(cpu.relu_(ours, most, found, moments), reference.relu_(theirs, most, expected, moments))
     assert_identical(ours, theirs)
     assert_identical(found, expected)
+
+
+def test_a_default_device_does_not_matter():
+    found = trained()
+    model, others = network(), []
+    for step in range(3):
+        x = normal(4, 3, 12, 12, seed=step).to(memory_format=LAST)
+        with torch.device("meta"):
+            output = model(x)
+            output.square().mean().backward()
+        others += [output.detach(), *(p.grad.clone() for p in model.parameters())]
+    for one, other in zip(found, others, strict=True):
+        assert_identical(one, other)
+
+
+def test_on_a_gpu_nothing_is_found_on_the_way():
+    wish = Wish()
+    wish.moments = True
+    assert wish.begin(torch.empty(2, device="meta")) is None
+    assert wish.moments is None
+    wish.moments = True
+    assert wish.begin(normal(2), can_do_moments=False) is None

@@ -118,6 +118,14 @@ def test_it_fuses_nothing_that_somebody_else_has_part_in(call, inplace):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # gradients are added up in another order
 
 
+def test_saved_tensors_may_come_back_in_other_memory():
+    ours, relu, x = fused(batch_norm(24)), MaskedReLU(inplace=True), INPUTS["channels_last"]
+    expected = trained(copy.deepcopy(ours), x, lambda x: relu(ours(x)), passes=1)[1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        found = trained(ours, x, lambda x: relu(ours(x)), passes=1)[1]
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_gradient_of_its_output_can_be_kept():
     ours, relu = fused(batch_norm(24)), MaskedReLU(inplace=True)
     output = ours(INPUTS["channels_last"].clone(memory_format=torch.preserve_format).requires_grad_())

@@ -1,6 +1,8 @@
 """The kernels as operators of torch: what they promise to the dispatcher and the compiler."""
 
 import copy
+import importlib
+import inspect
 from itertools import product
 
 import pytest
@@ -19,7 +21,7 @@ from luqrun.quant.convert import set_step
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.grids import Lines, grid_of
-from luqrun.quant.kernels import blocks, operators, ops
+from luqrun.quant.kernels import blocks, operators, ops, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.philox import make_stream
@@ -279,3 +281,48 @@ def test_a_compiled_model_trains_as_an_eager_one(name, bf16):
     assert_same_steps(model, twin, compiled, bf16, steps=1)
     if name == "luq_hindsight":
         assert all(buffer > 0 for buffer in twin.buffers())
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.MODULES if name != "reference"])
+def test_every_backend_takes_the_same_arguments(name):
+    pytest.importorskip("triton") if name == "cuda" else None
+    backend, others = importlib.import_module(kernels.MODULES[name]), (reference, cpu)
+    for other in others:
+        for function, signature in signatures(other).items():
+            found = signatures(backend).get(function)
+            assert found is None or found == signature, function
+
+
+def signatures(backend):
+    """By name, what the public functions that operators call take."""
+    names = {name.split("::")[1] for name in operators.LIBRARY._op_defs} | {"batch_norm", "batch_norm_backward"}
+    found = {name: getattr(backend, name, None) for name in names}
+    return {name: tuple(inspect.signature(each).parameters) for name, each in found.items() if each is not None}
+
+
+def test_operators_are_called_past_the_dispatcher_only_where_nobody_watches():
+    x, seen = normal(8), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def watched(*tensors):
+        seen.clear()
+        with operators.directly(*tensors):
+            ops.statistics(x, False)
+        return torch.ops.luqrun.statistics.default in seen
+
+    assert not watched(x)
+    with Watching():
+        assert watched(x)
+    assert operators._thread.direct is False
+    with operators.directly(x):
+        assert operators._thread.direct is True
+        with operators.directly(torch.empty(2, device="meta")):
+            assert operators._thread.direct is False
+        assert operators._thread.direct is True
+    with pytest.raises(ZeroDivisionError), operators.directly(x):
+        raise ZeroDivisionError
+    assert operators._thread.direct is False

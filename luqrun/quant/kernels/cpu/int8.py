@@ -20,7 +20,7 @@ from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles
 from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
 from luqrun.quant.kernels.layout import empty, in_channels_last
-from luqrun.quant.routes import fastest
+from luqrun.quant.routes import fastest, size_class
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,8 @@ def _by_the_fastest(
     """What both make of x (N, C, H, W), by the one that takes less time. rest: what else that depends on."""
     if groups > 1:  # libraries have none, but for floating point, which others compare it with
         return tiles()
-    # By powers of two: batches of text, and images of any size, would all be kinds of their own, each with a trial.
-    images, height, width = (x.shape[axis].bit_length() for axis in (0, 2, 3))
     # Blocks are exact whatever the numbers and sizes.
-    return fastest(
-        (gemm, images, x.shape[1], height, width, geometry, *rest), {"blocks of ours": tiles, "libraries": library}
-    )
+    return fastest((gemm, size_class(x.shape), geometry, *rest), {"blocks of ours": tiles, "libraries": library})
 
 
 def conv(

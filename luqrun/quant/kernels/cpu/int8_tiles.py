@@ -131,11 +131,8 @@ def _convolve(
 ) -> None:
     """See tile_loops.convolve. where: padding, padded, source, taps, target."""
     (images, channels, height, width), (_, padded, _, taps, target) = a.shape, where
-    address, how = (
-        (a.data_ptr(), weight.data_ptr(), out.data_ptr()),
-        (int(out.dtype == torch.bfloat16), scale.data_ptr()),
-    )
-    size = images, height, width, channels
+    address = a.data_ptr(), weight.data_ptr(), out.data_ptr()
+    how, size = (int(out.dtype == torch.bfloat16), scale.data_ptr()), (images, height, width, channels)
     products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2] * channels // parts
     group = _images_a_task(images, padded[0] * padded[1] * channels)
     work, places = max(a.numel(), products // PRODUCTS), chain.from_iterable(where)
@@ -211,10 +208,7 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs, groups: int 
     by_lines = _prefers_lines(kernel, stride, dilation, height, width, of_part)
     for number, g in enumerate(grads):
         address = a.data_ptr(), g.data_ptr(), sums.data_ptr(), SHIFT
-        how, places = (
-            (int(by_lines), tasks, limit, int(number > 0), parts),
-            (each for part in geometry for each in part),
-        )
+        how, places = (int(by_lines), tasks, limit, int(number > 0), parts), chain.from_iterable(geometry)
         _loops().convolve_for_weight(tasks, work, *address, *how, *size, *g_size, *places)
     out = torch.empty(channels, taps * inputs, dtype=torch.float32, device="cpu")
     split = parts, groups // parts, inputs, outputs, taps

@@ -178,13 +178,13 @@ def quantize(
     """Measure x, choose a scale, encode: as much of it as is asked for, in as few passes as that needs.
 
     x, codes (0: measure only), fields (0: none), results, stream: addresses. results: float64 (6,) of scale, signed,
-    max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. statistics: the address of the
-    other four, where they are known, or 0. layout: bf16 or not, images,
-    pixels, channels (no images: memory order is row-major). how: floating, rounding, underflow, range, moments (for
-    GIVEN: the maximum), pow2_scale, sample. form: bits, whether two fields share a byte, what codes are stored as,
-    floating (Format). outputs: where scale (float32), signed (bool) and max|x| (float32) go as well, or 0. limits: the
-    largest codes, signed and not. numbers: SAWB's c1 and c2, and the hindsight maximum. functions: addresses of `run`,
-    measure, encode_flat or encode_images (`by_images`), and what encodes a row (`coder_for`).
+    max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. outputs: where scale (float32),
+    signed (bool) and max|x| (float32) go as well, or 0. statistics: the address of the last four of results, where they
+    are known, or 0. layout: bf16 or not, images, pixels, channels (no images: memory order is row-major). how:
+    floating, rounding, underflow, range, moments (for GIVEN: the maximum), pow2_scale, sample. form: bits, whether two
+    fields share a byte, what codes are stored as, floating (Format). limits: the largest codes, signed and not.
+    numbers: SAWB's c1 and c2, and the hindsight maximum. functions: addresses of `run`, measure, encode_flat or
+    encode_images, and what encodes a row.
     """
     half, images, pixels, channels = layout
     found, told = np.zeros(6, np.float64), np.zeros(1, REQUEST)

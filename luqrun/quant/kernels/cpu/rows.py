@@ -1,6 +1,6 @@
-"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: measuring, packing,
-and the ReLU's mask; `encode` has those that encode. `quantize` and `loops` drive them over whole tensors, on all
-cores.
+"""Compiled loops (numba) over one row of a tensor, short enough for the first-level cache: packing and scales.
+`encode` has those that encode, `statistics` those that measure, and `masks` the ReLU's; `quantize` and `loops` drive
+them over whole tensors, on all cores.
 
 `bits` are bit patterns: int32 of float32, and where it is said uint16 of bf16.
 """

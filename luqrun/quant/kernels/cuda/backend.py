@@ -71,8 +71,10 @@ def quantize(
     stream: Tensor,
     dtype: torch.dtype,
     packed: bool,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As cpu.backend.quantize: three launches or few more, and with a hindsight maximum one pass over x."""
+    """As cpu.backend.quantize: three launches or few more, and with a hindsight maximum one pass over x. known is not
+    read: here nobody measures ahead (quant.measured)."""
     x = native(x)
     estimate = None if hindsight is None or how.range != "hindsight" else hindsight.to(x.device)
     # Whether integer codes have a sign is known from the present alone.
