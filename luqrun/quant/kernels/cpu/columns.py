@@ -6,7 +6,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from luqrun.internals.of_numba import cgutils
-from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, HALF, INT, load, store
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, HALF, INT, load, store, to_bf16
 
 PANEL = 8192  # elements of rows whose columns are taken a few vectors at a time
 EIGHT = 8  # columns share a byte of a mask
@@ -38,26 +38,17 @@ class Columns:
         halves, ints, found = ir.VectorType(HALF, self.lanes), ir.VectorType(INT, self.lanes), []
         for vector in self.vectors:
             bits = self.builder.zext(load(self.builder, address, halves, 2 * self.lanes * vector), ints)
-            found.append(self.builder.bitcast(self.builder.shl(bits, self._ints(16)), self.kind))
+            found.append(self.builder.bitcast(self.builder.shl(bits, ir.Constant(ints, [16] * self.lanes)), self.kind))
         return found
 
     def store_row(self, values, address, half: bool):
-        """The inverse of `load_row`: bf16s are the nearest ones, ties to even, or torch's NaN."""
+        """The inverse of `load_row`."""
         if not half:
             self.store(values, address)
             return
-        ints, halves = ir.VectorType(INT, self.lanes), ir.VectorType(HALF, self.lanes)
         for vector in self.vectors:
-            bits = self.builder.bitcast(values[vector], ints)
-            odd = self.builder.and_(self.builder.lshr(bits, self._ints(16)), self._ints(1))
-            nearest = self.builder.add(self.builder.add(bits, self._ints(0x7FFF)), odd)
-            nan = self.builder.fcmp_unordered("uno", values[vector], values[vector])
-            chosen = self.builder.select(nan, self._ints(0x7FC0 << 16), nearest)
-            rounded = self.builder.trunc(self.builder.lshr(chosen, self._ints(16)), halves)
+            rounded = to_bf16(self.builder, values[vector])
             store(self.builder, rounded, address, 2 * self.lanes * vector)
-
-    def _ints(self, number):
-        return ir.Constant(ir.VectorType(INT, self.lanes), [number] * self.lanes)
 
     def masked(self, values, address):
         """Values where the mask at an address has a bit, else 0."""

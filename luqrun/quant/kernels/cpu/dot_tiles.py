@@ -16,14 +16,13 @@ from luqrun.quant.kernels.cpu.vectors import (
     BYTE,
     BYTES,
     FLOATS,
-    HALVES,
     INT,
     INTS,
     at,
-    constant,
     everywhere,
     load,
     store,
+    to_bf16,
 )
 
 
@@ -38,16 +37,6 @@ def _store(builder, value, address, present):
             place = builder.add(address, builder.mul(lane.index, ADDRESS(bytes_each)))
             one = builder.extract_element(value, builder.trunc(lane.index, INT))
             builder.store(one, at(builder, place, element), align=1)
-
-
-def _to_bf16(builder, values):
-    """float32 to the nearest bf16, ties to even, and torch's NaN for NaN: rows.round_to_bf16."""
-    bits = builder.bitcast(values, INTS)
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    nearest = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
-    magnitude = builder.and_(bits, constant(0x7FFFFFFF))
-    is_nan = builder.icmp_signed(">", magnitude, constant(0x7F800000))
-    return builder.trunc(builder.select(is_nan, constant(0x7FC0), nearest), HALVES)
 
 
 def _sums(builder, vectors, left, offsets, runs, taps, length, step, right):
@@ -138,7 +127,7 @@ def store_scaled(typingctx, sums, shifts, scale, out, half, present):
         value = builder.fmul(builder.sitofp(exact, FLOATS), everywhere(builder, scale, FLOATS))
         with builder.if_else(builder.icmp_signed("!=", half, ADDRESS(0))) as (halves, floats):
             with halves:
-                _store(builder, _to_bf16(builder, value), out, present)
+                _store(builder, to_bf16(builder, value), out, present)
             with floats:
                 _store(builder, value, out, present)
         return context.get_dummy_value()

@@ -39,3 +39,19 @@ def constant(number, kind=INTS):
 def permuted(builder, value, lanes):
     """The elements at `lanes` of a vector."""
     return builder.shuffle_vector(value, value, ir.Constant(INTS, lanes))
+
+
+def to_bf16(builder, values):
+    """Vectors of float32 to the nearest bf16, ties to even, and torch's NaN for NaN: rows.round_to_bf16."""
+    count = values.type.count
+    ints = ir.VectorType(INT, count)
+
+    def number(value):
+        return ir.Constant(ints, [value] * count)
+
+    bits = builder.bitcast(values, ints)
+    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    nearest = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), odd), number(16))
+    magnitude = builder.and_(bits, number(0x7FFFFFFF))
+    is_nan = builder.icmp_signed(">", magnitude, number(0x7F800000))
+    return builder.trunc(builder.select(is_nan, number(0x7FC0), nearest), ir.VectorType(HALF, count))
