@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from luqrun.internals.of_torch import has_modes
 from luqrun.quant import routes
-from luqrun.quant.kernels import ops
 
 
 class Wish:
@@ -75,9 +74,3 @@ def statistics_of(x: Tensor, moments: bool) -> Tensor | None:
     if made.found is None or (moments and not made.found[1]):
         return None
     return made.found[0]
-
-
-def statistics(x: Tensor, moments: bool) -> Tensor:
-    """ops.statistics, with less work where they were found before."""
-    found = statistics_of(x, moments)
-    return ops.statistics(x.detach(), moments) if found is None else found

@@ -19,7 +19,7 @@ from luqrun.quant.formats import FORMATS, Format, pack, unpack
 from luqrun.quant.grids import Grid, expanded, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
 from luqrun.quant.kernels.philox import make_stream
-from luqrun.quant.measured import statistics, statistics_of
+from luqrun.quant.measured import statistics_of
 from luqrun.quant.scale_formats import from_bytes, to_bytes
 
 MAX_SAMPLES = 64
@@ -188,7 +188,7 @@ class Quantizer:
         hindsight: 0-dim float32, the estimate of the maximum from earlier steps (0: none yet, max|x| is used). share:
         turns the statistics of x (ops.statistics) into those of all parts of a distributed tensor, of equal size.
         """
-        found = statistics(x, self.range == "sawb")
+        found = _statistics(x, self.range == "sawb")
         x = x.detach()
         largest, negative, sum1, sum2 = (found if share is None else share(found)).unbind()
         maximum = clip = largest.float()
@@ -284,7 +284,7 @@ class Quantizer:
         """Encode x in the blocks of a grid over its memory, its values as `dtype` (operands.held_in_blocks: one that
         holds them exactly). share: as in `measure`, for the scale of the tensor."""
         if self.scale_format == "e4m3":
-            found = statistics(x, False)
+            found = _statistics(x, False)
             maximum = (found if share is None else share(found))[0].float()
         else:
             maximum = x.new_empty((), dtype=torch.float32)  # not read
@@ -307,6 +307,12 @@ class Quantizer:
             return QuantizedTensor(codes, scale, signed, self.form, found.tensor_scale, grid, self.scale_format)
         scale, signed, _ = self.measure(x)
         return QuantizedTensor(self.encode(x, scale, signed, make_stream(seed), sample), scale, signed, self.form)
+
+
+def _statistics(x: Tensor, moments: bool) -> Tensor:
+    """ops.statistics, or what was found of them as x was made."""
+    found = statistics_of(x, moments)
+    return ops.statistics(x.detach(), moments) if found is None else found
 
 
 def update_hindsight(hindsight: Tensor, maximum: Tensor, momentum: float) -> None:
