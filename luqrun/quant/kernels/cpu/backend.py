@@ -223,8 +223,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm."""
     vectors = weight, bias, running_mean, running_var
-    mixed = x.dtype == torch.float32 or any(each is not None for each in vectors)
-    function = norm.normalized if mixed and norm.suits(x, *vectors) else reference.batch_norm
+    function = norm.normalized if norm.suits(x, *vectors) else reference.batch_norm
     return function(x, *vectors, momentum, eps)
 
 

@@ -175,7 +175,8 @@ def conv_wgrad(
 
     def by_libraries() -> Tensor:
         if groups > 1:
-            return reference.int8_conv_wgrad(grads, a, kernel, stride, padding, dilation, groups)
+            whole = reference.int8_conv_wgrad(grads, a, kernel, stride, padding, dilation, groups)
+            return whole.permute(0, 2, 3, 1).reshape(channels, -1)
         return int8_library.conv_wgrad(grads, a, geometry)
 
     def by_tiles() -> Tensor:
@@ -187,6 +188,4 @@ def conv_wgrad(
     else:
         rest = channels, len(grads)
         total = _by_the_fastest("wgrad", a, geometry, groups, rest, by_libraries, by_tiles)
-    if total.dim() == 4:  # the reference's
-        return total
     return total.view(channels, *kernel, a.shape[1] // groups).permute(0, 3, 1, 2)

@@ -155,16 +155,12 @@ def norm_sums(request, part):
 
 @row_loop()
 def column_sum(half, sums, columns, parts, column):
-    """What the parts found of a channel, in the precision in which torch adds that up for bf16 and for float32."""
-    if half:
-        rounded = f32(0)
-        for part in range(parts):
-            rounded = f32(rounded + sums[columns * part + column])
-        return rounded
+    """What the parts found of a channel, as float64: added up in that, or for bf16 in float32, as torch does."""
     total = 0.0
     for part in range(parts):
         total += f64(sums[columns * part + column])
-    return f32(total)
+        total = f64(f32(total)) if half else total
+    return total
 
 
 @row_loop()
@@ -175,8 +171,8 @@ def _add_parts(half, rows, channels, parts, found, numbers):
     count = f32(rows)
     for j in range(channels):
         inverse = numbers[3 * channels + j]
-        total = column_sum(half, found, 2 * channels, parts, j)
-        product = column_sum(half, found, 2 * channels, parts, channels + j)
+        total = f32(column_sum(half, found, 2 * channels, parts, j))
+        product = f32(column_sum(half, found, 2 * channels, parts, channels + j))
         numbers[channels + j] = f32(f32(product * inverse) * inverse) / count
         numbers[2 * channels + j] = total / count
         numbers[5 * channels + j], numbers[6 * channels + j] = f32(product * inverse), total

@@ -171,17 +171,12 @@ def batch_norm(half, rows, channels, parts, x, weight, bias, running, mean, inve
         means[j] = f32(0)
     call4(functions[0], elements, parts, functions[1], told.ctypes.data)
     for j in range(channels):
-        if half:
-            means[j] = column_sum(half, found, channels, parts, j) / count
-        else:  # of the sum in float64, not yet rounded
-            total = 0.0
-            for part in range(parts):
-                total += f64(found[channels * part + j])
-            means[j] = f32(total / f64(rows))
+        total = column_sum(half, found, channels, parts, j)
+        means[j] = f32(total) / count if half else f32(total / f64(rows))
     request[4] = 1
     call4(functions[0], elements, parts, functions[1], told.ctypes.data)
     for j in range(channels):
-        squares = column_sum(half, found, channels, parts, j)
+        squares = f32(column_sum(half, found, channels, parts, j))
         variance = f64(squares / count)
         inverses[j] = f32(1.0 / np.sqrt(variance + eps)) if variance != 0 or eps != 0 else f32(0)
         if running[0] != 0:
