@@ -76,7 +76,8 @@ def under_torchrun() -> bool:
 def recorded(work: Callable[..., T]) -> Callable[..., T]:
     """`work`, such that torchrun's last words on a failed job hold the error of the process that failed first.
 
-    Not a UserError: that is told in one line.
+    Not a UserError: that is told in one line. Nor what a lost peer raises here: torchrun dates errors in whole seconds,
+    and would name this process instead of the one that died.
     """
     if not under_torchrun():
         return work
@@ -86,8 +87,10 @@ def recorded(work: Callable[..., T]) -> Callable[..., T]:
     def recording(*arguments):
         try:
             return work(*arguments), None
-        except UserError as error:
-            return None, error
+        except Exception as error:
+            if isinstance(error, UserError) or lost_a_peer(error):
+                return None, error
+            raise
 
     def telling(*arguments) -> T:
         result, refusal = recording(*arguments)

@@ -9,6 +9,7 @@ from jobs import Ranks
 from running import build_trainer, metrics, quiet_machine, train
 
 from luqrun import tasks
+from luqrun.errors import UserError
 from luqrun.runs.folder import RunFolder
 from luqrun.runtime import process_group
 from luqrun.train.evaluation import evaluate
@@ -123,3 +124,26 @@ def test_what_a_dead_process_leaves_to_the_others_is_known_from_their_own_errors
     assert process_group.lost_a_peer(gloo)
     assert process_group.lost_a_peer(RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"))
     assert not process_group.lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
+        (KeyError("weight"), True),
+        (UserError("dataset.root=DIR is missing"), False),
+        (RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"), False),  # the other is to blame
+    ],
+)
+def test_torchrun_is_told_of_the_error_that_ended_the_job(error, told, monkeypatch, tmp_path):
+    file = tmp_path / "error.json"
+    for name, value in {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0", "TORCHELASTIC_ERROR_FILE": str(file)}.items():
+        monkeypatch.setenv(name, value)
+
+    def work():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        process_group.recorded(work)()
+    assert raised.value is error
+    assert file.exists() == told
