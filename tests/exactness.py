@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from luqrun.quant.gemms import ConvOp, LinearOp
-from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_products, int8_winograd
 
 LAST = torch.channels_last
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65)
 LIMITS = (7, 15, 63, 64, 127)  # INT4's codes with and without a sign, E3M0's, INT8's
 EXACT_FLOATS = 1 << 24
-ROUTES = "tiles", "patches", "direct", "floating point"
+ROUTES = int8.BLOCKS, int8.WINOGRAD, "patches", "direct", "floating point"
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,16 @@ def draw(number: int, seed: int = 0) -> Case:
     c_in, c_out = (max(rng.choice(of_groups) // (groups if of_groups is CHANNELS else 1), 1) * groups for _ in range(2))
     if rng.random() < 0.1:
         groups = c_out = c_in  # depthwise
+    plain = groups == 1 and rng.random() < 0.25  # what Winograd's tiles are for
+    if plain:
+        c_in, c_out = (rng.choice((16, 32, 48, 64, 80)) for _ in range(2))
     while True:
         one = rng.random() < 0.2
         kernel = (1, 1) if one else (rng.choice((1, 2, 3, 3, 4, 5, 7)), rng.choice((1, 1, 2, 3, 3, 5)))
         stride = (1, 1) if rng.random() < 0.5 else (rng.randint(1, 3), rng.randint(1, 3))
         dilation = (1, 1) if rng.random() < 0.7 else (rng.randint(1, 3), rng.randint(1, 3))
+        if plain:
+            kernel, stride, dilation = (3, 3), (1, 1), (1, 1)
         padding = tuple(rng.choice((0, taps // 2, rng.randint(0, taps + 1))) for taps in kernel)
         size = rng.choice((1, 2, 3, 5, 7, 8, 12, 17, 33)), rng.choice((1, 2, 3, 5, 7, 8, 12, 17, 33))
         out = tuple(
@@ -154,24 +159,34 @@ def _spied(used: list, function, *arguments):
     return used[-1]
 
 
+def _suits_winograd(case: Case) -> bool:
+    if isinstance(case.op, LinearOp):
+        return False
+    geometry = case.w[2:], case.op.stride, case.op.padding, case.op.dilation
+    return int8_winograd.suits(geometry, case.a[1], case.g[1], int8_winograd.FEWEST_PRODUCTS)
+
+
 def compare(case: Case, tally: Tally) -> None:
     """Count each GEMM of the case, on each route that serves it."""
     operands = case.operands()
     expected = exact(case, *operands)
     grouped, units = getattr(case.op, "groups", 1) > 1, set()
-    blocks = ["tiles"] if all(case.op.int8_pays(case.w)) else []
+    blocks = [int8.BLOCKS] if all(case.op.int8_pays(case.w)) else []
     for route in (*blocks, "floating point") if grouped else ROUTES:
-        used, tiled = [], set()
+        if route == int8.WINOGRAD and not _suits_winograd(case):
+            continue
+        used, tiled = [], {}
         spy = partial(_spied, used, int8_library._conv_directly)
 
-        def taken(gemm, x, geometry, groups, rest, library, tiles, route=route, tiled=tiled):
-            if route != "tiles":
+        def taken(gemm, x, geometry, groups, rest, ours, library, route=route, tiled=tiled):
+            if route not in ours:
                 return library()
-            tiled.add("dgrad" if tiled and gemm == "fprop" else gemm)  # that of a stride of 1 is a convolution
-            return tiles()
+            tiled["dgrad" if tiled and gemm == "fprop" else gemm] = route  # that of a stride of 1 is a convolution
+            return ours[route]()
 
         with (
             mock.patch.object(int8, "_by_the_fastest", taken),
+            mock.patch.object(int8_winograd, "FEWEST_PRODUCTS", 1),
             mock.patch.object(int8_library, "_conv_directly", spy),
             mock.patch.object(int8_library, "prefers_direct", lambda *_, route=route: route == "direct"),
         ):
@@ -191,8 +206,8 @@ def compare(case: Case, tally: Tally) -> None:
                 )
                 unit = "oneDNN's convolution" if route == "direct" and convolved and next(direct) else "patches"
                 right = (whole.float() * torch.tensor(0.0137)).to(case.dtype)
-            unit = "float64" if grouped and route == "tiles" else unit  # what does not suit the blocks
-            key = "blocks of ours" if name in tiled else unit, case.kind
+            unit = "float64" if grouped and route == int8.BLOCKS else unit  # what does not suit the blocks
+            key = tiled.get(name, unit), case.kind
             units.add(key)
             tally.gemms[key] += 1
             if value.dtype != right.dtype or not torch.equal(value, right):

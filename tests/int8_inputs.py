@@ -100,9 +100,9 @@ def results_of(monkeypatch, name):
 
 
 def take(monkeypatch, way):
-    """Let the int8 GEMMs be made by the libraries, or where these can by blocks of our own ("tiles"), untimed."""
+    """Let the int8 GEMMs be made by the libraries, or where these can by one of our own ways, untimed."""
 
-    def taken(gemm, x, geometry, groups, rest, library, tiles):
-        return tiles() if way == "tiles" else library()
+    def taken(gemm, x, geometry, groups, rest, ours, library):
+        return ours.get(way, library)()
 
     monkeypatch.setattr(int8, "_by_the_fastest", taken)

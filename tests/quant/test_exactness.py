@@ -11,7 +11,7 @@ from exactness import ROUTES, Tally, compare, draw
 from fuzzing import TIMES
 
 from luqrun.quant.gemms import ConvOp
-from luqrun.quant.kernels.cpu import int8_tiles
+from luqrun.quant.kernels.cpu import int8, int8_tiles
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "exactness.py"
 # Since glibc 2.34 malloc's checks are in a library of their own.
@@ -32,7 +32,8 @@ def test_every_gemm_is_exact(seed):
     for number in range(25 * TIMES):
         compare(draw(number, seed), tally)
     assert not tally.failures
-    assert {unit for unit, _ in tally.shapes} >= {"patches", ROUTES[-1], *["blocks of ours"] * int8_tiles.is_there()}
+    ours = {int8.BLOCKS, int8.WINOGRAD} if int8_tiles.is_there() else set()
+    assert {unit for unit, _ in tally.shapes} >= {"patches", ROUTES[-1], *ours}
 
 
 def test_what_is_drawn():

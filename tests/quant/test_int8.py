@@ -28,7 +28,7 @@ from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 
 
-@pytest.fixture(params=["patches", "many chunks", "direct", "tiles"])
+@pytest.fixture(params=["patches", "many chunks", "direct", int8.BLOCKS])
 def route(request, monkeypatch):
     """Through patches at once, through blocks of a few rows of them, through oneDNN's convolution, or without them."""
     take(monkeypatch, request.param)
@@ -65,7 +65,7 @@ def test_conv(geometry, dtype, route):
 
 @geometries
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["products", "few products", "tiles"])
+@pytest.mark.parametrize("way", ["products", "few products", int8.BLOCKS])
 def test_conv_dgrad(geometry, dtype, way, monkeypatch):
     take(monkeypatch, way)
     if way == "few products":

@@ -18,7 +18,7 @@ needs_tiles = pytest.mark.skipif(not int8_tiles.is_there(), reason="needs AVX-51
 
 @pytest.fixture
 def tiles(monkeypatch):
-    take(monkeypatch, "tiles")
+    take(monkeypatch, int8.BLOCKS)
 
 
 @needs_tiles

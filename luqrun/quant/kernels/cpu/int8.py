@@ -1,8 +1,9 @@
 """Convolutions and linear layers on int8 codes with int32 sums: exact whatever the order, and on a CPU with VNNI
 instructions faster than the bf16 units, let alone fp32's.
 
-Libraries' units do it (`int8_library`); where the CPU has AVX-512's VNNI our own blocks do it too (`int8_tiles`), and
-the faster of both is taken. A linear layer is the 1x1 convolution of (rows, features, 1, 1). Groups are for our blocks.
+Libraries' units do it (`int8_library`); where the CPU has AVX-512's VNNI our own blocks do it too (`int8_tiles`), for
+3x3 kernels with fewer products (`int8_winograd`), and the fastest is taken. A linear layer is the 1x1 convolution of
+(rows, features, 1, 1). Groups are for our blocks.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import has_vnni
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles
+from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles, int8_winograd
 from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
 from luqrun.quant.kernels.layout import empty, in_channels_last
 from luqrun.quant.routes import fastest, size_class
 
 log = logging.getLogger(__name__)
+
+Route = Callable[[], Tensor]
+BLOCKS, WINOGRAD = "blocks of ours", "Winograd's tiles"
 
 __all__ = ["CHUNK_ROWS", "conv", "conv_dgrad", "conv_wgrad", "is_fast", "out_size", "suits_groups"]
 
@@ -51,19 +55,15 @@ def _pairs(*geometry: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _by_the_fastest(
-    gemm: str,
-    x: Tensor,
-    geometry: Sequence,
-    groups: int,
-    rest: tuple,
-    library: Callable[[], Tensor],
-    tiles: Callable[[], Tensor],
+    gemm: str, x: Tensor, geometry: Sequence, groups: int, rest: tuple, ours: dict[str, Route], library: Route
 ) -> Tensor:
-    """What both make of x (N, C, H, W), by the one that takes less time. rest: what else that depends on."""
+    """What all make of x (N, C, H, W), by the one that takes the least time. rest: what else that depends on; ours:
+    ways that are exact whatever the numbers and sizes."""
+    if not ours:
+        return library()
     if groups > 1:  # libraries have none, but for floating point, which others compare it with
-        return tiles()
-    # Blocks are exact whatever the numbers and sizes.
-    return fastest((gemm, size_class(x.shape), geometry, *rest), {"blocks of ours": tiles, "libraries": library})
+        return ours[BLOCKS]()
+    return fastest((gemm, size_class(x.shape), geometry, *rest), {**ours, "libraries": library})
 
 
 def conv(
@@ -103,11 +103,18 @@ def conv(
         int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, has_sign, out, groups)
         return out
 
-    if 0 in size or not int8_tiles.suits(a, geometry, size[2:]):
-        out = by_libraries()
-    else:
-        rest = channels, matrix.stride(), dtype, has_sign
-        out = _by_the_fastest("fprop", a, geometry, groups, rest, by_libraries, by_tiles)
+    def by_winograd() -> Tensor:
+        out = empty(size, True, dtype, a.device)
+        fits = int8_winograd.conv(in_channels_last(a), matrix, scale, geometry[2], out)
+        return out if fits else by_tiles()
+
+    ours: dict[str, Route] = {}
+    if 0 not in size and int8_tiles.suits(a, geometry, size[2:]):
+        ours[BLOCKS] = by_tiles
+        if groups == 1 and int8_winograd.suits(geometry, a.shape[1], channels, size[0] * size[2] * size[3]):
+            ours[WINOGRAD] = by_winograd
+    rest = channels, matrix.stride(), dtype, has_sign
+    out = _by_the_fastest("fprop", a, geometry, groups, rest, ours, by_libraries)
     return out if channels_last else _contiguous(out)
 
 
@@ -144,10 +151,17 @@ def conv_dgrad(
             return reference.int8_conv_dgrad(g, matrix, scale, shape, *how)
         return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
 
-    if 0 in shape or not g.numel() or not int8_tiles.suits_dgrad(g, geometry, shape):
-        out = by_libraries()
-    else:
-        out = _by_the_fastest("dgrad", g, geometry, groups, (shape[1], dtype), by_libraries, by_tiles)
+    def by_winograd() -> Tensor:
+        out = empty(shape, True, dtype, g.device)
+        fits = int8_winograd.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry[2], out)
+        return out if fits else by_tiles()
+
+    ours: dict[str, Route] = {}
+    if 0 not in shape and g.numel() and int8_tiles.suits_dgrad(g, geometry, shape):
+        ours[BLOCKS] = by_tiles
+        if groups == 1 and int8_winograd.suits(geometry, g.shape[1], shape[1], shape[0] * shape[2] * shape[3]):
+            ours[WINOGRAD] = by_winograd
+    out = _by_the_fastest("dgrad", g, geometry, groups, (shape[1], dtype), ours, by_libraries)
     return out if channels_last else _contiguous(out)
 
 
@@ -182,10 +196,16 @@ def conv_wgrad(
     def by_tiles() -> Tensor:
         return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry, groups)
 
-    empty_sum = not (images and height and width and channels and a.numel())
-    if empty_sum or not int8_tiles.suits_wgrad(grads, a, kernel, groups):
-        total = by_libraries()
-    else:
-        rest = channels, len(grads)
-        total = _by_the_fastest("wgrad", a, geometry, groups, rest, by_libraries, by_tiles)
+    def by_winograd() -> Tensor:
+        of = [in_channels_last(g) for g in grads]
+        total = int8_winograd.conv_wgrad(of, in_channels_last(a), geometry[2])
+        return ours.get(BLOCKS, by_libraries)() if total is None else total
+
+    ours: dict[str, Route] = {}
+    if images and height and width and channels and a.numel():
+        if int8_tiles.suits_wgrad(grads, a, kernel, groups):
+            ours[BLOCKS] = by_tiles
+        if groups == 1 and int8_winograd.suits(geometry, a.shape[1], channels, images * height * width):
+            ours[WINOGRAD] = by_winograd
+    total = _by_the_fastest("wgrad", a, geometry, groups, (channels, len(grads)), ours, by_libraries)
     return total.view(channels, *kernel, a.shape[1] // groups).permute(0, 3, 1, 2)

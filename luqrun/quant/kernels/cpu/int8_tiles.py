@@ -116,7 +116,7 @@ def _images_a_task(images: int, image_bytes: int) -> int:
     return max(1, -(-images // (-(-tasks // threads) * threads)))  # as many for each thread
 
 
-def _pack(weight: int, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Tensor:
+def pack(weight: int, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Tensor:
     """See tile_loops.pack_weight. weight: an address; groups: of all parts."""
     of_part = groups // parts
     channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
@@ -147,7 +147,7 @@ def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool
     inputs, outputs, parts = channels // groups, out.shape[1] // groups, _parts(groups, channels, out.shape[1])
     element, column = matrix.stride()
     strides = across * inputs * element, inputs * element, element, column, outputs * column
-    weight = _pack(matrix.data_ptr(), groups, parts, outputs, (lines, across, inputs), strides)
+    weight = pack(matrix.data_ptr(), groups, parts, outputs, (lines, across, inputs), strides)
     target = out_height, out_width, out.shape[1], 0, 0, 1, 1, out_height, out_width
     taps, source = (lines, down, across), (0, 0, *stride)
     _convolve(a, weight, scale, signed, out, parts, padding, _padded(geometry, out.shape[2:]), source, taps, target)
@@ -171,7 +171,7 @@ def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, out: T
             if runs and taps:
                 begin = matrix.data_ptr() + (last_line * across + last_tap) * outputs
                 strides = -down * across * outputs, -beside * outputs, row, 1, inputs * row
-                weight = _pack(begin, groups, parts, outputs, (runs, taps, inputs), strides)
+                weight = pack(begin, groups, parts, outputs, (runs, taps, inputs), strides)
                 source = source_line + high, source_column + wide, 1, 1
                 target = height, width, channels, line, column, down, beside, count_lines, count_columns
                 how = (high, wide), (padded_height, padded_width), source, (runs, 1, taps), target

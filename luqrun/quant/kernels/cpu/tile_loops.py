@@ -19,28 +19,28 @@ from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s
 from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
-_ROWS, _NARROW_ROWS = ROWS[2], ROWS[1]
+WIDE_ROWS, NARROW_ROWS = ROWS[2], ROWS[1]
 QUADS = 4 * LANES  # bytes of a quad of 16 channels
 
 
 @row_loop()
-def _tile(columns, left, offsets, runs, taps, length, step, right, out):
+def multiply(columns, left, offsets, runs, taps, length, step, right, out):
     """The block for so many columns and the rows at the offsets from an address on; returns how many it has."""
     if columns > LANES:
         dot_tile(left, offsets, runs, taps, length, step, right, out)
-        return _ROWS
+        return WIDE_ROWS
     narrow_dot_tile(left, offsets, runs, taps, length, step, right, out)
-    return _NARROW_ROWS
+    return NARROW_ROWS
 
 
 @row_loop()
 def _scaled_tile(columns, left, offsets, runs, taps, length, right, shifts, factor, places, out):
-    """As _tile, of whole vectors of columns, to the places of the rows from `out` on."""
+    """As multiply, of whole vectors of columns, to the places of the rows from `out` on."""
     if columns > LANES:
         scaled_dot_tile(left, offsets, runs, taps, length, 4, right, shifts, factor, places, out)
-        return _ROWS
+        return WIDE_ROWS
     narrow_scaled_dot_tile(left, offsets, runs, taps, length, 4, right, shifts, factor, places, out)
-    return _NARROW_ROWS
+    return NARROW_ROWS
 
 
 @row_loop()
@@ -56,7 +56,7 @@ def _store_tile(count, lanes, wide, sums, shifts, factor, out, half, places, fir
 
 
 @row_loop()
-def _panel_width(columns):
+def panel_width(columns):
     return COLUMNS if columns > LANES else LANES
 
 
@@ -83,8 +83,9 @@ def pack_weight(request, number):
     panels = (channels + COLUMNS - 1) // COLUMNS
     part, first = number // panels, number % panels * COLUMNS
     together = groups == 1 and strides[2] == 1 and (across == 1 or strides[1] == inputs)
+    across_columns = groups == 1 and strides[3] == 1 and inputs % 4 == 0
     columns = min(COLUMNS, channels - first)
-    width = _panel_width(columns)
+    width = panel_width(columns)
     target = out + (part * _up(channels) + first) * depth * 4
     rows.clear(uint8s(target, depth * width * 4))
     source = weight + part * groups * strides[4] + first * strides[3]
@@ -98,6 +99,15 @@ def pack_weight(request, number):
                 for byte in range(4 * whole, across * inputs):
                     to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
                     int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
+            continue
+        if across_columns:
+            for quad in range(across * inputs // 4):
+                begin = source + run * strides[0] + quad * 4 // inputs * strides[1] + quad * 4 % inputs * strides[2]
+                second, third, fourth = begin + strides[2], begin + 2 * strides[2], begin + 3 * strides[2]
+                to = target + (run * quads + quad) * width * 4
+                for lane in range(0, columns, LANES):
+                    count, at = min(LANES, columns - lane), to + 4 * lane
+                    interleave(at, begin + lane, second + lane, third + lane, fourth + lane, count, 0)
             continue
         for group in range(groups):
             # The columns of this group in the panel.
@@ -167,18 +177,18 @@ def convolve(request, number):
         start, weights = left + part * (channels // parts), weight + part * _up(of_part) * depth * 4
         for first in range(0, of_part, COLUMNS):
             wide = min(COLUMNS, of_part - first)
-            lanes = _panel_width(wide)
+            lanes = panel_width(wide)
             right, to = weights + first * depth * 4, out + (part * of_part + first) * element
-            _tile(wide, same, nowhere, (runs[0], 0), (in_run[0], 0), length, 0, right, shifts)
+            multiply(wide, same, nowhere, (runs[0], 0), (in_run[0], 0), length, 0, right, shifts)
             whole, at = not half and wide == lanes, 0
-            most = _NARROW_ROWS if lanes == LANES else _ROWS
+            most = NARROW_ROWS if lanes == LANES else WIDE_ROWS
             while at < pixels:
                 offsets_here = starts + 4 * at
                 if whole and at + most <= pixels:
                     where = start_of + 8 * at, to
                     at += _scaled_tile(wide, start, offsets_here, runs, in_run, length, right, shifts, factor, *where)
                     continue
-                done = _tile(wide, start, offsets_here, runs, in_run, length, 4, right, sums)
+                done = multiply(wide, start, offsets_here, runs, in_run, length, 4, right, sums)
                 _store_tile(min(done, pixels - at), lanes, wide, sums, shifts, factor, to, half, places, at)
                 at += done
     memory[0] = 0  # what only its address was taken of must be in use until here
@@ -289,7 +299,7 @@ def convolve_for_weight(request, number):
                         )
             for panel in range((out_channels + COLUMNS - 1) // COLUMNS):
                 wide = min(COLUMNS, out_channels - panel * COLUMNS)
-                lanes = _panel_width(wide)
+                lanes = panel_width(wide)
                 if wide < lanes:
                     rows.clear(uint8s(g_to, count * g_bytes * lanes))
                 for image in range(count):
@@ -298,12 +308,12 @@ def convolve_for_weight(request, number):
                         which, by = (first + image, 0, line, pixels, out_width, 1, 1), begin_of_g + panel * COLUMNS
                         _make_quads(place, QUADS, lanes * 4, places, g, zero, g_size, which, 0, by, wide)
                 length = g_lines * quads
-                _tile(wide, same, nowhere, (count, 0), (1, 0), length, 0, g_to, found)
+                multiply(wide, same, nowhere, (count, 0), (1, 0), length, 0, g_to, found)
                 last = target + 4 * ((rows_of_sums - 1) * padded_channels + panel * COLUMNS)
                 accumulate(last, found, lanes)
                 at = 0
                 while at < rows_of_sums - 1:
-                    done = _tile(wide, to, starts + 4 * at, (count, image_bytes), (1, 0), length, QUADS, g_to, found)
+                    done = multiply(wide, to, starts + 4 * at, (count, image_bytes), (1, 0), length, QUADS, g_to, found)
                     for row in range(min(done, rows_of_sums - 1 - at)):
                         place = target + 4 * ((at + row) * padded_channels + panel * COLUMNS)
                         accumulate(place, found + 4 * row * lanes, lanes)

@@ -1,0 +1,151 @@
+"""3x3 convolutions on int8 codes by Winograd's tiles: 16 products for a tile's four outputs where others take 36.
+
+In floating point that is another number than the convolution's. On integers it is exact, if what the transforms make
+fits: that of 4-bit weights does, and what of an image's does not is added to the sums one by one. That happens to
+gradients of which neighbours are near the maximum, which are few.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from luqrun.quant.kernels.cpu import int8_tiles
+from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES
+
+THREE, ONE = (3, 3), (1, 1)
+MOST_CHANNELS = (1 << 31) // (4 * 9 * 128 * 128)  # of which int32 holds four times the sums, whatever the codes
+POINT_BYTES = 3 << 17  # of transformed tiles at a time, so that they stay in the cache
+FEWEST_PRODUCTS = 1 << 25  # for each tap: with less, compiling takes longer than is gained
+TILES = 12  # at least, as many as a block has rows
+CHUNK_BYTES = 1 << 23  # of both operands of a weight gradient at a time
+MOST_TILES = (1 << 31) // (4 * 4 * 128 * 128) - 4  # as above
+NOTES = 64  # of so many numbers of a gradient's transform one may be noted
+TASKS = 4  # for each thread, where there are tiles for as many
+PRODUCTS = 32  # that take as long as an element of other loops
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    from luqrun.quant.kernels.cpu import winograd_loops  # compiled code is loaded when it is first needed
+
+    return winograd_loops
+
+
+@functools.cache
+def _wgrad_loops() -> ModuleType:
+    from luqrun.quant.kernels.cpu import winograd_wgrad_loops
+
+    return winograd_wgrad_loops
+
+
+def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
+    """Whether a convolution (kernel, stride, padding, dilation) of so many channels to so many, and pixels in all
+    images, can be made of tiles, and is large enough to gain by it."""
+    kernel, stride, padding, dilation = geometry
+    square = kernel == THREE and stride == dilation == ONE and max(padding) <= 2
+    fits = inputs % LANES == outputs % LANES == 0 < inputs <= MOST_CHANNELS
+    return square and fits and pixels * inputs * outputs >= FEWEST_PRODUCTS and int8_tiles.is_there()
+
+
+def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """The right operand of the loops, and its shifts; None where it does not fit int8. packed: of int8_tiles.pack."""
+    panels = -(-outputs // COLUMNS)
+    weight = torch.empty(16 * inputs * outputs, dtype=torch.int8, device="cpu")
+    shifts = torch.empty(4 * outputs, dtype=torch.int32, device="cpu")
+    wrong = torch.zeros(panels, dtype=torch.uint8, device="cpu")
+    address = packed.data_ptr(), weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
+    _loops().transform_weight(panels, weight.numel(), *address, inputs, outputs)
+    return None if wrong.any() else (weight, shifts)
+
+
+def _convolve(a: Tensor, packed: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
+    (images, inputs, height, width), (_, outputs, out_height, out_width) = a.shape, out.shape
+    transformed = _transformed(packed, inputs, outputs)
+    if transformed is None:
+        return False
+    weight, shifts = transformed
+    of_image = -(-out_height // 2) * -(-out_width // 2)
+    most = max(TILES, POINT_BYTES // (16 * inputs * TILES) * TILES)
+    of_thread = -(-images // torch.get_num_threads())
+    group = -(-of_thread // (TASKS if of_thread * of_image >= TASKS * most else 1))
+    address = a.data_ptr(), weight.data_ptr(), shifts.data_ptr(), out.data_ptr()
+    how = int(out.dtype == torch.bfloat16), scale.data_ptr(), group, most
+    size = images, height, width, inputs, *padding, out_height, out_width, outputs
+    work = images * of_image * 16 * inputs * outputs // PRODUCTS
+    _loops().convolve(-(-images // group), work, *address, *how, *size)
+    return True
+
+
+def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
+    """Fill `out`, channels_last, as int8.conv says, or return False where the weight does not fit. a: channels_last."""
+    inputs, outputs = a.shape[1], out.shape[1]
+    element, column = matrix.stride()
+    strides = 3 * inputs * element, inputs * element, element, column, outputs * column
+    packed = int8_tiles.pack(matrix.data_ptr(), 1, 1, outputs, (3, 3, inputs), strides)
+    return _convolve(a, packed, scale, padding, out)
+
+
+def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
+    """Fill `out`, channels_last, as int8.conv_dgrad says, or return False where the weight does not fit. g:
+    channels_last; matrix: (K, 9 * C), contiguous; padding: the convolution's."""
+    inputs, outputs = g.shape[1], out.shape[1]
+    row = 9 * outputs  # of the matrix; the last tap comes first
+    strides = -3 * outputs, -outputs, row, 1, inputs * row
+    packed = int8_tiles.pack(matrix.data_ptr() + 8 * outputs, 1, 1, outputs, (3, 3, inputs), strides)
+    return _convolve(g, packed, scale, [2 - each for each in padding], out)
+
+
+class _Operand:
+    """The transformed tiles of the images or gradients of a weight gradient, so many quads at a time."""
+
+    def __init__(self, x: Tensor, side: int, panel: int, padding: Sequence[int], quads: int):
+        self.channels, self.how = x.shape[1], (panel, side)
+        self.size = x.shape[0], x.shape[2], x.shape[3], x.shape[1], *padding
+        self.far = 4 * quads * self.channels + APART  # bytes from point to point
+        self.tasks = min(TASKS * torch.get_num_threads(), quads)
+        self.step = -(-quads // self.tasks)
+        self.most = max(1, quads * 64 * self.channels // (NOTES * self.tasks))  # notes of a task
+        self.out = torch.empty(16 * self.far, dtype=torch.uint8, device="cpu")
+        self.notes = torch.empty(self.tasks * self.most * 4, dtype=torch.int32, device="cpu")
+        self.found = torch.zeros(self.tasks, dtype=torch.int64, device="cpu")
+
+    def transform(self, x: Tensor, begin: int, tiles: int, tiled: Sequence[int]) -> bool:
+        """Of so many tiles of x; whether they fit."""
+        quads, notes = -(-tiles // 4), (self.notes.data_ptr(), self.most, self.found.data_ptr())
+        where = x.data_ptr(), self.out.data_ptr(), self.far, begin, tiles, quads, *self.how, self.step
+        tasks, work = -(-quads // self.step), 4 * tiles * self.channels
+        self.found.zero_()  # of tasks that have nothing to do, too
+        _wgrad_loops().transform(tasks, work, *where, *notes, *self.size, *tiled)
+        return not (self.found < 0).any()
+
+
+def conv_wgrad(grads: Sequence[Tensor], a: Tensor, padding: Sequence[int]) -> Tensor | None:
+    """See int8.conv_wgrad: float32 (K, 9 * C), or None where the codes do not fit. grads, a: channels_last."""
+    (images, outputs, height, width), inputs, threads = grads[0].shape, a.shape[1], torch.get_num_threads()
+    tiled = -(-height // 2), -(-width // 2)
+    tiles = images * tiled[0] * tiled[1]
+    quads = min(-(-tiles // 4), max(1, CHUNK_BYTES // (64 * (inputs + outputs))), MOST_TILES // 4)
+    left, right = _Operand(grads[0], 2, outputs, (0, 0), quads), _Operand(a, 4, COLUMNS, padding, quads)
+    out = torch.empty(outputs, 9 * inputs, dtype=torch.float32, device="cpu")
+    total = torch.empty(out.shape if tiles > 4 * quads or len(grads) > 1 else 0, dtype=torch.float64, device="cpu")
+    panels = -(-inputs // COLUMNS)
+    splits = min(-(-threads // panels), outputs // LANES)
+    for begin in range(0, tiles, 4 * quads):
+        count = min(4 * quads, tiles - begin)
+        if not right.transform(a, begin, count, tiled):
+            return None
+        for number, g in enumerate(grads):
+            if not left.transform(g, begin, count, tiled):
+                return None
+            operands = left.out.data_ptr(), left.far, right.out.data_ptr(), right.far, -(-count // 4)
+            notes = left.notes.data_ptr(), left.most, left.found.data_ptr(), left.tasks
+            add, last = begin + number > 0, begin + count == tiles and number == len(grads) - 1
+            where, work = (out.data_ptr(), total.data_ptr()), 16 * count * inputs * outputs // PRODUCTS
+            how = int(add), int(last), splits, inputs, outputs
+            _wgrad_loops().multiply_points(panels * splits, work, *operands, *notes, *where, *how)
+    return out
