@@ -73,7 +73,7 @@ def test_dgrad(images, height, width, padding, inputs, outputs, winograd):
 def test_wgrad(images, height, width, padding, inputs, outputs, count, winograd, monkeypatch):
     geometry = geometry_of(images, height, width, padding, inputs, outputs)
     for (low, high), chunk in zip([(0, 15), (-7, 7), (-31, 31)], (1, 1 << 13, 1 << 20), strict=True):
-        monkeypatch.setattr(int8_winograd, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(int8_winograd, "CHUNK_BYTES", (chunk, chunk))
         a = codes(*geometry[4], low=low, high=high)
         size = images, outputs, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
         grads = [codes(*size, low=-64, high=64, seed=seed) for seed in range(count)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from luqrun.quant.kernels.cpu import int8_tiles
+from luqrun.quant.kernels.cpu.int8_products import scratch
 from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES
 
 THREE, ONE = (3, 3), (1, 1)
@@ -22,7 +23,9 @@ MOST_CHANNELS = (1 << 31) // (4 * 9 * 128 * 128)  # of which int32 holds four ti
 POINT_BYTES = 3 << 17  # of transformed tiles at a time, so that they stay in the cache
 FEWEST_PRODUCTS = 1 << 25  # for each tap: with less, compiling takes longer than is gained
 TILES = 12  # at least, as many as a block has rows
-CHUNK_BYTES = 1 << 23  # of both operands of a weight gradient at a time
+# Bytes of both operands of a weight gradient at a time, so that they stay in the cache: least, most, and between them
+# so many for each of its elements, to which is added at the end.
+CHUNK_BYTES, CHUNK_SUMS = (1 << 21, 1 << 23), 128
 MOST_TILES = (1 << 31) // (4 * 4 * 128 * 128) - 4  # as above
 NOTES = 64  # of so many numbers of a gradient's transform one may be noted
 TASKS = 4  # for each thread, where there are tiles for as many
@@ -55,7 +58,7 @@ def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
 def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
     """The right operand of the loops, and its shifts; None where it does not fit int8. packed: of int8_tiles.pack."""
     panels = -(-outputs // COLUMNS)
-    weight = torch.empty(16 * inputs * outputs, dtype=torch.int8, device="cpu")
+    weight = scratch("tiles of weights", 16 * inputs, outputs, torch.int8)
     shifts = torch.empty(4 * outputs, dtype=torch.int32, device="cpu")
     wrong = torch.zeros(panels, dtype=torch.uint8, device="cpu")
     address = packed.data_ptr(), weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
@@ -110,8 +113,8 @@ class _Operand:
         self.tasks = min(TASKS * torch.get_num_threads(), quads)
         self.step = -(-quads // self.tasks)
         self.most = max(1, quads * 64 * self.channels // (NOTES * self.tasks))  # notes of a task
-        self.out = torch.empty(16 * self.far, dtype=torch.uint8, device="cpu")
-        self.notes = torch.empty(self.tasks * self.most * 4, dtype=torch.int32, device="cpu")
+        self.out = scratch(f"tiles of {side}", 16, self.far, torch.uint8)
+        self.notes = scratch("notes", self.tasks * self.most, 4, torch.int32)
         self.found = torch.zeros(self.tasks, dtype=torch.int64, device="cpu")
 
     def transform(self, x: Tensor, begin: int, tiles: int, tiled: Sequence[int]) -> bool:
@@ -129,10 +132,12 @@ def conv_wgrad(grads: Sequence[Tensor], a: Tensor, padding: Sequence[int]) -> Te
     (images, outputs, height, width), inputs, threads = grads[0].shape, a.shape[1], torch.get_num_threads()
     tiled = -(-height // 2), -(-width // 2)
     tiles = images * tiled[0] * tiled[1]
-    quads = min(-(-tiles // 4), max(1, CHUNK_BYTES // (64 * (inputs + outputs))), MOST_TILES // 4)
+    chunk = min(max(CHUNK_SUMS * inputs * outputs, CHUNK_BYTES[0]), CHUNK_BYTES[1])
+    quads = min(-(-tiles // 4), max(1, chunk // (64 * (inputs + outputs))), MOST_TILES // 4)
     left, right = _Operand(grads[0], 2, outputs, (0, 0), quads), _Operand(a, 4, COLUMNS, padding, quads)
     out = torch.empty(outputs, 9 * inputs, dtype=torch.float32, device="cpu")
-    total = torch.empty(out.shape if tiles > 4 * quads or len(grads) > 1 else 0, dtype=torch.float64, device="cpu")
+    parts = outputs if tiles > 4 * quads or len(grads) > 1 else 0
+    total = scratch("sums of weight gradients", parts, 9 * inputs, torch.float64)
     panels = -(-inputs // COLUMNS)
     splits = min(-(-threads // panels), outputs // LANES)
     for begin in range(0, tiles, 4 * quads):

@@ -95,13 +95,14 @@ def transform(request, number):
                                 count = note_rest(rest, tile, lane, notes, most, count)
                 channel += wide
         for point in range(POINTS):
-            for channel in range(0, channels, LANES):
-                first = channel // panel * panel
+            tiles_of, next_tile = made + point * channels, POINTS * channels
+            for first in range(0, channels, panel):
                 width = min(panel, channels - first)
-                to = out + point * far + 4 * (first * quads + quad * width + channel - first)
-                one = made + point * channels + channel
-                two, three, four = one + POINTS * channels, one + 2 * POINTS * channels, one + 3 * POINTS * channels
-                interleave(to, one, two, three, four, LANES, flip)
+                to = out + point * far + 4 * (first * quads + quad * width)
+                for lane in range(0, width, LANES):
+                    one = tiles_of + first + lane
+                    two, three, four = one + next_tile, one + 2 * next_tile, one + 3 * next_tile
+                    interleave(to + 4 * lane, one, two, three, four, LANES, flip)
     int64s(found + 8 * number, 1)[0] = count
     memory[0] = 0  # what only its address was taken of must be in use until here
 
