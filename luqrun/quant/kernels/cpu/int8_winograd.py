@@ -80,7 +80,7 @@ def _convolve(a: Tensor, packed: Tensor, scale: Tensor, padding: Sequence[int], 
     how = int(out.dtype == torch.bfloat16), scale.data_ptr(), group, most
     size = images, height, width, inputs, *padding, out_height, out_width, outputs
     work = images * of_image * 16 * inputs * outputs // PRODUCTS
-    _loops().convolve(-(-images // group), work, *address, *how, *size)
+    _loops().convolve_points(-(-images // group), work, *address, *how, *size)
     return True
 
 
@@ -112,7 +112,8 @@ class _Operand:
         self.far = 4 * quads * self.channels + APART  # bytes from point to point
         self.tasks = min(TASKS * torch.get_num_threads(), quads)
         self.step = -(-quads // self.tasks)
-        self.most = max(1, quads * 64 * self.channels // (NOTES * self.tasks))  # notes of a task
+        # Notes of a task: none of images, for which int8 must do.
+        self.most = 0 if side == 4 else max(1, quads * 64 * self.channels // (NOTES * self.tasks))
         self.out = scratch(f"tiles of {side}", 16, self.far, torch.uint8)
         self.notes = scratch("notes", self.tasks * self.most, 4, torch.int32)
         self.found = torch.zeros(self.tasks, dtype=torch.int64, device="cpu")

@@ -12,10 +12,13 @@ from luqrun.quant.kernels.cpu.tile_loops import NARROW_ROWS, WIDE_ROWS, multiply
 from luqrun.quant.kernels.cpu.winograd_tiles import (
     POINTS,
     add_products,
+    narrow_transform_gradient,
     narrow_transform_image,
     outputs_of,
+    rest_of_gradient,
     rest_of_image,
     store_outputs,
+    transform_gradient,
     transform_image,
     transform_kernel,
 )
@@ -25,8 +28,8 @@ NOTE = 16  # bytes of what is known of a number that does not fit
 
 @tasks
 def transform_weight(request, number):
-    """The right operand of `convolve` <- that of tile_loops.convolve for 3x3 taps: for each panel of columns 16 points
-    where that has 9 taps. channels: quads of a tap, in bytes; columns: all panels'.
+    """The right operand of `convolve_points` <- that of tile_loops.convolve for 3x3 taps: for each panel of columns 16
+    points where that has 9 taps. channels: of the input, a multiple of 4; columns: all panels'.
 
     At `shifts`, int32 (4, columns of the panel) for each panel: what 128 added to every point of an image adds to four
     times the outputs. wrong: uint8 (panels,), set where a number is not of int8. A task is a panel.
@@ -45,20 +48,25 @@ def transform_weight(request, number):
 
 
 @row_loop()
-def patch_of(a, size, image, line, column, side, to):
-    """The square of pixels from (line, column) on, with zeros outside the image."""
+def square_of(x, size, tile, tiled, side, padding, patch):
+    """(address, bytes between lines) of the square of `side` pixels of a tile, which are copied to `patch`, with zeros
+    for those outside the image, where there are some. tiled: (lines, columns) of tiles of an image."""
     _, height, width, channels = size
-    for row in range(side):
-        for beside in range(side):
-            y, x = line + row, column + beside
-            source = a + ((image * height + y) * width + x) * channels
-            if y < 0 or y >= height or x < 0 or x >= width:
-                source = 0
-            copy(to + (side * row + beside) * channels, source, channels)
+    image, at = tile // (tiled[0] * tiled[1]), tile % (tiled[0] * tiled[1])
+    top, left = 2 * (at // tiled[1]) - padding[0], 2 * (at % tiled[1]) - padding[1]
+    if top >= 0 and left >= 0 and top + side <= height and left + side <= width:
+        return x + ((image * height + top) * width + left) * channels, width * channels
+    for pixel in range(side * side):
+        line, column = top + pixel // side, left + pixel % side
+        source = x + ((image * height + line) * width + column) * channels
+        if line < 0 or line >= height or column < 0 or column >= width:
+            source = 0
+        copy(patch + pixel * channels, source, channels)
+    return patch, side * channels
 
 
 @row_loop()
-def note_rest(rest, tile, channel, notes, most, count):
+def _note(rest, tile, channel, notes, most, count):
     """How many notes there are with the numbers of `rest` (int16 (16, 16), of a tile's channels) that are not 0, as
     int32 (point, tile, channel, number) each; -1 for more than most."""
     for point in range(POINTS):
@@ -77,8 +85,49 @@ def note_rest(rest, tile, channel, notes, most, count):
     return count
 
 
+@row_loop()
+def points_of(side, square, channels, to, far, tile, rest, notes, most, count):
+    """Write the points of a tile's square, of images (side 4) or gradients (2), with 128 added: uint8 (16, channels) at
+    `to`, far bytes apart. What that leaves out of a number is noted (see `_note`), at most so many notes in all;
+    returns how many there are now, -1 for more. rest: memory to work in."""
+    channel = 0
+    while channel < channels:
+        wide = 2 * LANES if channel + 2 * LANES <= channels else LANES
+        of, here = square[0] + channel, to + channel
+        if side == 4:
+            if wide > LANES:
+                beyond = transform_image(of, square[1], channels, here, far)
+            else:
+                beyond = narrow_transform_image(of, square[1], channels, here, far)
+        elif wide > LANES:
+            beyond = transform_gradient(of, square[1], channels, here, far)
+        else:
+            beyond = narrow_transform_gradient(of, square[1], channels, here, far)
+        if beyond:
+            for lane in range(0, wide, LANES):
+                if side == 4:
+                    rest_of_image(of + lane, square[1], channels, rest)
+                else:
+                    rest_of_gradient(of + lane, square[1], channels, rest)
+                if count >= 0:
+                    count = _note(rest, tile, channel + lane, notes, most, count)
+        channel += wide
+    return count
+
+
+@row_loop()
+def _set_places(places, tile, tiled, target, element):
+    """How many bytes from the first output the four of a tile are, -1 where there is none."""
+    height, width, columns = target
+    image, at = tile // (tiled[0] * tiled[1]), tile % (tiled[0] * tiled[1])
+    for pixel in range(4):
+        line, column = 2 * (at // tiled[1]) + pixel // 2, 2 * (at % tiled[1]) + pixel % 2
+        place = ((image * height + line) * width + column) * columns * element
+        places[pixel] = place if line < height and column < width else -1
+
+
 @tasks
-def convolve(request, number):
+def convolve_points(request, number):
     """out (N, H', W', K), float32 or (half) bf16 <- the integers times the float at `scale`.
 
     a: the address of int8 (N, H, W, C) with size (N, H, W, C); weight, shifts: from `transform_weight`. padding: above
@@ -86,13 +135,14 @@ def convolve(request, number):
     """
     a, weight, shifts, out, half, scale, group, most = integers(request, 0, 8)
     size, padding, target = integers(request, 8, 4), integers(request, 12, 2), integers(request, 14, 3)
-    images, height, width, channels = size
-    out_height, out_width, columns = target
+    images, channels = size[0], size[3]
+    columns = target[2]
     factor, element = floats(scale, 1)[0], 2 if half else 4
     begin = number * group
     count = min(group, images - begin)
-    down, across = (out_height + 1) // 2, (out_width + 1) // 2
-    tiles = count * down * across
+    tiled = (target[0] + 1) // 2, (target[1] + 1) // 2
+    of_image = tiled[0] * tiled[1]
+    tiles = count * of_image
     most = min(most, tiles)
     far = most * channels + APART
     # One piece of memory, see tile_loops.convolve; what the notes do not need of theirs is never touched.
@@ -107,38 +157,13 @@ def convolve(request, number):
     rest = points + POINTS * far
     notes = rest + 2 * POINTS * LANES
     for first in range(0, tiles, most):
-        here, count_of_notes = min(most, tiles - first), 0
+        here, noted = min(most, tiles - first), 0
         for tile in range(here):
-            index = first + tile
-            image, at = begin + index // (down * across), index % (down * across)
-            line, column = 2 * (at // across), 2 * (at % across)
             int32s(offsets + 4 * tile, 1)[0] = tile * channels
-            place = int64s(places + 32 * tile, 4)
-            for pixel in range(4):
-                y, x = line + pixel // 2, column + pixel % 2
-                inside = y < out_height and x < out_width
-                to = ((image * out_height + y) * out_width + x) * columns * element
-                place[pixel] = to if inside else -1
-            y, x = line - padding[0], column - padding[1]
-            if y >= 0 and x >= 0 and y + 4 <= height and x + 4 <= width:
-                source, pitch = a + ((image * height + y) * width + x) * channels, width * channels
-            else:
-                patch_of(a, size, image, y, x, 4, patch)
-                source, pitch = patch, 4 * channels
-            channel = 0
-            while channel < channels:
-                to = points + tile * channels + channel
-                if channel + 2 * LANES <= channels:
-                    wide = 2 * LANES
-                    over = transform_image(source + channel, pitch, channels, to, far)
-                else:
-                    wide = LANES
-                    over = narrow_transform_image(source + channel, pitch, channels, to, far)
-                if over:
-                    for lane in range(channel, channel + wide, LANES):
-                        rest_of_image(source + lane, pitch, channels, rest)
-                        count_of_notes = note_rest(rest, tile, lane, notes, POINTS * far, count_of_notes)
-                channel += wide
+            _set_places(int64s(places + 32 * tile, 4), begin * of_image + first + tile, tiled, target, element)
+            to = points + tile * channels
+            square = square_of(a, size, begin * of_image + first + tile, tiled, 4, padding, patch)
+            noted = points_of(4, square, channels, to, far, tile, rest, notes, POINTS * far, noted)
         for row in range(MOST_ROWS):
             int32s(offsets + 4 * (here + row), 1)[0] = (here - 1) * channels  # the last one once more
         for panel in range(0, columns, COLUMNS):
@@ -152,7 +177,7 @@ def convolve(request, number):
                     once = 1, 0
                     by = right + point * channels * wide
                     multiply(wide, left, offsets + 4 * tile, once, once, channels // 4, 4, by, to)
-                while note < count_of_notes:
+                while note < noted:
                     one = int32s(notes + NOTE * note, 4)
                     if one[1] >= tile + step:
                         break

@@ -11,36 +11,12 @@ from luqrun.quant.kernels.cpu import rows
 from luqrun.quant.kernels.cpu.dot_tiles import interleave
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.memory import accumulate, copy, int32s, int64s, uint8s
-from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES, MOST_ROWS
 from luqrun.quant.kernels.cpu.tile_loops import NARROW_ROWS, WIDE_ROWS, multiply, panel_width
-from luqrun.quant.kernels.cpu.winograd_loops import NOTE, note_rest, patch_of
-from luqrun.quant.kernels.cpu.winograd_tiles import (
-    POINTS,
-    add_products,
-    column_sums,
-    narrow_transform_gradient,
-    narrow_transform_image,
-    rest_of_gradient,
-    store_weight,
-    transform_gradient,
-    transform_image,
-)
+from luqrun.quant.kernels.cpu.winograd_loops import NOTE, points_of, square_of
+from luqrun.quant.kernels.cpu.winograd_tiles import POINTS, add_products, column_sums, store_weight
 
 CHUNK = 256  # quads of tiles of which a block is summed up at a time, so that they stay in the cache
-
-
-@row_loop()
-def _square(x, size, tile, tiled, side, padding, patch):
-    """(address, bytes between lines) of the square of `side` pixels of a tile, which are copied to `patch` where some
-    lie outside the image. tiled: (lines, columns) of tiles of an image."""
-    _, height, width, channels = size
-    image, at = tile // (tiled[0] * tiled[1]), tile % (tiled[0] * tiled[1])
-    y, x_ = 2 * (at // tiled[1]) - padding[0], 2 * (at % tiled[1]) - padding[1]
-    if y >= 0 and x_ >= 0 and y + side <= height and x_ + side <= width:
-        return x + ((image * height + y) * width + x_) * channels, width * channels
-    patch_of(x, size, image, y, x_, side, patch)
-    return patch, side * channels
 
 
 @tasks
@@ -50,9 +26,8 @@ def transform(request, number):
     for images, which become int8, and 2 for gradients, which become uint8, 128 added.
 
     x: the address of int8 (N, H, W, C) with size (N, H, W, C); padding: above and beside; tiled: (lines, columns) of
-    tiles of an image. step: quads a task. Gradients' numbers that are not of int8 are noted, as many as `most` a task:
-    int32 (point, tile, channel, how much is left out), from `notes` on. found: int64 (tasks,) <- how many notes there
-    are, -1 where they are too many or an image's number is not of int8.
+    tiles of an image. step: quads a task. What is not of int8 is noted (see `points_of`), at most so many notes a task.
+    found: int64 (tasks,) <- how many notes there are, -1 for more.
     """
     x, out, far, begin, tiles, quads, panel, side, step = integers(request, 0, 9)
     notes, most, found = integers(request, 9, 3)
@@ -69,31 +44,10 @@ def transform(request, number):
     for quad in range(number * step, min(quads, (number + 1) * step)):
         for i in range(4):
             tile, to = 4 * quad + i, made + i * POINTS * channels
-            source, pitch = zero, 4 * channels
+            square = zero, 4 * channels
             if tile < tiles:
-                source, pitch = _square(x, size, begin + tile, tiled, side, padding, patch)
-            channel = 0
-            while channel < channels:
-                wide = 2 * LANES if channel + 2 * LANES <= channels else LANES
-                of, here = source + channel, to + channel
-                if side == 4:
-                    if wide > LANES:
-                        beyond = transform_image(of, pitch, channels, here, channels)
-                    else:
-                        beyond = narrow_transform_image(of, pitch, channels, here, channels)
-                    if beyond:
-                        count = -1
-                else:
-                    if wide > LANES:
-                        beyond = transform_gradient(of, pitch, channels, here, channels)
-                    else:
-                        beyond = narrow_transform_gradient(of, pitch, channels, here, channels)
-                    if beyond:
-                        for lane in range(channel, channel + wide, LANES):
-                            rest_of_gradient(source + lane, pitch, channels, rest)
-                            if count >= 0:
-                                count = note_rest(rest, tile, lane, notes, most, count)
-                channel += wide
+                square = square_of(x, size, begin + tile, tiled, side, padding, patch)
+            count = points_of(side, square, channels, to, channels, tile, rest, notes, most, count)
         for point in range(POINTS):
             tiles_of, next_tile = made + point * channels, POINTS * channels
             for first in range(0, channels, panel):
