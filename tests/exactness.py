@@ -175,14 +175,19 @@ def compare(case: Case, tally: Tally) -> None:
     for route in (*blocks, "floating point") if grouped else ROUTES:
         if route == int8.WINOGRAD and not _suits_winograd(case):
             continue
-        used, tiled = [], {}
+        used, tiled, seen = [], {}, []
         spy = partial(_spied, used, int8_library._conv_directly)
 
-        def taken(gemm, x, geometry, groups, rest, ours, library, route=route, tiled=tiled):
+        def taken(gemm, x, geometry, groups, rest, ours, library, route=route, tiled=tiled, seen=seen):
             if route not in ours:
                 return library()
-            tiled["dgrad" if tiled and gemm == "fprop" else gemm] = route  # that of a stride of 1 is a convolution
-            return ours[route]()
+            name = "dgrad" if seen and gemm == "fprop" else gemm  # that of a stride of 1 is a convolution
+            seen.append(name)
+            result = ours[route]()
+            if result is None:
+                return library()
+            tiled[name] = route
+            return result
 
         with (
             mock.patch.object(int8, "_by_the_fastest", taken),

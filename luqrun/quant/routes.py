@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,8 +15,12 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 TRIES = 3
+MOST_REFUSALS = 3  # of a way that is tried first
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-_chosen: dict[Hashable, str] = {}  # of this process: a choice changes the time, never the numbers
+_chosen: dict[Hashable, list[str]] = {}  # of this process, the fastest first: it changes the time, never the numbers
+_refusals: Counter[Hashable] = Counter()
+
+Route = Callable[[], Tensor | None]
 
 
 class _Thread(threading.local):
@@ -46,36 +51,49 @@ def size_class(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(size if axis == 1 else size.bit_length() for axis, size in enumerate(shape))
 
 
-def fastest(key: Hashable, routes: dict[str, Callable[[], Tensor]]) -> Tensor:
-    """What the fastest of `routes` gives for this key, which says all that their time depends on.
+def fastest(key: Hashable, routes: dict[str, Route]) -> Tensor:
+    """What the fastest of `routes` gives for this key, which says all else that their time depends on.
 
     The first call takes each of them, and leaves those out whose result is not the first one's, bit for bit: that one
-    must be exact whatever the data.
+    must be exact whatever the data. A way may give None for data that are not for it: then the next one serves, and
+    after some times without asking it. The last takes all data.
     """
     if _thread.rehearses:
         first, *_ = [route() for route in routes.values()]
         return first
-    key = (key, torch.get_num_threads())
-    name = _chosen.get(key)
-    if name is not None:
-        return routes[name]()
-    exact, seconds, wrong = None, dict.fromkeys(routes, float("inf")), set()
+    key = (key, *routes, torch.get_num_threads())
+    names = _chosen.get(key)
+    if names is None:
+        return _try(key, routes)
+    for name in [*names]:
+        result = routes[name]()
+        if result is not None:
+            return result
+        _refusals[key, name] += 1
+        if _refusals[key, name] == MOST_REFUSALS:
+            log.debug("%s: %s is not asked any more, it refused %d times", key, name, MOST_REFUSALS)
+            names.remove(name)
+    raise AssertionError(f"{key}: all of {names} refused")
+
+
+def _try(key: Hashable, routes: dict[str, Route]) -> Tensor:
+    exact, seconds, left_out = None, dict.fromkeys(routes, float("inf")), set()
     for _ in range(TRIES):
         for name, route in routes.items():
             started = time.perf_counter()
             result = route()
             seconds[name] = min(seconds[name], time.perf_counter() - started)
-            if exact is None:
+            if exact is None and result is not None:
                 exact = result
-            elif not _same_bits(result, exact):
-                wrong.add(name)
+            elif result is None or not _same_bits(result, exact):
+                left_out.add(name)
             del result  # the next one needs its memory
-    for name in wrong:
-        log.debug("%s is not exact for %s: it is not made so", name, key)
+    for name in left_out:
+        log.debug("%s refuses or is not exact for %s: it is not made so", name, key)
         del seconds[name]
-    _chosen[key] = min(seconds, key=seconds.get)
+    _chosen[key] = sorted(seconds, key=seconds.get)
     shown = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
-    log.debug("%s: %s of %s", key, _chosen[key], shown)
+    log.debug("%s: %s of %s", key, _chosen[key][0], shown)
     return exact
 
 

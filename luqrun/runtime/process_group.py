@@ -103,7 +103,10 @@ def recorded(work: Callable[..., T]) -> Callable[..., T]:
 
 def lost_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another process has ended."""
-    return world_size() > 1 and re.search("(closed|reset) by peer|Broken pipe|remote process", str(error)) is not None
+    told = isinstance(error, RuntimeError) and re.search(
+        "(closed|reset) by peer|Broken pipe|remote process", str(error)
+    )
+    return world_size() > 1 and bool(told)
 
 
 def join() -> None:

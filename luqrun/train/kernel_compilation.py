@@ -124,7 +124,8 @@ def training_kernels(
         return KernelCompilation()
     kinds = {type(module) for module in model.modules()}
     convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
-    versions = _rehearsed(lambda: _train_tiny_network(recipe, convolves, kinds))
+    tiles = any(isinstance(layer, nn.Conv2d) and _suits_tiles(layer, config) for layer in layers)
+    versions = _rehearsed(lambda: _train_tiny_network(recipe, convolves, kinds, tiles))
     if config.compile or config.tracking.profile_steps or process_group.world_size() > 1:
         _compile_now(versions, no_bar)
         return KernelCompilation()
@@ -133,11 +134,23 @@ def training_kernels(
     return KernelCompilation(ahead.missing(versions), check, no_bar)
 
 
-def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type]) -> None:
-    """A step of a network so small that only the kinds of its layers count. kinds: of modules of the real one."""
+def _suits_tiles(layer: nn.Conv2d, config: Config) -> bool:
+    """Whether Winograd's tiles may serve a layer, if its images are a quarter as large as the data's: a guess."""
+    from luqrun.quant.kernels.cpu import int8_winograd
+
+    pixels = config.dataset.batch_size * (config.dataset.image_size // 4) ** 2
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return layer.groups == 1 and int8_winograd.suits(geometry, layer.in_channels, layer.out_channels, pixels)
+
+
+def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type], tiles: bool) -> None:
+    """A step of a network so small that only the kinds of its layers count. kinds: of modules of the real one; tiles:
+    whether Winograd's may serve it."""
     middle = [nn.ReLU()] if kinds & {MaskedReLU, MaskedReLU6} else []
     if convolves:
         middle = [nn.BatchNorm2d(8), *middle] if FusedBatchNorm2d in kinds else middle
+        if tiles:
+            middle += [nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)]
         parts = [nn.Conv2d(2, 8, 3, padding=1), *middle, nn.Conv2d(8, 2, 3, stride=2), nn.Flatten(), nn.Linear(2, 2)]
         x = torch.ones(2, 2, 4, 4).to(memory_format=torch.channels_last)
     else:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from int8_inputs import assert_exact, codes, conv, exact, exact_wgrad, matrix_of, operands, take
+import torch.nn.functional as F
+from int8_inputs import assert_exact, codes, conv, cropped, exact, exact_wgrad, matrix_of, operands, take
 from kernel_inputs import LAST
 
 from luqrun.quant import routes
@@ -20,6 +21,8 @@ SIZES = {
     "one pixel": (5, 1, 1, (1, 1)),
     "one output": (4, 3, 3, (0, 0)),
     "a line": (2, 1, 13, (1, 1)),
+    "much padding": (2, 3, 4, (3, 4)),
+    "cut": (2, 8, 9, (-1, -2)),
     "more than a block": (2, 17, 16, (1, 1)),
 }
 CHANNELS = [(16, 16), (16, 48), (32, 64), (48, 32), (80, 16)]
@@ -29,6 +32,11 @@ channels = pytest.mark.parametrize(("inputs", "outputs"), CHANNELS)
 LIMITS = [(0, 15), (-7, 7), (-64, 64), (-128, 127)]
 
 
+# B^T and G of the paper, the last without its halves.
+OF_IMAGE = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).double()
+OF_GRADIENT = torch.tensor([[1, 0], [1, 1], [1, -1], [0, 1]]).double()
+
+
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     monkeypatch.setattr(int8_winograd, "FEWEST_PRODUCTS", 1)
@@ -36,7 +44,25 @@ def any_size(monkeypatch):
 
 @pytest.fixture
 def winograd(monkeypatch):
-    take(monkeypatch, int8.WINOGRAD)
+    """All GEMMs are made by tiles; any number of their numbers may be left out of int8."""
+
+    def taken(gemm, x, geometry, groups, rest, ours, library):
+        result = ours[int8.WINOGRAD]()
+        assert result is not None
+        return result
+
+    monkeypatch.setattr(int8, "_by_the_fastest", taken)
+    monkeypatch.setattr(int8_winograd, "SCARCE", 1)
+
+
+def beyond(x, transform, padding):
+    """How many numbers of the tiles of x are not of int8."""
+    side = transform.shape[1]
+    even = [size % 2 for size in x.shape[2:]]
+    padded = F.pad(x.double(), (padding[1], padding[1] + even[1], padding[0], padding[0] + even[0]))
+    tiles = padded.unfold(2, side, 2).unfold(3, side, 2)
+    made = transform @ tiles @ transform.t()
+    return int(((made < -128) | (made > 127)).sum())
 
 
 def geometry_of(images, height, width, padding, inputs, outputs):
@@ -62,7 +88,8 @@ def test_dgrad(images, height, width, padding, inputs, outputs, winograd):
     for low, high in LIMITS:
         g = codes(images, outputs, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2, low=low, high=high, seed=2)
         a = torch.zeros(geometry[4], dtype=torch.float64, requires_grad=True)
-        torch.nn.functional.conv2d(a, w.double(), padding=padding).backward(g.double())
+        inner, left = cropped(a, padding)
+        F.conv2d(inner, w.double(), padding=left).backward(g.double())
         found = int8.conv_dgrad(g, matrix_of(w), scale, a.shape, *geometry[:4], torch.float32, True)
         assert_exact(found, a.grad, scale)
 
@@ -86,17 +113,74 @@ def in_last(*tensors):
     return [each.to(memory_format=LAST) for each in tensors]
 
 
-def test_what_does_not_fit_is_refused_and_made_by_another_way(winograd):
+def test_what_does_not_fit_is_refused_and_made_by_another_way(monkeypatch):
+    take(monkeypatch, int8.WINOGRAD)
     geometry, scale = geometry_of(2, 6, 5, (1, 1), 16, 32), torch.tensor(1.0)
     (a, w), out = operands(geometry, largest=127), torch.empty(2, 32, 6, 5).to(memory_format=LAST)
     (last,) = in_last(a)
     assert not int8_winograd.conv(last, matrix_of(w).t(), scale, (1, 1), out)
     assert not int8_winograd.conv_dgrad(out.char(), matrix_of(w), scale, (1, 1), torch.empty_like(last).float())
+    assert not int8_winograd.conv(last, matrix_of(w // 10).t(), scale, (1, 1), out)  # too many of the image
     assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
+    assert_exact(conv(a, w // 10, geometry, scale), exact(a, w // 10, geometry), scale)
     g = codes(2, 32, 6, 5, seed=2)
     assert int8_winograd.conv_wgrad(in_last(g), last, (1, 1)) is None  # too many gradients
-    assert int8_winograd.conv_wgrad(in_last(g.sign()), last, (1, 1)) is None  # images
     assert torch.equal(int8.conv_wgrad([g], a, *geometry[:4]), exact_wgrad(g, a, geometry).float())
+
+
+@pytest.mark.parametrize(
+    "one", [(0, 0, 0, 0), (0, 17, 2, 1), (4, 31, 1, 1), (31, 32, 0, 2), (47, 47, 2, 2), (16, 5, 1, 0)]
+)
+def test_one_weight_that_does_not_fit(one):
+    inputs, outputs, line, column = one
+    geometry = geometry_of(1, 4, 4, (1, 1), 48, 48)
+    a, w = operands(geometry, low=0)
+    out = torch.empty(1, 48, 4, 4).to(memory_format=LAST)
+    how = torch.tensor(1.0), (1, 1), out
+    assert int8_winograd.conv(*in_last(a % 16), matrix_of(w).t(), *how)
+    w[outputs, inputs] = 0
+    w[outputs, inputs, line] = 60
+    w[outputs, inputs, :, column] = 60
+    assert not int8_winograd.conv(*in_last(a % 16), matrix_of(w).t(), *how)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pixel", [(0, 0, 0, 0), (2, 31, 5, 3), (1, 47, 7, 7), (2, 16, 7, 1)])
+def test_one_image_of_a_weight_gradient_that_does_not_fit(pixel, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    a, g = codes(3, 48, 9, 9, low=0, high=15), codes(3, 16, 9, 9, low=-7, high=7, seed=1)
+    assert int8_winograd.conv_wgrad(in_last(g), *in_last(a), (1, 1)) is not None
+    image, channel, line, column = pixel
+    a[image, channel, max(line - 1, 0) : line + 2, max(column - 1, 0) : column + 2] = 100
+    assert int8_winograd.conv_wgrad(in_last(g), *in_last(a), (1, 1)) is None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_numbers_as_are_allowed_are_left_out(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # Images of one task each: 4 tiles of 16 channels, which are 1024 numbers.
+    a, g = torch.zeros(3, 16, 4, 4).char(), codes(3, 16, 4, 4, low=-7, high=7, seed=1)
+    a[:, 3, 1:3, 0:3] = torch.tensor([[100, 90, -90], [80, 127, -128]]).char()
+    geometry, scale = geometry_of(3, 4, 4, (1, 1), 16, 16), torch.tensor(1.0)
+    w, out = operands(geometry)[1], torch.empty(3, 16, 4, 4).to(memory_format=LAST)
+    count = beyond(a[:1], OF_IMAGE, (1, 1))
+    monkeypatch.setattr(int8_winograd, "POINT_BYTES", 1)
+    monkeypatch.setattr(int8_winograd, "TASKS", 4)
+    for scarce, fits in ((1024 // count, True), (1024 // count + 1, False)):
+        monkeypatch.setattr(int8_winograd, "SCARCE", scarce)
+        if threads == 3:
+            assert int8_winograd.conv(*in_last(a), matrix_of(w).t(), scale, (1, 1), out) == fits
+            if fits:
+                assert_exact(out, exact(a, w, geometry), scale)
+    g[:, 5, 0:2, 2:4] = torch.tensor([[64, 64], [1, -128]]).char()
+    a = codes(*a.shape, low=0, high=15)
+    count = beyond(g[:1], OF_GRADIENT, (0, 0))
+    for scarce, fits in ((1024 // count, True), (1024 // count + 1, False)):
+        monkeypatch.setattr(int8_winograd, "SCARCE", scarce)
+        found = int8_winograd.conv_wgrad(in_last(g), *in_last(a), (1, 1))
+        assert (found is not None) == fits
+        if fits:
+            assert torch.equal(found, matrix_of(exact_wgrad(g, a, geometry)).float())
 
 
 def test_weights_at_the_edge_of_int8(winograd):
@@ -123,7 +207,7 @@ def test_weights_at_the_edge_of_int8(winograd):
 def test_nothing_is_written_beside_the_outputs(dtype, outputs):
     geometry = geometry_of(2, 5, 7, (1, 1), 16, outputs)
     a, w = operands(geometry)
-    size = 2 * 5 * 7 * outputs
+    a, size = a % 16, 2 * 5 * 7 * outputs
     memory = torch.full((size + 128,), 7, dtype=dtype)
     out = memory[64 : 64 + size].view(2, 5, 7, outputs).permute(0, 3, 1, 2)
     assert int8_winograd.conv(*in_last(a), matrix_of(w).t(), torch.tensor(0.3), (1, 1), out)
@@ -146,18 +230,19 @@ def test_work_is_divided_among_threads(threads, images, winograd, monkeypatch):
         assert torch.equal(int8.conv_wgrad([g], a, *geometry[:4]), exact_wgrad(g, a, geometry).float())
 
 
-def test_the_largest_sums(winograd):
+def test_the_largest_sums(winograd, monkeypatch):
     # As many channels as are allowed, of the codes and the weights with the largest products.
     most = int8_winograd.MOST_CHANNELS // 16 * 16
     geometry, scale = geometry_of(1, 3, 3, (1, 1), most, 16), torch.tensor(1.0)
     for number, tap in ((-128, 14), (127, -14), (-128, -14)):
         a, w = torch.full(geometry[4], number).char(), torch.full((16, most, 3, 3), tap).char()
         assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
-    # As many tiles at a time as are allowed.
-    pixels = 2 * (int8_winograd.MOST_TILES + 1)
-    geometry = geometry_of(1, 2, pixels, (1, 1), 16, 16)
-    a, g = torch.full(geometry[4], 31).char(), torch.full((1, 16, 2, pixels), 31).char()
-    assert torch.equal(int8.conv_wgrad([g] * 2, a, *geometry[:4]), 2 * exact_wgrad(g, a, geometry).float())
+    # More tiles than int32 holds four times the sums of, if memory would do.
+    monkeypatch.setattr(int8_winograd, "CHUNK_BYTES", (1 << 30, 1 << 30))
+    pixels = 10 * int8_winograd.MOST_TILES
+    a, g = torch.full((1, 16, 2, pixels), -32).char(), torch.full((1, 16, 2, pixels), -128).char()
+    found = int8.conv_wgrad([g] * 2, a, *geometry[:4])
+    assert found[..., 1, 1].unique().item() == 2 * 2 * pixels * 32 * 128
 
 
 def test_where_tiles_serve(monkeypatch):
@@ -167,10 +252,31 @@ def test_where_tiles_serve(monkeypatch):
     assert not int8_winograd.suits(fits, 16, 32, 1)  # too few products
     for inputs, outputs in ((8, 16), (16, 24), (0, 16), (int8_winograd.MOST_CHANNELS // 16 * 16 + 16, 16)):
         assert not int8_winograd.suits(fits, inputs, outputs, 1000)
-    for place, other in ((0, (3, 1)), (0, (5, 5)), (1, (1, 2)), (2, (1, 3)), (3, (2, 2))):
+    for place, other in ((0, (3, 1)), (0, (5, 5)), (1, (1, 2)), (3, (2, 2))):
         assert not int8_winograd.suits((*fits[:place], other, *fits[place + 1 :]), 16, 16, 1000)
     monkeypatch.setattr(int8_tiles, "is_there", lambda: False)
     assert not int8_winograd.suits(fits, 16, 32, 2)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, 0.0, 1e-42, 3e38])
+def test_any_scale(scale, winograd):
+    geometry, scale = geometry_of(2, 5, 6, (1, 1), 16, 32), torch.tensor(scale)
+    a, w = operands(geometry)
+    a[0] = 0
+    assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_that_is_part_of_another(transposed, winograd):
+    geometry, scale = geometry_of(2, 5, 6, (1, 1), 16, 32), torch.tensor(0.3)
+    a, w = operands(geometry)
+    matrix = matrix_of(w).t()
+    larger = torch.full((150, 40), 7).char()
+    part = larger.t().reshape(150, 40)[3:147, 5:37] if transposed else larger[3:147, 5:37]
+    part.copy_(matrix)
+    how = (*geometry[:4], torch.float32, True, torch.tensor(True))
+    assert_exact(int8.conv(a, part, scale, *how), exact(a, w, geometry), scale)
+    assert_exact(int8.conv(a, matrix.contiguous(), scale, *how), exact(a, w, geometry), scale)
 
 
 def test_they_are_compared_with_the_other_ways_when_a_size_comes_first(monkeypatch):
@@ -186,4 +292,22 @@ def test_they_are_compared_with_the_other_ways_when_a_size_comes_first(monkeypat
     with driver.rehearsal() as versions:
         conv(a, w, geometry, torch.tensor(0.3))
         int8.conv_wgrad([codes(2, 32, 6, 5)], a, *geometry[:4])
-    assert {"transform_weight", "transform", "multiply_points"} <= {version.driver.__name__ for version in versions}
+    names = {version.driver.__name__ for version in versions}
+    assert {"transform_weight", "convolve_points", "transform", "multiply_points"} <= names
+
+
+def test_batches_of_which_only_some_are_large_enough(monkeypatch):
+    """Of 15 images it is chosen, of 9, which are of the same class of sizes, there is no such way."""
+    monkeypatch.setattr(routes, "_chosen", {})
+    monkeypatch.setattr(int8_winograd, "FEWEST_PRODUCTS", 12 * 8 * 8 * 16 * 16)
+    geometry, scale = geometry_of(15, 8, 8, (1, 1), 16, 16), torch.tensor(0.3)
+    a, w = operands(geometry)
+    for first in (int8.WINOGRAD, int8.BLOCKS):
+        routes._chosen.clear()
+        for images in (15, 9, 15):
+            assert_exact(conv(a[:images], w, geometry, scale), exact(a[:images], w, geometry), scale)
+            g = codes(images, 16, 8, 8, low=-7, high=7)
+            found = int8.conv_wgrad([g], a[:images] % 16, *geometry[:4])
+            assert torch.equal(found, exact_wgrad(g, a[:images] % 16, geometry).float())
+            for names in routes._chosen.values():
+                names.sort(key=lambda name, first=first: name != first)

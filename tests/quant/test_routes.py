@@ -1,10 +1,12 @@
 """The choice between exact ways of one GEMM."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from luqrun.quant import routes
-from luqrun.quant.routes import TRIES, fastest
+from luqrun.quant.routes import MOST_REFUSALS, TRIES, fastest
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +15,14 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(routes.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(routes, "_chosen", {})
+    monkeypatch.setattr(routes, "_refusals", Counter())
     return now
+
+
+def chosen(wanted):
+    """The way that is taken first for a key."""
+    (names,) = (names for (key, *_), names in routes._chosen.items() if key == wanted)
+    return names[0]
 
 
 def route(clock, seconds, value, calls=None):
@@ -65,7 +74,7 @@ def test_nan_is_equal_to_nan_and_a_wrong_number_beside_it_is_none(clock, dtype):
     wrong[1] = 2
     made = {"exact": lambda: value.clone(), "right": lambda: value.clone(), "wrong": lambda: wrong}
     fastest("key", made)
-    assert routes._chosen[("key", torch.get_num_threads())] == "exact"  # of equal times the first
+    assert chosen("key") == "exact"  # of equal times the first
     clock_of = {"exact": 3.0, "right": 2.0, "wrong": 1.0}
 
     def timed(name):
@@ -76,7 +85,7 @@ def test_nan_is_equal_to_nan_and_a_wrong_number_beside_it_is_none(clock, dtype):
         return run
 
     fastest("other key", {name: timed(name) for name in made})
-    assert routes._chosen[("other key", torch.get_num_threads())] == "right"
+    assert chosen("other key") == "right"
 
 
 def test_a_rehearsal_takes_every_way_and_chooses_none(clock):
@@ -89,3 +98,39 @@ def test_a_rehearsal_takes_every_way_and_chooses_none(clock):
         fastest("key", made)
     assert calls == [1, 2, 1, 2]
     assert not routes._chosen
+
+
+def test_a_choice_is_among_the_ways_that_there_are(clock):
+    """A key may be of several sizes, of which some ways take a part."""
+    one, other = route(clock, [2.0] * 9, 1), route(clock, [1.0] * 9, 1)
+    assert fastest("key", {"one": one, "other": other}).tolist() == [1.0] * 3
+    assert fastest("key", {"one": one}).tolist() == [1.0] * 3
+    assert fastest("key", {"other": other}).tolist() == [1.0] * 3
+
+
+def test_a_way_that_refuses_is_asked_a_few_times(clock):
+    calls, fits = [], [True]
+
+    def some():
+        clock[0] += 1.0
+        calls.append("some")
+        return torch.ones(3) if fits[0] else None
+
+    made = {"all": route(clock, [2.0] * 99, 1), "some": some}
+    fastest("key", made)
+    assert chosen("key") == "some"
+    for given in (False, True, False, True, False, True):
+        fits[0] = given
+        calls.clear()
+        assert fastest("key", made).tolist() == [1.0] * 3
+    assert not calls
+    assert MOST_REFUSALS == 3
+    assert chosen("key") == "all"
+
+
+@pytest.mark.parametrize("order", [("all", "none"), ("none", "all")])
+def test_a_way_that_refuses_at_once_is_left_out(clock, order):
+    made = {"all": route(clock, [2.0] * 99, 1), "none": lambda: None}
+    for _ in range(2):
+        assert fastest("key", {name: made[name] for name in order}).tolist() == [1.0] * 3
+    assert chosen("key") == "all"

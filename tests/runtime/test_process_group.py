@@ -131,6 +131,7 @@ def test_what_a_dead_process_leaves_to_the_others_is_known_from_their_own_errors
     [
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
         (KeyError("weight"), True),
+        (BrokenPipeError(32, "Broken pipe"), True),  # of its own output, say
         (UserError("dataset.root=DIR is missing"), False),
         (RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:3493"), False),  # the other is to blame
     ],

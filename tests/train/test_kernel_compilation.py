@@ -14,7 +14,7 @@ from luqrun.config import Config
 from luqrun.quant.convert import set_finetune, set_step
 from luqrun.quant.finetune import PHASES
 from luqrun.quant.kernels import backend_for, reference, stand_in
-from luqrun.quant.kernels.cpu import ahead, driver
+from luqrun.quant.kernels.cpu import ahead, driver, int8_tiles
 from luqrun.quant.kernels.stand_in import StandIn
 from luqrun.quant.recipe import Recipe
 from luqrun.train import kernel_compilation
@@ -278,3 +278,17 @@ def test_nothing_is_told_where_nothing_is_compiled(caplog):
     with caplog.at_level(logging.INFO), kernel_compilation._Report(None):
         pass
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "channels", "taken"), [(32, 128, 128, True), (20, 128, 64, False), (32, 128, 24, False)]
+)
+def test_loops_for_large_convolutions_are_compiled_where_there_may_be_some(size, batch, channels, taken, prepared):
+    if not int8_tiles.is_there():
+        pytest.skip("needs AVX-512 VNNI")
+    config = Config()
+    config.dataset.image_size, config.dataset.batch_size = size, batch
+    model = quantize(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), LUQ)
+    kernel_compilation.training_kernels(config, model, LUQ, CPU, True, lambda: None)
+    assert ({"convolve_points", "multiply_points"} <= prepared()) == taken
+    assert "convolve" in prepared()

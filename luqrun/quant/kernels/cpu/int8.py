@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles, int8_winograd
 from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
 from luqrun.quant.kernels.layout import empty, in_channels_last
-from luqrun.quant.routes import fastest, size_class
+from luqrun.quant.routes import Route, fastest, size_class
 
 log = logging.getLogger(__name__)
 
-Route = Callable[[], Tensor]
 BLOCKS, WINOGRAD = "blocks of ours", "Winograd's tiles"
 
 __all__ = ["CHUNK_ROWS", "conv", "conv_dgrad", "conv_wgrad", "is_fast", "out_size", "suits_groups"]
@@ -58,7 +57,7 @@ def _by_the_fastest(
     gemm: str, x: Tensor, geometry: Sequence, groups: int, rest: tuple, ours: dict[str, Route], library: Route
 ) -> Tensor:
     """What all make of x (N, C, H, W), by the one that takes the least time. rest: what else that depends on; ours:
-    ways that are exact whatever the numbers and sizes."""
+    those that are exact whatever the numbers, or refuse them."""
     if not ours:
         return library()
     if groups > 1:  # libraries have none, but for floating point, which others compare it with
@@ -103,10 +102,10 @@ def conv(
         int8_tiles.conv(in_channels_last(a), matrix, scale, geometry, has_sign, out, groups)
         return out
 
-    def by_winograd() -> Tensor:
+    def by_winograd() -> Tensor | None:
         out = empty(size, True, dtype, a.device)
         fits = int8_winograd.conv(in_channels_last(a), matrix, scale, geometry[2], out)
-        return out if fits else by_tiles()
+        return out if fits else None
 
     ours: dict[str, Route] = {}
     if 0 not in size and int8_tiles.suits(a, geometry, size[2:]):
@@ -151,10 +150,10 @@ def conv_dgrad(
             return reference.int8_conv_dgrad(g, matrix, scale, shape, *how)
         return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
 
-    def by_winograd() -> Tensor:
+    def by_winograd() -> Tensor | None:
         out = empty(shape, True, dtype, g.device)
         fits = int8_winograd.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry[2], out)
-        return out if fits else by_tiles()
+        return out if fits else None
 
     ours: dict[str, Route] = {}
     if 0 not in shape and g.numel() and int8_tiles.suits_dgrad(g, geometry, shape):
@@ -196,10 +195,8 @@ def conv_wgrad(
     def by_tiles() -> Tensor:
         return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry, groups)
 
-    def by_winograd() -> Tensor:
-        of = [in_channels_last(g) for g in grads]
-        total = int8_winograd.conv_wgrad(of, in_channels_last(a), geometry[2])
-        return ours.get(BLOCKS, by_libraries)() if total is None else total
+    def by_winograd() -> Tensor | None:
+        return int8_winograd.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry[2])
 
     ours: dict[str, Route] = {}
     if images and height and width and channels and a.numel():

@@ -49,6 +49,14 @@ def _loops() -> ModuleType:
     return tile_loops
 
 
+@functools.cache
+def weight_loops() -> ModuleType:
+    """See _loops."""
+    from luqrun.quant.kernels.cpu import weight_loops
+
+    return weight_loops
+
+
 def suits(a: Tensor, geometry: Pairs, out_size: tuple[int, int]) -> bool:
     """Whether a convolution of a can be made of blocks. geometry: kernel, stride, padding, dilation."""
     kernel, _, _, (_, apart) = geometry
@@ -117,12 +125,12 @@ def _images_a_task(images: int, image_bytes: int) -> int:
 
 
 def pack(weight: int, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """See tile_loops.pack_weight. weight: an address; groups: of all parts."""
+    """See weight_loops.pack_weight. weight: an address; groups: of all parts."""
     of_part = groups // parts
     channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
     out = torch.empty(parts * _up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
     panels = parts * -(-channels // COLUMNS)
-    _loops().pack_weight(panels, out.numel(), weight, out.data_ptr(), depth, of_part, outputs, *taps, *strides)
+    weight_loops().pack_weight(panels, out.numel(), weight, out.data_ptr(), depth, of_part, outputs, *taps, *strides)
     return out
 
 

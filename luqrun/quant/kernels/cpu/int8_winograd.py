@@ -1,8 +1,9 @@
 """3x3 convolutions on int8 codes by Winograd's tiles: 16 products for a tile's four outputs where others take 36.
 
 In floating point that is another number than the convolution's. On integers it is exact, if what the transforms make
-fits: that of 4-bit weights does, and what of an image's does not is added to the sums one by one. That happens to
-gradients of which neighbours are near the maximum, which are few.
+fits: that of INT4 weights does, and what of an image's does not is added to the sums number by number. That happens to
+gradients of which neighbours are near the maximum, which are few; where they are many, and where a weight does not fit,
+the work is refused.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from luqrun.quant import routes
 from luqrun.quant.kernels.cpu import int8_tiles
 from luqrun.quant.kernels.cpu.int8_products import scratch
-from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES
+from luqrun.quant.kernels.cpu.int8_tiles import PRODUCTS
+from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES, ROWS
 
 THREE, ONE = (3, 3), (1, 1)
+FEWEST_PRODUCTS = 1 << 25  # for each tap: with fewer, compiling takes longer than is gained
 MOST_CHANNELS = (1 << 31) // (4 * 9 * 128 * 128)  # of which int32 holds four times the sums, whatever the codes
+MOST_TILES = (1 << 31) // (4 * 4 * 128 * 128) - 4  # of a weight gradient at a time: for the same reason
 POINT_BYTES = 3 << 17  # of transformed tiles at a time, so that they stay in the cache
-FEWEST_PRODUCTS = 1 << 25  # for each tap: with less, compiling takes longer than is gained
-TILES = 12  # at least, as many as a block has rows
+SCARCE = 64  # at most one in so many numbers may be left out of the transformed tiles, to be added by itself
 # Bytes of both operands of a weight gradient at a time, so that they stay in the cache: least, most, and between them
 # so many for each of its elements, to which is added at the end.
 CHUNK_BYTES, CHUNK_SUMS = (1 << 21, 1 << 23), 128
-MOST_TILES = (1 << 31) // (4 * 4 * 128 * 128) - 4  # as above
-NOTES = 64  # of so many numbers of a gradient's transform one may be noted
 TASKS = 4  # for each thread, where there are tiles for as many
-PRODUCTS = 32  # that take as long as an element of other loops
 
 
 @functools.cache
@@ -49,10 +50,11 @@ def _wgrad_loops() -> ModuleType:
 def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
     """Whether a convolution (kernel, stride, padding, dilation) of so many channels to so many, and pixels in all
     images, can be made of tiles, and is large enough to gain by it."""
-    kernel, stride, padding, dilation = geometry
-    square = kernel == THREE and stride == dilation == ONE and max(padding) <= 2
+    kernel, stride, _, dilation = geometry
     fits = inputs % LANES == outputs % LANES == 0 < inputs <= MOST_CHANNELS
-    return square and fits and pixels * inputs * outputs >= FEWEST_PRODUCTS and int8_tiles.is_there()
+    # A rehearsal is of small images, for all that may come.
+    pays = routes.rehearses() or pixels * inputs * outputs >= FEWEST_PRODUCTS
+    return kernel == THREE and stride == dilation == ONE and fits and pays and int8_tiles.is_there()
 
 
 def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
@@ -62,7 +64,7 @@ def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Ten
     shifts = torch.empty(4 * outputs, dtype=torch.int32, device="cpu")
     wrong = torch.zeros(panels, dtype=torch.uint8, device="cpu")
     address = packed.data_ptr(), weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
-    _loops().transform_weight(panels, weight.numel(), *address, inputs, outputs)
+    int8_tiles.weight_loops().transform_weight(panels, weight.numel(), *address, inputs, outputs)
     return None if wrong.any() else (weight, shifts)
 
 
@@ -73,19 +75,21 @@ def _convolve(a: Tensor, packed: Tensor, scale: Tensor, padding: Sequence[int], 
         return False
     weight, shifts = transformed
     of_image = -(-out_height // 2) * -(-out_width // 2)
-    most = max(TILES, POINT_BYTES // (16 * inputs * TILES) * TILES)
+    most = max(ROWS[2], POINT_BYTES // (16 * inputs * ROWS[2]) * ROWS[2])
     of_thread = -(-images // torch.get_num_threads())
     group = -(-of_thread // (TASKS if of_thread * of_image >= TASKS * most else 1))
+    tasks = -(-images // group)
+    refused = torch.zeros(tasks, dtype=torch.uint8, device="cpu")
     address = a.data_ptr(), weight.data_ptr(), shifts.data_ptr(), out.data_ptr()
-    how = int(out.dtype == torch.bfloat16), scale.data_ptr(), group, most
+    how = int(out.dtype == torch.bfloat16), scale.data_ptr(), group, most, refused.data_ptr(), SCARCE
     size = images, height, width, inputs, *padding, out_height, out_width, outputs
     work = images * of_image * 16 * inputs * outputs // PRODUCTS
-    _loops().convolve_points(-(-images // group), work, *address, *how, *size)
-    return True
+    _loops().convolve_points(tasks, work, *address, *how, *size)
+    return not refused.any()
 
 
 def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
-    """Fill `out`, channels_last, as int8.conv says, or return False where the weight does not fit. a: channels_last."""
+    """Fill `out`, channels_last, as int8.conv says, or return False where it is refused. a: channels_last."""
     inputs, outputs = a.shape[1], out.shape[1]
     element, column = matrix.stride()
     strides = 3 * inputs * element, inputs * element, element, column, outputs * column
@@ -94,8 +98,8 @@ def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: 
 
 
 def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
-    """Fill `out`, channels_last, as int8.conv_dgrad says, or return False where the weight does not fit. g:
-    channels_last; matrix: (K, 9 * C), contiguous; padding: the convolution's."""
+    """Fill `out`, channels_last, as int8.conv_dgrad says, or return False where it is refused. g: channels_last;
+    matrix: (K, 9 * C), contiguous; padding: the convolution's."""
     inputs, outputs = g.shape[1], out.shape[1]
     row = 9 * outputs  # of the matrix; the last tap comes first
     strides = -3 * outputs, -outputs, row, 1, inputs * row
@@ -104,7 +108,11 @@ def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int],
 
 
 class _Operand:
-    """The transformed tiles of the images or gradients of a weight gradient, so many quads at a time."""
+    """The transformed tiles of the images or gradients of a weight gradient, so many quads at a time, and what is noted
+    of them: winograd_wgrad_loops says what the numbers are.
+
+    side: of a tile's square; panel: channels of a panel.
+    """
 
     def __init__(self, x: Tensor, side: int, panel: int, padding: Sequence[int], quads: int):
         self.channels, self.how = x.shape[1], (panel, side)
@@ -113,7 +121,7 @@ class _Operand:
         self.tasks = min(TASKS * torch.get_num_threads(), quads)
         self.step = -(-quads // self.tasks)
         # Notes of a task: none of images, for which int8 must do.
-        self.most = 0 if side == 4 else max(1, quads * 64 * self.channels // (NOTES * self.tasks))
+        self.most = 0 if side == 4 else max(1, quads * 64 * self.channels // (SCARCE * self.tasks))
         self.out = scratch(f"tiles of {side}", 16, self.far, torch.uint8)
         self.notes = scratch("notes", self.tasks * self.most, 4, torch.int32)
         self.found = torch.zeros(self.tasks, dtype=torch.int64, device="cpu")
@@ -129,7 +137,7 @@ class _Operand:
 
 
 def conv_wgrad(grads: Sequence[Tensor], a: Tensor, padding: Sequence[int]) -> Tensor | None:
-    """See int8.conv_wgrad: float32 (K, 9 * C), or None where the codes do not fit. grads, a: channels_last."""
+    """See int8.conv_wgrad: float32 (K, 9 * C), or None where it is refused. grads, a: channels_last."""
     (images, outputs, height, width), inputs, threads = grads[0].shape, a.shape[1], torch.get_num_threads()
     tiled = -(-height // 2), -(-width // 2)
     tiles = images * tiled[0] * tiled[1]

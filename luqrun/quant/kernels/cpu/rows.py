@@ -38,8 +38,7 @@ HAS_FMA = "+neon" in _features or ("+fma" in _features and bool(config.ENABLE_AV
 _LOOPS = (
     "block_loops", "block_rows", "block_scales", "block_sums", "columns", "dot_tiles", "driver", "encode", "loops",
     "masks", "memory", "norm_loops", "normalize_loops", "philox", "quantize", "rotation", "rows", "sizes",
-    "statistics", "tile_loops", "vectors", "winograd_loops", "winograd_tiles",
-    "winograd_wgrad_loops",
+    "statistics", "tile_loops", "vectors", "weight_loops", "winograd_loops", "winograd_tiles", "winograd_wgrad_loops",
 )  # fmt: skip
 _DIGEST = hashlib.sha256(b"".join(Path(__file__).with_stem(name).read_bytes() for name in _LOOPS)).hexdigest()[:8]
 

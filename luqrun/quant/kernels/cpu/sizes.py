@@ -1,4 +1,4 @@
-"""Sizes that the loops over blocks (tile_loops) and who makes memory for them (int8_tiles) agree on."""
+"""Sizes that compiled loops and who makes memory for them agree on."""
 
 LANES = 16  # columns of a vector of sums
 COLUMNS = 2 * LANES  # of a panel of the right operand; the last panel may have LANES

@@ -15,7 +15,7 @@ from luqrun.quant.kernels.cpu.dot_tiles import (
 )
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.loops import pad_line
-from luqrun.quant.kernels.cpu.memory import accumulate, copy_quad, floats, int8s, int32s, int64s, uint8s
+from luqrun.quant.kernels.cpu.memory import accumulate, floats, int32s, int64s, uint8s
 from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
@@ -61,65 +61,9 @@ def panel_width(columns):
 
 
 @row_loop()
-def _up(channels):
+def up(channels):
     """The next multiple of LANES."""
     return (channels + LANES - 1) // LANES * LANES
-
-
-@tasks
-def pack_weight(request, number):
-    """The right operand of `convolve`: for each part, panels of COLUMNS output channels, the last perhaps of LANES,
-    quad by quad.
-
-    weight: the address of int8; depth: quads in all runs; parts: see `convolve`; groups, outputs: of a part, and of one
-    of its groups; taps: (runs, taps a run, channels a tap) of a group; strides: from one to the next of each of these,
-    of the output channels and of the groups, in bytes. Where input and output are of different groups, there are
-    zeros. A task is a panel.
-    """
-    weight, out, depth, groups, outputs = integers(request, 0, 5)
-    taps, strides = integers(request, 5, 3), integers(request, 8, 5)
-    runs, across, inputs = taps
-    quads, channels = depth // runs, groups * outputs  # a part's taps are of whole quads, or there is only one part
-    panels = (channels + COLUMNS - 1) // COLUMNS
-    part, first = number // panels, number % panels * COLUMNS
-    together = groups == 1 and strides[2] == 1 and (across == 1 or strides[1] == inputs)
-    across_columns = groups == 1 and strides[3] == 1 and inputs % 4 == 0
-    columns = min(COLUMNS, channels - first)
-    width = panel_width(columns)
-    target = out + (part * _up(channels) + first) * depth * 4
-    rows.clear(uint8s(target, depth * width * 4))
-    source = weight + part * groups * strides[4] + first * strides[3]
-    for run in range(runs):
-        if together:
-            whole = across * inputs // 4
-            for column in range(columns):
-                begin = source + run * strides[0] + column * strides[3]
-                for quad in range(whole):
-                    copy_quad(target + ((run * quads + quad) * width + column) * 4, begin + 4 * quad)
-                for byte in range(4 * whole, across * inputs):
-                    to = target + ((run * quads + whole) * width + column) * 4 + byte % 4
-                    int8s(to, 1)[0] = int8s(begin + byte, 1)[0]
-            continue
-        if across_columns:
-            for quad in range(across * inputs // 4):
-                begin = source + run * strides[0] + quad * 4 // inputs * strides[1] + quad * 4 % inputs * strides[2]
-                second, third, fourth = begin + strides[2], begin + 2 * strides[2], begin + 3 * strides[2]
-                to = target + (run * quads + quad) * width * 4
-                for lane in range(0, columns, LANES):
-                    count, at = min(LANES, columns - lane), to + 4 * lane
-                    interleave(at, begin + lane, second + lane, third + lane, fourth + lane, count, 0)
-            continue
-        for group in range(groups):
-            # The columns of this group in the panel.
-            low, high = max(0, group * outputs - first), min(columns, (group + 1) * outputs - first)
-            start = source + run * strides[0] + group * (strides[4] - outputs * strides[3])
-            for tap in range(across):
-                for channel in range(inputs):
-                    byte = (tap * groups + group) * inputs + channel
-                    begin = start + tap * strides[1] + channel * strides[2]
-                    to = int8s(target + (run * quads + byte // 4) * width * 4 + byte % 4, width * 4)
-                    for column in range(low, high):
-                        to[4 * column] = int8s(begin + column * strides[3], 1)[0]
 
 
 @tasks
@@ -174,7 +118,7 @@ def convolve(request, number):
         image, row = begin + line // padded[0], line % padded[0]
         pad_line(left + line * pitch, a, shift, size, image, row, padding[0], padding[1], padded[1])
     for part in range(parts):
-        start, weights = left + part * (channels // parts), weight + part * _up(of_part) * depth * 4
+        start, weights = left + part * (channels // parts), weight + part * up(of_part) * depth * 4
         for first in range(0, of_part, COLUMNS):
             wide = min(COLUMNS, of_part - first)
             lanes = panel_width(wide)
@@ -240,7 +184,7 @@ def convolve_for_weight(request, number):
     stride, padding, dilation = integers(request, 19, 2), integers(request, 21, 2), integers(request, 23, 2)
     images, channels = size[0], size[3] // parts
     _, out_height, out_width, out_channels = g_size[0], g_size[1], g_size[2], g_size[3] // parts
-    padded_channels = _up(out_channels)
+    padded_channels = up(out_channels)
     rows_of_sums = kernel[0] * kernel[1] * channels + 1
     if by_lines:
         copies, lines, g_lines = kernel[1], out_height + (kernel[0] - 1) * dilation[0], out_height

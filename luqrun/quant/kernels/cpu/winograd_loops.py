@@ -14,37 +14,14 @@ from luqrun.quant.kernels.cpu.winograd_tiles import (
     add_products,
     narrow_transform_gradient,
     narrow_transform_image,
-    outputs_of,
     rest_of_gradient,
     rest_of_image,
     store_outputs,
     transform_gradient,
     transform_image,
-    transform_kernel,
 )
 
 NOTE = 16  # bytes of what is known of a number that does not fit
-
-
-@tasks
-def transform_weight(request, number):
-    """The right operand of `convolve_points` <- that of tile_loops.convolve for 3x3 taps: for each panel of columns 16
-    points where that has 9 taps. channels: of the input, a multiple of 4; columns: all panels'.
-
-    At `shifts`, int32 (4, columns of the panel) for each panel: what 128 added to every point of an image adds to four
-    times the outputs. wrong: uint8 (panels,), set where a number is not of int8. A task is a panel.
-    """
-    weight, out, shifts, wrong, channels, columns = integers(request, 0, 6)
-    first = number * COLUMNS
-    width = panel_width(min(COLUMNS, columns - first))
-    far, memory = channels * width, np.empty(4 * POINTS * LANES, np.uint8)
-    source, to, sums = weight + first * 9 * channels, out + first * POINTS * channels, memory.ctypes.data
-    for lane in range(0, width, LANES):
-        by, quads = 4 * lane, channels // 4
-        if transform_kernel(source + by, far, 4 * width, quads, to + by, far, sums):
-            uint8s(wrong + number, 1)[0] = 1
-        outputs_of(sums, 4 * LANES, shifts + 16 * first + by, 4 * width)
-    memory[0] = 0  # what only its address was taken of must be in use until here
 
 
 @row_loop()
@@ -126,17 +103,34 @@ def _set_places(places, tile, tiled, target, element):
         places[pixel] = place if line < height and column < width else -1
 
 
+@row_loop()
+def _add_rest(noted, notes, note, tile, step, sums, right, channels, wide):
+    """Add what is noted of `step` tiles, from number `note` on, to their products with a panel; returns the number of
+    the next tiles' first note."""
+    while note < noted:
+        point, of, channel, over = int32s(notes + NOTE * note, 4)
+        if of >= tile + step:
+            break
+        to, by = sums + (point * step + of - tile) * 4 * wide, right + (point * channels + channel // 4 * 4) * wide
+        for lane in range(0, 4 * wide, 4 * LANES):
+            add_products(to + lane, by + lane, channel % 4, over)
+        note += 1
+    return note
+
+
 @tasks
 def convolve_points(request, number):
     """out (N, H', W', K), float32 or (half) bf16 <- the integers times the float at `scale`.
 
-    a: the address of int8 (N, H, W, C) with size (N, H, W, C); weight, shifts: from `transform_weight`. padding: above
-    and beside, at most 2; target: (H', W', K). group: images a task; most: tiles that are transformed at a time.
+    a: the address of int8 (N, H, W, C) with size (N, H, W, C); weight, shifts: from weight_loops.transform_weight;
+    padding: above and beside; target: (H', W', K). group: images a task; most: tiles that are transformed at a time.
+    refused: uint8 (tasks,), set where more than one in `scarce` of an image's numbers do not fit; then nothing more is
+    done.
     """
     a, weight, shifts, out, half, scale, group, most = integers(request, 0, 8)
-    size, padding, target = integers(request, 8, 4), integers(request, 12, 2), integers(request, 14, 3)
-    images, channels = size[0], size[3]
-    columns = target[2]
+    refused, scarce = integers(request, 8, 2)
+    size, padding, target = integers(request, 10, 4), integers(request, 14, 2), integers(request, 16, 3)
+    images, channels, columns = size[0], size[3], target[2]
     factor, element = floats(scale, 1)[0], 2 if half else 4
     begin = number * group
     count = min(group, images - begin)
@@ -144,10 +138,10 @@ def convolve_points(request, number):
     of_image = tiled[0] * tiled[1]
     tiles = count * of_image
     most = min(most, tiles)
-    far = most * channels + APART
-    # One piece of memory, see tile_loops.convolve; what the notes do not need of theirs is never touched.
+    far, most_notes = most * channels + APART, POINTS * most * channels // scarce
+    # One piece of memory, see tile_loops.convolve.
     sizes = 32 * most, 4 * (most + MOST_ROWS), POINTS * 4 * MOST_ROWS * COLUMNS, 4 * COLUMNS, POINTS * channels
-    memory = np.empty(sum(sizes) + POINTS * far + 2 * POINTS * LANES + NOTE * POINTS * far, np.uint8)
+    memory = np.empty(sum(sizes) + POINTS * far + 2 * POINTS * LANES + NOTE * most_notes, np.uint8)
     places = memory.ctypes.data
     offsets = places + sizes[0]
     sums = offsets + sizes[1]
@@ -159,36 +153,29 @@ def convolve_points(request, number):
     for first in range(0, tiles, most):
         here, noted = min(most, tiles - first), 0
         for tile in range(here):
+            of = begin * of_image + first + tile
             int32s(offsets + 4 * tile, 1)[0] = tile * channels
-            _set_places(int64s(places + 32 * tile, 4), begin * of_image + first + tile, tiled, target, element)
-            to = points + tile * channels
-            square = square_of(a, size, begin * of_image + first + tile, tiled, 4, padding, patch)
-            noted = points_of(4, square, channels, to, far, tile, rest, notes, POINTS * far, noted)
+            _set_places(int64s(places + 32 * tile, 4), of, tiled, target, element)
+            square, to = square_of(a, size, of, tiled, 4, padding, patch), points + tile * channels
+            noted = points_of(4, square, channels, to, far, tile, rest, notes, most_notes, noted)
+        if noted < 0:
+            uint8s(refused + number, 1)[0] = 1
+            break
         for row in range(MOST_ROWS):
             int32s(offsets + 4 * (here + row), 1)[0] = (here - 1) * channels  # the last one once more
         for panel in range(0, columns, COLUMNS):
             wide = panel_width(min(COLUMNS, columns - panel))
-            right, pitch = weight + panel * POINTS * channels, 4 * wide
+            right, pitch, note = weight + panel * POINTS * channels, 4 * wide, 0
             step = WIDE_ROWS if wide > LANES else NARROW_ROWS
-            note = 0
             for tile in range(0, here, step):
                 for point in range(POINTS):
-                    left, to = points + point * far, sums + point * step * pitch
+                    left, by, to = points + point * far, right + point * channels * wide, sums + point * step * pitch
                     once = 1, 0
-                    by = right + point * channels * wide
                     multiply(wide, left, offsets + 4 * tile, once, once, channels // 4, 4, by, to)
-                while note < noted:
-                    one = int32s(notes + NOTE * note, 4)
-                    if one[1] >= tile + step:
-                        break
-                    to = sums + (one[0] * step + one[1] - tile) * pitch
-                    by = right + (one[0] * channels + one[2] // 4 * 4) * wide
-                    for lane in range(0, pitch, 4 * LANES):
-                        add_products(to + lane, by + lane, one[2] % 4, one[3])
-                    note += 1
+                note = _add_rest(noted, notes, note, tile, step, sums, right, channels, wide)
                 for row in range(min(step, here - tile)):
                     for lane in range(0, wide, LANES):
-                        from_, by = sums + row * pitch + 4 * lane, shifts + 16 * panel + 4 * lane
+                        which, by = sums + row * pitch + 4 * lane, shifts + 16 * panel + 4 * lane
                         to, where = out + (panel + lane) * element, places + 32 * (tile + row)
-                        store_outputs(from_, step * pitch, by, pitch, factor, half, where, nowhere, to)
+                        store_outputs(which, step * pitch, by, pitch, factor, half, where, nowhere, to)
     memory[0] = 0  # what only its address was taken of must be in use until here

@@ -231,8 +231,8 @@ def outputs_of(typingctx, sums, far, out, pitch):
 
 @intrinsic
 def store_outputs(typingctx, sums, far, shifts, pitch, scale, half, places, nowhere, out):
-    """(a fourth of what `outputs_of` gives - of the int32 at `shifts`, pitch bytes apart) * scale, float32 or (half)
-    bf16, at out + each of four int64 at `places`, or at nowhere for those below 0."""
+    """A fourth of what `outputs_of` gives less the int32 (4, 16) at `shifts`, pitch bytes apart, times scale: float32
+    or (half) bf16, at out + each of four int64 at `places`, or at nowhere for those below 0."""
 
     def codegen(context, builder, signature, args):
         sums, far, shifts, pitch, scale, half, places, nowhere, out = args
