@@ -91,8 +91,9 @@ def _gradient_of(lanes: int, vectors: int):
     return write
 
 
-_add64, _add32, _add16, _add8 = _sum_of(16, 4), _sum_of(16, 2), _sum_of(16, 1), _sum_of(8, 1)
-_write32, _write16, _write8 = _gradient_of(16, 2), _gradient_of(16, 1), _gradient_of(8, 1)
+_KINDS = (16, 4), (16, 2), (16, 1), (8, 1)  # lanes and vectors
+_add64, _add32, _add16, _add8 = (_sum_of(*kind) for kind in _KINDS)
+_write64, _write32, _write16, _write8 = (_gradient_of(*kind) for kind in _KINDS)
 
 
 @row_loop()
@@ -121,7 +122,10 @@ def _write_rows(half, rows, channels, mask_pitch, x, g, mask, numbers, out):
     while column < channels:
         at, here, left = 4 * column, size * column, channels - column
         how, places = (half, rows, size * channels, mask_pitch), (x + here, g + here, mask + column // EIGHT)
-        if left >= 32:
+        if left >= 64:
+            _write64(*how, *places, numbers + at, far, out + here)
+            column += 64
+        elif left >= 32:
             _write32(*how, *places, numbers + at, far, out + here)
             column += 32
         elif left >= 16:
