@@ -71,7 +71,7 @@ def fastest(key: Hashable, routes: dict[str, Route]) -> Tensor:
             return result
         _refusals[key, name] += 1
         if _refusals[key, name] == MOST_REFUSALS:
-            log.debug("%s: %s is not asked any more, it refused %d times", key, name, MOST_REFUSALS)
+            log.debug("%s: %s is not asked any more, it refused %d times", key[0], name, MOST_REFUSALS)
             names.remove(name)
     raise AssertionError(f"{key}: all of {names} refused")
 
@@ -89,11 +89,11 @@ def _try(key: Hashable, routes: dict[str, Route]) -> Tensor:
                 left_out.add(name)
             del result  # the next one needs its memory
     for name in left_out:
-        log.debug("%s refuses or is not exact for %s: it is not made so", name, key)
+        log.debug("%s refuses or is not exact for %s: it is not made so", name, key[0])
         del seconds[name]
     _chosen[key] = sorted(seconds, key=seconds.get)
     shown = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
-    log.debug("%s: %s of %s", key, _chosen[key][0], shown)
+    log.debug("%s: %s of %s", key[0], _chosen[key][0], shown)
     return exact
 
 
