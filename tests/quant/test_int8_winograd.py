@@ -7,6 +7,7 @@ from int8_inputs import assert_exact, codes, conv, cropped, exact, exact_wgrad, 
 from kernel_inputs import LAST
 
 from luqrun.quant import routes
+from luqrun.quant.gemms import ConvOp
 from luqrun.quant.kernels.cpu import driver, int8, int8_tiles, int8_winograd
 
 pytestmark = pytest.mark.skipif(not int8_tiles.is_there(), reason="needs AVX-512 VNNI")
@@ -82,16 +83,16 @@ def test_fprop(images, height, width, padding, inputs, outputs, dtype, winograd)
 
 @sizes
 @channels
-def test_dgrad(images, height, width, padding, inputs, outputs, winograd):
+def test_dgrad_of_a_layer(images, height, width, padding, inputs, outputs, winograd):
+    """Of a stride of 1 it is a convolution of the gradient."""
     geometry, scale = geometry_of(images, height, width, padding, inputs, outputs), torch.tensor(0.0123)
-    w = operands(geometry)[1]
+    op, w, yes = ConvOp(ONE, padding, ONE, 1), operands(geometry)[1], torch.tensor(True)
     for low, high in LIMITS:
         g = codes(images, outputs, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2, low=low, high=high, seed=2)
         a = torch.zeros(geometry[4], dtype=torch.float64, requires_grad=True)
         inner, left = cropped(a, padding)
         F.conv2d(inner, w.double(), padding=left).backward(g.double())
-        found = int8.conv_dgrad(g, matrix_of(w), scale, a.shape, *geometry[:4], torch.float32, True)
-        assert_exact(found, a.grad, scale)
+        assert_exact(op.int8_dgrad(g, w, scale, torch.float32, yes, a.shape), a.grad, scale)
 
 
 @sizes
@@ -119,7 +120,6 @@ def test_what_does_not_fit_is_refused_and_made_by_another_way(monkeypatch):
     (a, w), out = operands(geometry, largest=127), torch.empty(2, 32, 6, 5).to(memory_format=LAST)
     (last,) = in_last(a)
     assert not int8_winograd.conv(last, matrix_of(w).t(), scale, (1, 1), out)
-    assert not int8_winograd.conv_dgrad(out.char(), matrix_of(w), scale, (1, 1), torch.empty_like(last).float())
     assert not int8_winograd.conv(last, matrix_of(w // 10).t(), scale, (1, 1), out)  # too many of the image
     assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
     assert_exact(conv(a, w // 10, geometry, scale), exact(a, w // 10, geometry), scale)

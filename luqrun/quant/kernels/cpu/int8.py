@@ -150,16 +150,8 @@ def conv_dgrad(
             return reference.int8_conv_dgrad(g, matrix, scale, shape, *how)
         return int8_library.conv_dgrad(g, matrix, scale, shape, geometry, dtype)
 
-    def by_winograd() -> Tensor | None:
-        out = empty(shape, True, dtype, g.device)
-        fits = int8_winograd.conv_dgrad(in_channels_last(g), matrix.contiguous(), scale, geometry[2], out)
-        return out if fits else None
-
-    ours: dict[str, Route] = {}
-    if 0 not in shape and g.numel() and int8_tiles.suits_dgrad(g, geometry, shape):
-        ours[BLOCKS] = by_tiles
-        if groups == 1 and int8_winograd.suits(geometry, g.shape[1], shape[1], shape[0] * shape[2] * shape[3]):
-            ours[WINOGRAD] = by_winograd
+    suits = 0 not in shape and g.numel() and int8_tiles.suits_dgrad(g, geometry, shape)
+    ours = {BLOCKS: by_tiles} if suits else {}
     out = _by_the_fastest("dgrad", g, geometry, groups, (shape[1], dtype), ours, by_libraries)
     return out if channels_last else _contiguous(out)
 

@@ -68,8 +68,12 @@ def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Ten
     return None if wrong.any() else (weight, shifts)
 
 
-def _convolve(a: Tensor, packed: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
+def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
+    """Fill `out`, channels_last, as int8.conv says, or return False where it is refused. a: channels_last."""
     (images, inputs, height, width), (_, outputs, out_height, out_width) = a.shape, out.shape
+    element, column = matrix.stride()
+    strides = 3 * inputs * element, inputs * element, element, column, outputs * column
+    packed = int8_tiles.pack(matrix.data_ptr(), 1, 1, outputs, (3, 3, inputs), strides)
     transformed = _transformed(packed, inputs, outputs)
     if transformed is None:
         return False
@@ -86,25 +90,6 @@ def _convolve(a: Tensor, packed: Tensor, scale: Tensor, padding: Sequence[int], 
     work = images * of_image * 16 * inputs * outputs // PRODUCTS
     _loops().convolve_points(tasks, work, *address, *how, *size)
     return not refused.any()
-
-
-def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
-    """Fill `out`, channels_last, as int8.conv says, or return False where it is refused. a: channels_last."""
-    inputs, outputs = a.shape[1], out.shape[1]
-    element, column = matrix.stride()
-    strides = 3 * inputs * element, inputs * element, element, column, outputs * column
-    packed = int8_tiles.pack(matrix.data_ptr(), 1, 1, outputs, (3, 3, inputs), strides)
-    return _convolve(a, packed, scale, padding, out)
-
-
-def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
-    """Fill `out`, channels_last, as int8.conv_dgrad says, or return False where it is refused. g: channels_last;
-    matrix: (K, 9 * C), contiguous; padding: the convolution's."""
-    inputs, outputs = g.shape[1], out.shape[1]
-    row = 9 * outputs  # of the matrix; the last tap comes first
-    strides = -3 * outputs, -outputs, row, 1, inputs * row
-    packed = int8_tiles.pack(matrix.data_ptr() + 8 * outputs, 1, 1, outputs, (3, 3, inputs), strides)
-    return _convolve(g, packed, scale, [2 - each for each in padding], out)
 
 
 class _Operand:

@@ -33,7 +33,7 @@ def everywhere(builder, value, kind):
 
 
 def constant(number, kind=INTS):
-    return ir.Constant(kind, [number] * LANES)
+    return ir.Constant(kind, [number] * kind.count)
 
 
 def permuted(builder, value, lanes):

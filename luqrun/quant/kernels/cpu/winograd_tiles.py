@@ -69,10 +69,6 @@ def _both(transform, square):
     return [transform(line) for line in zip(*lines, strict=True)]
 
 
-def _splat(number, kind):
-    return ir.Constant(kind, [number] * kind.count)
-
-
 def _any(builder, vector):
     """Whether any bit is set, as an integer."""
     bits = ir.IntType(vector.type.element.width * vector.type.count)
@@ -83,15 +79,15 @@ def _beyond(builder, values):
     """Of int16 vectors: a vector whose bits beyond the lowest 8 tell whether any is not of int8."""
     found = None
     for value in values:
-        shifted = builder.add(value, _splat(128, value.type))
+        shifted = builder.add(value, constant(128, value.type))
         found = shifted if found is None else builder.or_(found, shifted)
-    return builder.lshr(found, _splat(8, found.type))
+    return builder.lshr(found, constant(8, found.type))
 
 
 def _clamped(builder, value, low, high):
     """An int16 vector within two numbers."""
     for limit, relation in ((low, "<"), (high, ">")):
-        limit = _splat(limit, value.type)
+        limit = constant(limit, value.type)
         value = builder.select(builder.icmp_signed(relation, value, limit), limit, value)
     return value
 
@@ -99,7 +95,7 @@ def _clamped(builder, value, low, high):
 def _store_transformed(builder, values, out, far):
     """int16 vectors as uint8, 128 added and clamped, far bytes apart; whether any was clamped."""
     for point, value in enumerate(values):
-        shifted = builder.add(value, _splat(128, value.type))
+        shifted = builder.add(value, constant(128, value.type))
         byte = builder.trunc(_clamped(builder, shifted, 0, 255), ir.VectorType(BYTE, value.type.count))
         store(builder, byte, builder.add(out, builder.mul(far, ADDRESS(point))))
     return _any(builder, _beyond(builder, values))
