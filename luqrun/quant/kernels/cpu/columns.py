@@ -6,7 +6,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from luqrun.internals.of_numba import cgutils
-from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, HALF, INT, load, store, to_bf16
+from luqrun.quant.kernels.cpu.vectors import ADDRESS, FLOAT, HALF, INT, constant, load, store, to_bf16
 
 PANEL = 8192  # elements of rows whose columns are taken a few vectors at a time
 EIGHT = 8  # columns share a byte of a mask
@@ -38,7 +38,7 @@ class Columns:
         halves, ints, found = ir.VectorType(HALF, self.lanes), ir.VectorType(INT, self.lanes), []
         for vector in self.vectors:
             bits = self.builder.zext(load(self.builder, address, halves, 2 * self.lanes * vector), ints)
-            found.append(self.builder.bitcast(self.builder.shl(bits, ir.Constant(ints, [16] * self.lanes)), self.kind))
+            found.append(self.builder.bitcast(self.builder.shl(bits, constant(16, ints)), self.kind))
         return found
 
     def store_row(self, values, address, half: bool):

@@ -26,6 +26,12 @@ from luqrun.quant.kernels.cpu.vectors import (
 )
 
 
+def dot(builder, total, left, right):
+    """16 int32 + the products of quads of uint8 with quads of int8."""
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INTS, [INTS] * 3), DOT)
+    return builder.call(function, [total, left, right])
+
+
 def _store(builder, value, address, present):
     """The first `present` elements of a vector, all where there are as many."""
     element = value.type.element
@@ -41,9 +47,7 @@ def _store(builder, value, address, present):
 
 def _sums(builder, vectors, left, offsets, runs, taps, length, step, right):
     """The vectors of a block's sums in LLVM, row by row: see `_dot_tile`."""
-    rows, dot = range(ROWS[vectors]), ir.FunctionType(INTS, [INTS] * 3)
-    dot = cgutils.get_or_insert_function(builder.module, dot, DOT)
-    zeros = ir.Constant(INTS, None)
+    rows, zeros = range(ROWS[vectors]), ir.Constant(INTS, None)
     sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in rows]
     starts = [builder.sext(load(builder, offsets, INT, 4 * row), ADDRESS) for row in rows]
     starts = [builder.add(left, start) for start in starts]
@@ -60,7 +64,7 @@ def _sums(builder, vectors, left, offsets, runs, taps, length, step, right):
                 four = load(builder, builder.add(begins[row], quad_start), INT)
                 four = everywhere(builder, four, INTS)
                 for total, column in zip(sums[row], columns, strict=True):
-                    builder.store(builder.call(dot, [builder.load(total), four, column]), total)
+                    builder.store(dot(builder, builder.load(total), four, column), total)
     return [[builder.load(total) for total in row] for row in sums]
 
 

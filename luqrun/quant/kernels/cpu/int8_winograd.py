@@ -51,10 +51,12 @@ def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
     """Whether a convolution (kernel, stride, padding, dilation) of so many channels to so many, and pixels in all
     images, can be made of tiles, and is large enough to gain by it."""
     kernel, stride, _, dilation = geometry
+    if kernel != THREE or stride != ONE or dilation != ONE:
+        return False
     fits = inputs % LANES == outputs % LANES == 0 < inputs <= MOST_CHANNELS
     # A rehearsal is of small images, for all that may come.
     pays = routes.rehearses() or pixels * inputs * outputs >= FEWEST_PRODUCTS
-    return kernel == THREE and stride == dilation == ONE and fits and pays and int8_tiles.is_there()
+    return fits and pays and int8_tiles.is_there()
 
 
 def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:

@@ -45,13 +45,9 @@ def to_bf16(builder, values):
     """Vectors of float32 to the nearest bf16, ties to even, and torch's NaN for NaN: rows.round_to_bf16."""
     count = values.type.count
     ints = ir.VectorType(INT, count)
-
-    def number(value):
-        return ir.Constant(ints, [value] * count)
-
     bits = builder.bitcast(values, ints)
-    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
-    nearest = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), odd), number(16))
-    magnitude = builder.and_(bits, number(0x7FFFFFFF))
-    is_nan = builder.icmp_signed(">", magnitude, number(0x7F800000))
-    return builder.trunc(builder.select(is_nan, number(0x7FC0), nearest), ir.VectorType(HALF, count))
+    odd = builder.and_(builder.lshr(bits, constant(16, ints)), constant(1, ints))
+    nearest = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF, ints)), odd), constant(16, ints))
+    magnitude = builder.and_(bits, constant(0x7FFFFFFF, ints))
+    is_nan = builder.icmp_signed(">", magnitude, constant(0x7F800000, ints))
+    return builder.trunc(builder.select(is_nan, constant(0x7FC0, ints), nearest), ir.VectorType(HALF, count))

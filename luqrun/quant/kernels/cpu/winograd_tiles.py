@@ -11,7 +11,8 @@ from llvmlite import ir
 from numba import types as nb
 from numba.extending import intrinsic
 
-from luqrun.internals.of_numba import DOT, cgutils
+from luqrun.internals.of_numba import cgutils
+from luqrun.quant.kernels.cpu.dot_tiles import dot
 from luqrun.quant.kernels.cpu.sizes import LANES
 from luqrun.quant.kernels.cpu.vectors import (
     ADDRESS,
@@ -181,7 +182,6 @@ def transform_kernel(typingctx, kernel, tap, step, quads, out, far, sums):
     def codegen(context, builder, signature, args):
         kernel, tap, step, quads, out, far, sums = args
         bytes_, wide = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(HALF, 4 * LANES)
-        dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INTS, [INTS] * 3), DOT)
         totals = [cgutils.alloca_once_value(builder, ir.Constant(INTS, None)) for _ in range(POINTS)]
         beyond = cgutils.alloca_once_value(builder, ir.Constant(wide, None))
         with cgutils.for_range(builder, quads) as quad:
@@ -195,7 +195,7 @@ def transform_kernel(typingctx, kernel, tap, step, quads, out, far, sums):
             for point, value in enumerate(values):
                 value = builder.trunc(value, bytes_)
                 store(builder, value, builder.add(target, builder.mul(far, ADDRESS(point))))
-                total = builder.call(dot, [builder.load(totals[point]), constant(SHIFTS), builder.bitcast(value, INTS)])
+                total = dot(builder, builder.load(totals[point]), constant(SHIFTS), builder.bitcast(value, INTS))
                 builder.store(total, totals[point])
         for point, total in enumerate(totals):
             store(builder, builder.load(total), sums, 4 * LANES * point)
@@ -286,11 +286,10 @@ def column_sums(typingctx, right, step, quads, out):
 
     def codegen(context, builder, signature, args):
         right, step, quads, out = args
-        dot = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INTS, [INTS] * 3), DOT)
         total = cgutils.alloca_once_value(builder, ir.Constant(INTS, None))
         with cgutils.for_range(builder, quads) as quad:
             four = load(builder, builder.add(right, builder.mul(quad.index, step)), INTS)
-            builder.store(builder.call(dot, [builder.load(total), constant(SHIFTS), four]), total)
+            builder.store(dot(builder, builder.load(total), constant(SHIFTS), four), total)
         store(builder, builder.neg(builder.load(total)), out)
         return context.get_dummy_value()
 
