@@ -102,18 +102,26 @@ class _Loader(DataLoader):
         self.worker_init_fn = functools.partial(_ignore_signals, unwanted)
         batches, served = super().__iter__(), 0
         workers = set(multiprocessing.active_children()) - others
-        try:
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                served += 1
-                yield batch
-        except (EOFError, ConnectionError) as error:  # a batch that a worker had sent in part when it died
-            raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
-        finally:
+
+        def end() -> None:
             unwanted.value = True
             if served < len(self):
-                _end(workers)
+                with suppress(RuntimeError):  # torch's, that a worker was killed, or that we have killed one
+                    _end(workers)
+
+        try:
+            try:
+                for batch in batches:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    served += 1
+                    yield batch
+            except (EOFError, ConnectionError) as error:  # a batch that a worker had sent in part when it died
+                raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
+            finally:
+                end()
+        finally:
+            end()  # torch tells once, in whichever line it is, that a worker was killed: in one of the two
 
 
 class _Served(Dataset):
@@ -159,13 +167,11 @@ def _end(workers: Iterable[multiprocessing.Process]) -> None:
         worker.terminate()
     deadline = time.monotonic() + 2
     for worker in workers:
-        with suppress(RuntimeError):  # torch's, that a worker was killed: it may come at any time
-            worker.join(max(0.0, deadline - time.monotonic()))
+        worker.join(max(0.0, deadline - time.monotonic()))
     for worker in workers:
         if worker.is_alive():  # in the kernel: on a network disk that is gone
-            with suppress(RuntimeError):
-                worker.kill()
-                worker.join(1)
+            worker.kill()
+            worker.join(1)
 
 
 def _ignore_signals(unwanted: RawValue, worker: int) -> None:
