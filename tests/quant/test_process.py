@@ -1,6 +1,7 @@
 """What quantizing leaves of the process that it runs in, and what the command line chooses for its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,17 +25,23 @@ from torch import nn
 recipe = luqrun.recipe("luq")
 model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 torch.manual_seed(0)
+told, tell = [], torch.set_num_threads
+torch.set_num_threads = lambda threads: (told.append(threads), tell(threads))
 before = state()
 luqrun.quantize_model(model, recipe, skip=())
 model(torch.ones(4, 8)).sum().backward()
-print(json.dumps([before, state()]))
+print(json.dumps([before, state(), told]))
 """
 
 
-def test_a_training_step_changes_nothing_of_numba_signals_logging_threads_and_seeds():
-    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True)
-    before, after = json.loads(done.stdout)
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_training_step_changes_nothing_of_numba_signals_logging_threads_and_seeds(threads):
+    """threads: torch's. numba has three."""
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True, env=environment)
+    before, after, told = json.loads(done.stdout)
     assert before == after
+    assert told == []  # it would change MKL for good, and with it what attention costs
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import address_of, event, threading_layer
 from luqrun.quant import routes
-from luqrun.quant.kernels.cpu.process import share_openmp
+from luqrun.quant.kernels.cpu.process import keep_threads, share_openmp
 from luqrun.quant.kernels.cpu.rows import row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK
 
@@ -183,7 +183,7 @@ def _launch() -> None:
     """Let numba start its threads now: it sets OpenMP's number of threads, which is torch's too."""
     threads = torch.get_num_threads()
     numba.get_num_threads()
-    torch.set_num_threads(threads)
+    keep_threads(threads)
 
 
 class _Thread(threading.local):

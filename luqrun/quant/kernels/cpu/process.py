@@ -18,10 +18,22 @@ from llvmlite import binding
 from luqrun.internals.of_numba import is_there
 
 
-def share_openmp() -> None:
-    """Let numba's OpenMP threads be torch's."""
-    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+def share_openmp() -> list[ctypes.CDLL]:
+    """Let numba's OpenMP threads be torch's; returns torch's OpenMP library, where it has brought one."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return [ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL) for library in libraries]
+
+
+def keep_threads(threads: int) -> None:
+    """Give torch back its number of threads, which is this thread's in OpenMP and which another library has set.
+
+    Not by torch.set_num_threads where OpenMP itself can be told: that tells MKL too, which from then on starts threads
+    for each matrix that it is given within a parallel loop, as attention does (50,000 times a step, 4 % of its time).
+    """
+    for library in share_openmp():
+        library.omp_set_num_threads(threads)
+    if torch.get_num_threads() != threads:  # another OpenMP than torch's own
+        torch.set_num_threads(threads)
 
 
 def claim() -> None:
