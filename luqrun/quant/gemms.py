@@ -115,16 +115,22 @@ class LinearOp(_Contractions):
         return self._product(g, w, scale, dtype, signed)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
-        images = [_rows(g)[..., None, None] for g in grads]
-        return ops.int8_conv_wgrad(images, _rows(a)[..., None, None], ONE, ONE, NONE, ONE).view(w_shape)
+        images = [_as_images(g) for g in grads]
+        return ops.int8_conv_wgrad(images, _as_images(a), ONE, ONE, NONE, ONE).view(w_shape)
 
     def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
-        out = ops.int8_conv(_rows(a)[..., None, None], matrix, scale, ONE, ONE, NONE, ONE, dtype, False, signed)
+        # channels_last: of one pixel an image, which is the same memory.
+        out = ops.int8_conv(_as_images(a), matrix, scale, ONE, ONE, NONE, ONE, dtype, True, signed)
         return with_shape(out, [*a.shape[:-1], matrix.shape[1]])
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous without elements
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """Rows as images of one pixel, whose channels are the features."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1)
 
 
 @dataclass(frozen=True)

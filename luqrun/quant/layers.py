@@ -20,6 +20,7 @@ from luqrun.internals.of_torch import (
     has_dispatch,
     has_tangent,
     is_transformed,
+    is_watched,
     outermost_module,
     padding_of_each_side,
     repeats_forward,
@@ -130,7 +131,8 @@ class QuantLayer(nn.Module):
         output = gemm(activation, weight, op, self._plan(op, activation, weight), dtype)
         if bias is None:
             return output
-        return output + bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
+        bias = bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
+        return output + bias if is_watched() else output.add_(bias)  # who watches may keep the output
 
     def _plan(self, op: LinearOp | ConvOp, activation: Tensor, weight: Tensor) -> Plan:
         compiling = torch.compiler.is_compiling()  # a compiled layer has no memory in Python

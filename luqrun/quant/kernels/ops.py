@@ -41,6 +41,15 @@ def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[
     return torch.empty_like(dense(x), dtype=dtype), x.new_empty(size, dtype=torch.uint8)
 
 
+@functools.cache
+def _a_micro_step(device: torch.device) -> Tensor:
+    """What leads from the names of a forward's draws to those of the next."""
+    with torch.inference_mode(False):
+        step = torch.zeros(6, dtype=torch.int64)
+        step[MICRO_STEP] = 1
+        return step.to(device)
+
+
 @operator("next_draws(Tensor(a!) streams, bool advances, bool evaluates, int rank, int redraw_every) -> Tensor")
 class next_draws:
     """The names of a forward's draws: int64 (3, 6), see quant.draws. An operator, for a compiler may neither read the
@@ -61,7 +70,7 @@ class next_draws:
         if redraw_every > 1:
             names[2, STEP : MICRO_STEP + 1].div_(redraw_every, rounding_mode="floor")
         if advances:
-            streams[:, MICRO_STEP].add_(1)
+            streams.add_(_a_micro_step(streams.device))
         return names
 
     def fake(streams, advances, evaluates, rank, redraw_every):
