@@ -163,7 +163,7 @@ def _rectified(module: _AfterBatchNorm, input: Tensor, otherwise: Callable[[Tens
     if node is not None:
         return node
     most = module.most
-    if Taken.take(input, most):
+    if not torch.compiler.is_compiling() and Taken.take(input, most):
         return input
     # A dispatch mode may keep the clone, and would find it changed.
     if input.is_nested or input.dtype not in (torch.float32, torch.bfloat16) or not autograd_alone(input):
