@@ -148,6 +148,7 @@ def _adapt_neighbours(model: nn.Module, fuse: bool) -> None:
     for module in model.modules():
         if type(module) in NEIGHBOURS and "forward" not in vars(module):
             module.__class__ = NEIGHBOURS[type(module)]
+        vars(module).pop("relu_after", None)  # of an earlier call
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
         if isinstance(module, nn.TransformerEncoder):

@@ -173,6 +173,8 @@ def only_readers(model: nn.Module, kind: type, readers: tuple[type, ...]) -> lis
     reads what the only call of the module gives. None of a model that cannot be traced, or whose forward has options:
     these may decide on who reads what."""
     modules = {name: each for name, each in model.named_modules() if isinstance(each, (kind, *readers))}
+    if not any(isinstance(each, kind) for each in modules.values()):
+        return []
     try:
         if _options(model):
             raise TypeError("its forward has options")

@@ -216,6 +216,27 @@ def test_who_alone_reads_a_batch_norm(name):
     assert model.norm.relu_after is (None if reader is None else getattr(model, reader))
 
 
+def test_the_last_call_decides():
+    model = quantized(network())
+    assert model[1].relu_after is model[2]
+    model[3] = nn.Conv2d(16, 4, 3)
+    assert quantized(model, fuse=False)[1].relu_after is None
+
+
+def test_a_model_without_batch_norms_is_not_traced():
+    calls = []
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            calls.append(x)
+            return super().forward(x)
+
+    quantized(Counting(nn.Linear(4, 4), nn.ReLU()))
+    assert not calls
+    quantized(Counting(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    assert calls
+
+
 def test_a_forward_with_options_shows_nothing():
     assert quantized(Options(None)).norm.relu_after is None
 

@@ -45,7 +45,7 @@ def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[
 def _a_micro_step(device: torch.device) -> Tensor:
     """What leads from the names of a forward's draws to those of the next."""
     with torch.inference_mode(False):
-        step = torch.zeros(6, dtype=torch.int64)
+        step = torch.zeros(6, dtype=torch.int64, device="cpu")
         step[MICRO_STEP] = 1
         return step.to(device)
 

@@ -130,7 +130,7 @@ def normalized_relu(
 def _normalized(
     last: driver.driver, x: Tensor, vectors: tuple, momentum: float, eps: float, rectified: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """last: what makes the output. vectors: weight, bias, running mean and variance; rectified: see loops.batch_norm."""
+    """last: makes the output. vectors: weight, bias, running mean and variance. rectified: see loops.batch_norm."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out = torch.empty_like(x)
     mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
