@@ -104,12 +104,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees what goes into this module or comes out of it, forward or backward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or nn.modules.module._has_any_global_hook()
-
-
 def has_modes() -> bool:
     """Whether a dispatch mode sees, and may keep, what operators return."""
     return torch._C._len_torch_dispatch_stack() > 0

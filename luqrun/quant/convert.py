@@ -24,7 +24,7 @@ from luqrun.quant.coverage import (
     unquantized_layers,
     warn_of_unquantized,
 )
-from luqrun.quant.dataflow import EMBEDDINGS, Ends, find_ends, only_readers
+from luqrun.quant.dataflow import EMBEDDINGS, Ends, find_ends
 from luqrun.quant.draws import rename_copies
 from luqrun.quant.finetune import Phase, phase_operands
 from luqrun.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -50,13 +50,7 @@ SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut
 
 
 def quantize_model(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    skip: Iterable[str] | None = None,
-    seed: int = 0,
-    example=None,
-    fuse: bool = True,
+    model: nn.Module, recipe: Recipe, *, skip: Iterable[str] | None = None, seed: int = 0, example=None
 ) -> nn.Module:
     """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
 
@@ -73,10 +67,6 @@ def quantize_model(
     restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
     which. `last 15%` is that share of the layers that other entries leave, the last in the order of registration.
-
-    fuse: in training on the CPU, a BatchNorm2d whose output only a ReLU or ReLU6 reads, as torch.fx traces it, makes
-    that ReLU's output in its own pass, to the same bits. Nobody else must then read the batch norm's output: a hook of
-    either keeps them apart, and where the ReLU does not follow any more the backward pass raises UserError.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no
@@ -114,7 +104,7 @@ def quantize_model(
     for name, module in chosen.items():
         if module is not model:  # which may be kept to compare with
             module.__class__, module.__dict__ = type(twins[name]), vars(twins[name])
-    _adapt_neighbours(model, fuse)
+    _adapt_neighbours(model)
     if model not in chosen.values():
         CoverageCheck(model, list(chosen.items()))
         return model
@@ -143,18 +133,15 @@ def high_precision_layers(model: nn.Module, recipe: Recipe, *, example=None) -> 
     return kinds | left
 
 
-def _adapt_neighbours(model: nn.Module, fuse: bool) -> None:
-    """Adapt what stands around quantized layers. fuse: see quantize_model."""
+def _adapt_neighbours(model: nn.Module) -> None:
+    """Adapt what stands around quantized layers."""
     for module in model.modules():
         if type(module) in NEIGHBOURS and "forward" not in vars(module):
             module.__class__ = NEIGHBOURS[type(module)]
-        vars(module).pop("relu_after", None)  # of an earlier call
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only that path can take
-    for norm, relu in only_readers(model, FusedBatchNorm2d, (MaskedReLU, MaskedReLU6)) if fuse else ():
-        vars(norm)["relu_after"] = relu  # no submodule
 
 
 def _check(model: nn.Module, recipe: Recipe, skip: Iterable[str] | None, seed: int) -> None:

@@ -1,5 +1,4 @@
-"""Which layers of a model are its first and its last, and who alone reads what a module gives: who feeds whom, traced
-with torch.fx or observed in a forward.
+"""Which layers of a model are its first and its last: who feeds whom, traced with torch.fx or observed in a forward.
 
 A label is a bit set, carried by a value: the layers it came through, and whether it depends on the model's input.
 """
@@ -7,11 +6,9 @@ A label is a bit set, carried by a value: the layers it came through, and whethe
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,8 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import tree_leaves
-
-log = logging.getLogger(__name__)
 
 # torch's own transformers look at their input's dimensions, which fx cannot trace: a chain of their layers instead.
 CHAINS = (
@@ -150,52 +145,16 @@ class _Tracer(fx.Tracer):
         return isinstance(m, CHAINS) or not inside
 
 
-def _graph(model: nn.Module, layers: dict[str, nn.Module]) -> fx.Graph:
-    """Of a training forward without its options. Raises whatever a forward does to proxies."""
+def _trace(model: nn.Module, layers: dict[str, nn.Module]) -> Ends:
     if isinstance(model, CHAINS) or "forward" in vars(model):
         raise TypeError("its forward is not its class's to trace")
-    defaults = _options(model)
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     with _untouched(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = True  # heads that only train are layers too
-        return _Tracer(layers).trace(model, concrete_args=defaults)
-
-
-def _options(model: nn.Module) -> dict[str, object]:
-    """The arguments of a forward that need not be given, and their defaults."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
-
-
-def only_readers(model: nn.Module, kind: type, readers: tuple[type, ...]) -> list[tuple[nn.Module, nn.Module]]:
-    """(module of that kind, reader) where in the forward that torch.fx traces, of training, only one call of the reader
-    reads what the only call of the module gives. None of a model that cannot be traced, or whose forward has options:
-    these may decide on who reads what."""
-    modules = {name: each for name, each in model.named_modules() if isinstance(each, (kind, *readers))}
-    if not any(isinstance(each, kind) for each in modules.values()):
-        return []
-    try:
-        if _options(model):
-            raise TypeError("its forward has options")
-        graph = _graph(model, modules)
-    except Exception as error:  # whatever a forward does to proxies
-        log.debug("no modules are made one: %s", _brief(error))
-        return []
-    called = [(node, model.get_submodule(node.target)) for node in graph.nodes if node.op == "call_module"]
-    counts, of_node = Counter(id(module) for _, module in called), dict(called)
-    found = []
-    for node, module in called:
-        if isinstance(module, kind) and counts[id(module)] == 1 and len(node.users) == 1:
-            (user,) = node.users
-            reader = of_node.get(user)
-            if isinstance(reader, readers) and user.args == (node,) and not user.kwargs:
-                found.append((module, reader))
-    return found
-
-
-def _trace(model: nn.Module, layers: dict[str, nn.Module]) -> Ends:
-    graph = _graph(model, layers)
+        graph = _Tracer(layers).trace(model, concrete_args=defaults)
     flow, labels = _flow(layers), {}
     name_of = {id(layer): name for name, layer in layers.items()}
     for node in graph.nodes:

@@ -97,7 +97,7 @@ class QuantLayer(nn.Module):
         kernels, and would compile once more for streams that move in the first forward."""
         device = self._device()
         if device.type != "meta":  # there the names of the draws would be lost
-            use_int8(device.type), fuses(device.type)
+            use_int8(device.type), fuses(device.type), ops.a_micro_step(device)
             self.multiplication_free = mfbprop_gemms.is_chosen(device.type)
             if self.multiplication_free:
                 mfbprop_gemms.check(self.recipe)

@@ -1,4 +1,5 @@
-"""The batch norm of a quantized model: torch's numbers, in less time, and with fewer passes where a ReLU follows."""
+"""The batch norm of a quantized model: torch's numbers, in less time, and with fewer passes backward where a ReLU
+follows."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luqrun.internals.of_torch import autograd_alone, has_hooks, is_batched
+from luqrun.internals.of_torch import autograd_alone, is_batched
 from luqrun.quant.kernels import backend_for, reference
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.layers import as_leaf
@@ -100,13 +101,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with the same numbers, bit for bit. In training on the CPU (float32 or, beside float32 parameters,
-    bf16; channels_last memory; not compiled) its backward pass is one with that of a ReLU, in place, after it.
-
-    relu_after: the ReLU (luqrun.quant.relu) that alone reads its output, or None. Its forward pass is one with that
-    ReLU's, too: it returns what the ReLU then returns as it is, unless one of them has hooks.
-    """
-
-    relu_after: nn.Module | None = None  # in __dict__: it is no part of this one
+    bf16; channels_last memory; not compiled) its backward pass is one with that of a ReLU, in place, after it."""
 
     def forward(self, input: Tensor) -> Tensor:
         node = as_leaf(self, input)
@@ -120,9 +115,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        versions, wish, relu = _versions(input, weight), wish_of(self), self.relu_after
-        if relu is not None and not (has_hooks(self) or has_hooks(relu)):
-            return relu.of_batch_norm(input, weight, bias, running, momentum or 0.0, eps, wish)
+        versions, wish = _versions(input, weight), wish_of(self)
         output, mean, inverse = BatchNormFunction.apply(input, weight, bias, running, momentum or 0.0, eps, wish)
         _last.output = _Output(output, Made(input, weight, bias, mean, inverse, eps, versions, wish))
         return output

@@ -98,19 +98,20 @@ def is_batched(data: Data) -> bool:
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         """The batches. Close it when leaving it early: its workers end then, also one that is blocked in a read."""
-        unwanted, others = RawValue(c_bool, False), set(multiprocessing.active_children())
-        self.worker_init_fn = functools.partial(_ignore_signals, unwanted)
-        batches, served = super().__iter__(), 0
-        workers = set(multiprocessing.active_children()) - others
+        unwanted, others, workers = RawValue(c_bool, False), set(multiprocessing.active_children()), set()
+        self.worker_init_fn, served = functools.partial(_ignore_signals, unwanted), 0
 
         def end() -> None:
             unwanted.value = True
             if served < len(self):
                 with suppress(RuntimeError):  # torch's, that a worker was killed, or that we have killed one
                     _end(workers)
+                    workers.clear()
 
         try:
             try:
+                batches = super().__iter__()
+                workers |= set(multiprocessing.active_children()) - others
                 for batch in batches:
                     if isinstance(batch, UserError):
                         raise batch

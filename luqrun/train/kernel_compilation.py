@@ -148,8 +148,7 @@ def _train_tiny_network(recipe: Recipe, convolves: bool, kinds: set[type], tiles
     whether Winograd's may serve it."""
     middle = [nn.ReLU()] if kinds & {MaskedReLU, MaskedReLU6} else []
     if convolves:
-        if FusedBatchNorm2d in kinds:  # before a ReLU, which then takes no pass of its own, and elsewhere
-            middle = [nn.BatchNorm2d(8), *middle, *middle, nn.BatchNorm2d(8)]
+        middle = [nn.BatchNorm2d(8), *middle] if FusedBatchNorm2d in kinds else middle
         if tiles:
             middle += [nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)]
         parts = [nn.Conv2d(2, 8, 3, padding=1), *middle, nn.Conv2d(8, 2, 3, stride=2), nn.Flatten(), nn.Linear(2, 2)]

@@ -225,7 +225,6 @@ def test_every_backend_has_it(name):
     backend = importlib.import_module(MODULES[name])
     assert callable(backend.batch_norm)
     assert callable(backend.batch_norm_backward)
-    assert callable(backend.batch_norm_relu)
 
 
 def test_the_trial_is_in_float32_whatever_the_default():

@@ -41,7 +41,8 @@ def test_a_training_step_changes_nothing_of_numba_signals_logging_threads_and_se
     done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True, env=environment)
     before, after, told = json.loads(done.stdout)
     assert before == after
-    assert told == []  # it would change MKL for good, and with it what attention costs
+    # It would change MKL for good, and with it what attention costs; of another OpenMP there is no other way.
+    assert told == [] or not process.share_openmp()
 
 
 @pytest.fixture

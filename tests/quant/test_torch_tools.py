@@ -267,9 +267,9 @@ def test_a_model_converted_without_memory_trains_after_to_empty():
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_a_call_inside_a_mode_leaves_nothing_behind(mode, int8, monkeypatch):
     monkeypatch.setitem(gemms._int8_devices, "cpu", int8)
-    ops._a_micro_step.cache_clear()
     model = quantize(conv_net())
     twin = copy.deepcopy(model)
+    ops.a_micro_step.cache_clear()
     with mode():
         model(IMAGES)
         moved = quantize(conv_net().to("cpu")) if mode is torch.inference_mode else None

@@ -54,12 +54,10 @@ def convolutions(recipe):
     layers = (
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
-        nn.ReLU(),  # one pass with the batch norm; the others are alone
-        nn.Conv2d(8, 8, 1),
-        nn.BatchNorm2d(8),
-        nn.Flatten(),
         nn.ReLU(),
-        nn.Linear(32, 2),
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
     )
     model = quantize(nn.Sequential(*layers), recipe).to(memory_format=torch.channels_last)
     x = torch.ones(2, 3, 5, 5).to(memory_format=torch.channels_last)

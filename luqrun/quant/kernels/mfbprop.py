@@ -22,7 +22,6 @@ from luqrun.quant.formats import Format, get_format
 from luqrun.quant.kernels.reference import (  # noqa: F401
     batch_norm,
     batch_norm_backward,
-    batch_norm_relu,
     encode,
     pack,
     relu_,

@@ -42,8 +42,8 @@ def _coded(x: Tensor, encoding: str, dtype: torch.dtype, packed: bool) -> tuple[
 
 
 @functools.cache
-def _a_micro_step(device: torch.device) -> Tensor:
-    """What leads from the names of a forward's draws to those of the next."""
+def a_micro_step(device: torch.device) -> Tensor:
+    """What leads from the names of a forward's draws to those of the next. Made once."""
     with torch.inference_mode(False):
         step = torch.zeros(6, dtype=torch.int64, device="cpu")
         step[MICRO_STEP] = 1
@@ -70,7 +70,7 @@ class next_draws:
         if redraw_every > 1:
             names[2, STEP : MICRO_STEP + 1].div_(redraw_every, rounding_mode="floor")
         if advances:
-            streams.add_(_a_micro_step(streams.device))
+            streams.add_(a_micro_step(streams.device))
         return names
 
     def fake(streams, advances, evaluates, rank, redraw_every):

@@ -165,23 +165,6 @@ def batch_norm(
     return torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
 
 
-def batch_norm_relu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    most: float | None = None,
-    found: Tensor | None = None,
-    moments: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, mean, 1 / sqrt(variance + eps), mask): `batch_norm`, and `relu_` of its output."""
-    output, mean, inverse = batch_norm(x, weight, bias, running_mean, running_var, momentum, eps)
-    return output, mean, inverse, relu_(output, most, found, moments)
-
-
 def batch_norm_backward(
     grad: Tensor,
     mask: Tensor | None,

@@ -190,14 +190,9 @@ def relu_(x: Tensor, most: float | None = None, found: Tensor | None = None, mom
     assert dense(x) is x
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     half, count = int(x.dtype == torch.bfloat16), x.numel()
-    how = x.data_ptr(), half, mask.data_ptr(), _pattern_of(most, x)
+    how = x.data_ptr(), half, mask.data_ptr(), _pattern(math.nan if most is None else most, half)
     measuring(loops.rectify, chunks(count), count, count, *how, out=found, moments=moments)
     return mask
-
-
-def _pattern_of(most: float | None, x: Tensor) -> int:
-    """What loops.rectify takes for the largest value of a ReLU of x."""
-    return _pattern(math.nan if most is None else most, int(x.dtype == torch.bfloat16))
 
 
 @functools.cache
@@ -230,26 +225,6 @@ def batch_norm(
     vectors = weight, bias, running_mean, running_var
     function = norm.normalized if norm.suits(x, *vectors) else reference.batch_norm
     return function(x, *vectors, momentum, eps)
-
-
-def batch_norm_relu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    most: float | None = None,
-    found: Tensor | None = None,
-    moments: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.batch_norm_relu."""
-    vectors = weight, bias, running_mean, running_var
-    if norm.suits(x, *vectors) and norm.suits_relu(x.shape[1]):
-        return norm.normalized_relu(x, *vectors, momentum, eps, _pattern_of(most, x), found, moments)
-    output, *rest = batch_norm(x, *vectors, momentum, eps)
-    return output, *rest, relu_(output, most, found, moments)
 
 
 def batch_norm_backward(

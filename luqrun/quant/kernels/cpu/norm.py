@@ -19,8 +19,6 @@ from luqrun.quant.kernels.cpu import normalize_loops as loops
 from luqrun.quant.kernels.cpu.columns import EIGHT
 from luqrun.quant.kernels.cpu.proofs import Proofs
 from luqrun.quant.kernels.cpu.rows import HAS_FMA
-from luqrun.quant.kernels.cpu.sizes import CHUNK, chunks
-from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import is_channels_last
 
 # Channels by which the loops go; of bf16 torch rounds what is left over in another way.
@@ -84,12 +82,6 @@ def _trial(kind: Kind) -> bool:
 _proven = Proofs("batch norm in fewer passes", Kind, _trial, "torch's is used there, slower")
 
 
-def suits_relu(channels: int) -> bool:
-    """Whether a batch norm of so many channels, that `suits`, can be one with the ReLU after it: each task then has the
-    elements that a ReLU's has, whose sums have the order of tasks."""
-    return CHUNK % channels == 0
-
-
 def normalized(
     x: Tensor,
     weight: Tensor | None,
@@ -100,46 +92,14 @@ def normalized(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.batch_norm; of what `suits`."""
-    vectors = weight, bias, running_mean, running_var
-    return _normalized(loops.normalize, x, vectors, momentum, eps, (0, 0, 0, 0, 0))
-
-
-def normalized_relu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    most: int,
-    found: Tensor | None,
-    moments: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.batch_norm_relu; of what `suits`, and suits_relu. most: as loops.rectify takes it."""
-    mask, made = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu"), []
-    vectors = weight, bias, running_mean, running_var
-
-    def run(tasks: int, elements: int, *rectified: int) -> None:
-        made.extend(_normalized(loops.normalize_and_rectify, x, vectors, momentum, eps, rectified))
-
-    measuring(run, chunks(x.numel()), x.numel(), mask.data_ptr(), most, out=found, moments=moments)
-    return *made, mask
-
-
-def _normalized(
-    last: driver.driver, x: Tensor, vectors: tuple, momentum: float, eps: float, rectified: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """last: makes the output. vectors: weight, bias, running mean and variance. rectified: see loops.batch_norm."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out = torch.empty_like(x)
     mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
-    given = [0 if each is None else each.data_ptr() for each in vectors]
+    given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
     size = int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()
-    made = mean.data_ptr(), inverse.data_ptr(), out.data_ptr()
-    functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, last))
-    running = given[2], given[3]
-    loops.batch_norm(*size, x.data_ptr(), *given[:2], running, *made, momentum, eps, rectified, functions)
+    found = mean.data_ptr(), inverse.data_ptr(), out.data_ptr()
+    functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
+    loops.batch_norm(*size, x.data_ptr(), *given[:2], (given[2], given[3]), *found, momentum, eps, functions)
     return out, mean, inverse
 
 

@@ -14,12 +14,10 @@ from luqrun.internals.of_numba import cgutils
 from luqrun.quant.kernels.cpu.columns import PANEL, Columns, for_each_kind, row_at
 from luqrun.quant.kernels.cpu.driver import call4, integers, unthreaded
 from luqrun.quant.kernels.cpu.encode import fma
-from luqrun.quant.kernels.cpu.masks import TAIL_BYTES, rectify_row
 from luqrun.quant.kernels.cpu.memory import floats, int64s
 from luqrun.quant.kernels.cpu.norm_loops import column_sum
 from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop
-from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
-from luqrun.quant.kernels.cpu.statistics import MEASURE_BYTES, measure_row
+from luqrun.quant.kernels.cpu.sizes import CHUNK
 from luqrun.quant.kernels.cpu.vectors import ADDRESS
 
 
@@ -154,41 +152,17 @@ def normalize(request, number):
 
 
 @unthreaded
-def normalize_and_rectify(request, number):
-    """As normalize, and then as loops.rectify does it, of channels that divide CHUNK: while what was written is in the
-    cache."""
-    half, rows, channels, x, slope, shift, out = integers(request, 0, 7)
-    mask, most, measures, extremes, sums = integers(request, 7, 5)
-    size, found = 2 if half else 4, (extremes + 8 * number, sums + 16 * number)
-    room = np.empty(TAIL_BYTES + MEASURE_BYTES, np.uint8)
-    scratch, panel = room.ctypes.data, max(PANEL, channels)
-    stop = min(rows * channels, (number + 1) * CHUNK)
-    for first in range(number * CHUNK, stop, panel):
-        end = min(first + panel, stop)
-        _write_rows(half, (end - first) // channels, channels, x + size * first, slope, shift, out + size * first)
-        for begin in range(first, end, ROW):
-            count = min(ROW, end - begin)
-            rectify_row(out + size * begin, half, count, mask + begin // 8, most, scratch)
-            if measures:
-                measure_row(out, half, begin, count, measures == 2, *found, scratch + TAIL_BYTES)
-    room[0] = 0  # see quantize.encode_flat
-
-
-@unthreaded
-def batch_norm(
-    half, rows, channels, parts, x, weight, bias, running, mean, inverse, out, momentum, eps, rectified, functions
-):
+def batch_norm(half, rows, channels, parts, x, weight, bias, running, mean, inverse, out, momentum, eps, functions):
     """Batch norm in training: out, and a channel's mean and 1 / sqrt(variance + eps). All but the sizes, momentum and
     eps are addresses; half: whether x and out are bf16, and not float32 as the rest. weight, bias, running (mean and
-    variance, which are updated): 0 where there are none. rectified: the further numbers that normalize_and_rectify
-    takes. functions: addresses of `run`, channel_sums and normalize or normalize_and_rectify.
+    variance, which are updated): 0 where there are none. functions: addresses of `run`, channel_sums and normalize.
     """
     elements, count, eta = rows * channels, f32(rows), f32(momentum)
     room = np.empty((parts + 2) * channels, np.float32)
     sums = room.ctypes.data
     slope, shift = sums + 4 * parts * channels, sums + 4 * (parts + 1) * channels
-    told = np.empty(12, np.int64)
-    request = int64s(told.ctypes.data, 12)
+    told = np.empty(8, np.int64)
+    request = int64s(told.ctypes.data, 8)
     request[0], request[1], request[2], request[3], request[4] = half, rows, channels, parts, 0
     request[5], request[6], request[7] = x, mean, sums
     means, inverses = floats(mean, channels), floats(inverse, channels)
@@ -218,7 +192,6 @@ def batch_norm(
         slopes[j] = inverses[j] if weight == 0 else f32(inverses[j] * floats(weight, channels)[j])
         shifts[j] = fma(-means[j], slopes[j], f32(0) if bias == 0 else floats(bias, channels)[j])
     request[3], request[4], request[5], request[6] = x, slope, shift, out
-    request[7], request[8], request[9], request[10], request[11] = rectified
     step = max(1, CHUNK // channels)
     call4(functions[0], elements, (rows + step - 1) // step, functions[2], told.ctypes.data)
     told[0], room[0] = 0, f32(0)  # what only its address was taken of must be in use until here

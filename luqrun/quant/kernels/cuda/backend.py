@@ -24,7 +24,7 @@ from luqrun.quant.kernels.layout import empty, in_memory_order, is_channels_last
 from luqrun.quant.kernels.philox import SAMPLE_SLOTS
 
 # torch's, of CPU tensors that are interpreted
-from luqrun.quant.kernels.reference import batch_norm, batch_norm_backward, batch_norm_relu  # noqa: F401
+from luqrun.quant.kernels.reference import batch_norm, batch_norm_backward  # noqa: F401
 
 TILE = 2048  # elements of an encode tile: 16 a thread, which leaves registers for enough programs beside each other
 TILES = 4  # such tiles a program at most: the words of the stream and 1 / scale are computed once for all
