@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from luqrun.quant.kernels.cpu import int8, int8_library
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_tiles
 
 # kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
 GEOMETRIES = {
@@ -68,15 +68,15 @@ def for_onednn(geometry):
     return dilation == (1, 1) and stride[0] <= kernel[0] and stride[1] <= kernel[1] and int8_library.has_direct_conv()
 
 
-def matrix_of(w):
-    """w (K, C, R, S) as the matrix that `conv_dgrad` takes, and `conv` transposed."""
-    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1)
-
-
 def conv(a, w, geometry, scale, dtype=torch.float32, channels_last=False, signed=True):
-    kernel, stride, padding, dilation, *_ = geometry
-    how = kernel, stride, padding, dilation, dtype, channels_last, torch.tensor(signed)
-    return int8.conv(a, matrix_of(w).t(), scale, *how)
+    _, stride, padding, dilation, *_ = geometry
+    return int8.conv(a, w, scale, stride, padding, dilation, dtype, channels_last, torch.tensor(signed))
+
+
+def prepared_anew():
+    """Forget what was prepared for the shapes that came: a test has changed what it follows from."""
+    for each in (int8._fprop, int8._dgrad, int8._wgrad, int8_tiles.convolution, int8_tiles._dgrad, int8_tiles._wgrad):
+        each.cache_clear()
 
 
 def assert_exact(found, product, scale, dtype=torch.float32):

@@ -53,8 +53,8 @@ def everything(seed, size=SIZE):
     found += [x, cpu.relu_backward(tensor(seed + 1, size), found[-1], False)]
     codes = found[0][: 6 * 8 * 30 * 31].view(6, 8, 30, 31).to(torch.int8)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1)
-    matrix = codes.view(-1)[: 3 * 3 * 8 * 5].view(-1, 5)
-    found.append(int8.conv(codes, matrix, SCALE, *geometry, torch.float32, False, TRUE))
+    weight = codes.view(-1)[: 3 * 3 * 8 * 5].view(5, 8, 3, 3)
+    found.append(int8.conv(codes, weight, SCALE, *geometry[1:], torch.float32, False, TRUE))
     found.append(int8.conv_wgrad([codes[:, :5]], codes, *geometry))
     return found
 

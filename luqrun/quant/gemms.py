@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luqrun.internals.of_torch import is_watched, with_shape
+from luqrun.internals.of_torch import is_watched
 from luqrun.quant import kernels
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.grids import Grid, Lines, grid_of
@@ -107,30 +107,19 @@ class LinearOp(_Contractions):
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         if a.shape[-1] != w.shape[1]:
             return self.fprop(a.float(), w.float())  # which says so
-        return self._product(a, w.t(), scale, dtype, signed)
+        return ops.int8_linear(a, w, scale, dtype, signed, False)
 
     def int8_dgrad(
         self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
     ) -> Tensor:
-        return self._product(g, w, scale, dtype, signed)
+        return ops.int8_linear(g, w, scale, dtype, signed, True)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
-        images = [_as_images(g) for g in grads]
-        return ops.int8_conv_wgrad(images, _as_images(a), ONE, ONE, NONE, ONE).view(w_shape)
-
-    def _product(self, a: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
-        # channels_last: of one pixel an image, which is the same memory.
-        out = ops.int8_conv(_as_images(a), matrix, scale, ONE, ONE, NONE, ONE, dtype, True, signed)
-        return with_shape(out, [*a.shape[:-1], matrix.shape[1]])
+        return ops.int8_linear_wgrad(grads, a)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous without elements
-
-
-def _as_images(x: Tensor) -> Tensor:
-    """Rows as images of one pixel, whose channels are the features."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1)
 
 
 @dataclass(frozen=True)
@@ -212,33 +201,18 @@ class ConvOp(_Contractions):
         too_narrow = width + 2 * self.padding[1] <= self.dilation[1] * (columns - 1)
         if too_low or too_narrow or a.shape[1] != w.shape[1] * self.groups:
             return self.fprop(a.float(), w.float())  # which says so
-        how = w.shape[2:], self.stride, self.padding, self.dilation
-        return ops.int8_conv(a, _matrix(w).t(), scale, *how, dtype, _format(a, w), signed, self.groups)
+        how = self.stride, self.padding, self.dilation, dtype, _format(a, w), signed, self.groups
+        return ops.int8_conv(a, w, scale, *how)
 
     def int8_dgrad(
         self, g: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, a_shape: Sequence[int]
     ) -> Tensor:
-        if self.stride != ONE:
-            matrix, how = _matrix(w), (w.shape[2:], self.stride, self.padding, self.dilation)
-            return ops.int8_conv_dgrad(g, matrix, scale, a_shape, *how, dtype, _format(g, w), self.groups)
-        # Without a stride the adjoint of a convolution is one with the kernel turned round.
-        (rows, columns), (high, wide) = w.shape[2:], self.dilation
-        padding = high * (rows - 1) - self.padding[0], wide * (columns - 1) - self.padding[1]
-        turned = w.flip(2, 3)
-        if self.groups > 1:  # (K, C / groups, R, S) to (K / groups, C, R, S)
-            turned = turned.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1, 2)
-        matrix = turned.permute(2, 3, 0, 1).reshape(-1, turned.shape[1])
-        how = (rows, columns), ONE, padding, self.dilation
-        return ops.int8_conv(g, matrix, scale, *how, dtype, _format(g, w), signed, self.groups)
+        how = self.stride, self.padding, self.dilation, dtype, _format(g, w), signed, self.groups
+        return ops.int8_conv_dgrad(g, w, scale, a_shape, *how)
 
     def int8_wgrad(self, grads: Sequence[Tensor], a: Tensor, w_shape: Sequence[int]) -> Tensor:
         how = self.stride, self.padding, self.dilation, self.groups
         return ops.int8_conv_wgrad(grads, a, w_shape[2:], *how)
-
-
-def _matrix(w: Tensor) -> Tensor:
-    """(K, C, R, S) as (K, R * S * C), without a copy of what is channels_last."""
-    return w.permute(0, 2, 3, 1).reshape(w.shape[0], -1)
 
 
 def _format(x: Tensor, w: Tensor) -> bool:

@@ -100,7 +100,7 @@ def _packed(layer: QuantLayer, weight: Tensor) -> PackedWeight:
         scale, block, groups = _scales(stored, op, shape)
         tensor_scale = stored.tensors[2]
     layout = Layout(how.form.name, shape, how.form.bits, table.tolist(), block, groups, rotation and rotation.size)
-    signs = None if rotation is None else signs_of(rotation, plan.streams["weight"], "fprop")
+    signs = None if rotation is None else signs_of(rotation, plan.stream("weight"), "fprop")
     mask = 2**how.form.bits - 1  # a field may be kept in more bits than a code has
     return PackedWeight(layout, pack(fields & mask, how.form.bits), scale, tensor_scale, signs)
 

@@ -16,7 +16,7 @@ from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
 from luqrun.quant.operands import EXACT, Mask, Operand, Stored, held_by, held_in_blocks, scale_beside
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer
-from luqrun.quant.recipe import Dgrad, Fprop, Wgrad
+from luqrun.quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
 from luqrun.quant.sharing import made_once
 from luqrun.quant.uses import Uses, uses_of
@@ -29,20 +29,20 @@ class Plan:
     """What one call of a layer does: its GEMMs `op`, the quantizers of their operands (None: high precision), draws
     and memory.
 
-    streams: by operand, the int64 (6,) names of the draws. hindsight: by operand, the 0-dim maxima; observe is told
-    the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep: whether
-    a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of weights that
-    do not change is kept, or None. share: what makes a tensor's statistics those of all processes (Quantizer.measure),
-    for operands that are not the same in all of them. multiplication_free: whether dgrad and wgrad of two operands of
-    codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those of its rotation, once they were drawn.
-    uses: of the three GEMMs.
+    streams: int64 (3, 6), the names of the draws, a row an operand. hindsight: by operand, the 0-dim maxima; observe is
+    told the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep:
+    whether a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
+    weights that do not change is kept, or None. share: what makes a tensor's statistics those of all processes
+    (Quantizer.measure), for operands that are not the same in all of them. multiplication_free: whether dgrad and wgrad
+    of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those of its rotation, once
+    they were drawn. uses: of the three GEMMs.
     """
 
     op: LinearOp | ConvOp
     fprop: Fprop
     dgrad: Dgrad
     wgrad: Wgrad
-    streams: dict[str, Tensor]
+    streams: Tensor
     hindsight: dict[str, Tensor]
     observe: Callable[[str, Tensor], None] | None = None
     health: dict | None = None
@@ -108,9 +108,14 @@ class Plan:
         layout = x.shape, is_channels_last(x)
         return x, layout, self.op.grid(gemm, operand, *layout, quantizer.encoding)
 
+    def stream(self, operand: str) -> Tensor:
+        """The name of an operand's draw, int64 (6,)."""
+        return self.streams[OPERANDS.index(operand)]
+
     def _stream(self, gemm: str, operand: str, quantizer: Quantizer, again: bool) -> Tensor:
-        stream = self.streams[operand]
-        return of_gemm(stream, gemm) if again and quantizer.is_stochastic else stream
+        if not quantizer.is_stochastic:
+            return self.streams  # nobody reads a name where nothing is drawn, and a row would be one more tensor
+        return of_gemm(self.stream(operand), gemm) if again else self.stream(operand)
 
     def _rotated(self, gemm: str, operand: str, x: Tensor) -> Tensor:
         rotation = self.uses.rotations[gemm]
@@ -123,9 +128,9 @@ class Plan:
     def _signs(self, gemm: str, rotation: Rotation) -> Tensor | None:
         """Those of both operands, drawn once."""
         if torch.compiler.is_compiling():
-            return signs_of(rotation, self.streams["weight"], gemm)
+            return signs_of(rotation, self.stream("weight"), gemm)
         if gemm not in self.signs:
-            self.signs[gemm] = signs_of(rotation, self.streams["weight"], gemm)
+            self.signs[gemm] = signs_of(rotation, self.stream("weight"), gemm)
         return self.signs[gemm]
 
     def _unrotated(self, operand: str, x: Tensor) -> Tensor:

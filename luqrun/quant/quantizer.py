@@ -18,6 +18,7 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import FORMATS, Format, pack, unpack
 from luqrun.quant.grids import Grid, expanded, grid_of_axis
 from luqrun.quant.kernels import fuses, has_kernels, ops
+from luqrun.quant.kernels.operators import is_direct
 from luqrun.quant.kernels.philox import make_stream
 from luqrun.quant.measured import statistics_of
 from luqrun.quant.scale_formats import from_bytes, to_bytes
@@ -259,7 +260,8 @@ class Quantizer:
         plain = self.largest is None and self.range != "signed_max" and share is None
         if plain and fuses(x.device.type) and has_kernels(self.form, self.rounding):
             known = None if self.range == "hindsight" else statistics_of(x, self.range == "sawb")
-            return Encoded(*ops.quantize(x.detach(), self.encoding.key, hindsight, stream, dtype, packed, known))
+            x = x if is_direct() else x.detach()
+            return Encoded(*ops.quantize(x, self.encoding.key, hindsight, stream, dtype, packed, known))
         if self.range == "hindsight" and self.form.logarithmic and hindsight is not None and share is None:
             first, negative, *_ = ops.statistics(x, False, hindsight).unbind()  # reads x where there is no estimate yet
             scale = self._scale(torch.where(hindsight > 0, hindsight, first.float()), self._most)

@@ -1,10 +1,18 @@
 """The backends of the kernels, each in its turn."""
 
 import pytest
+from int8_inputs import prepared_anew
 
 from luqrun.quant import kernels
 
 BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _prepared_anew():
+    prepared_anew()
+    yield
+    prepared_anew()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -108,12 +108,12 @@ def test_both_routes_give_the_same(name, recipe, dense):
 
 def test_int8_is_what_runs(monkeypatch, dense):
     used = []
-    for name in ("int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"):
+    for name in ("int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "int8_linear", "int8_linear_wgrad"):
         real = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *how, real=real, name=name: used.append(name) or real(*how))
     for name, expected in (
-        ("linear", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
-        ("3 x 3", ["int8_conv", "int8_conv", "int8_conv_wgrad"]),
+        ("linear", ["int8_linear", "int8_linear", "int8_linear_wgrad"]),
+        ("3 x 3", ["int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"]),
         ("strided", ["int8_conv", "int8_conv_dgrad", "int8_conv_wgrad"]),
     ):
         make, shape = LAYERS[name]

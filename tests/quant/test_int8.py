@@ -15,7 +15,6 @@ from int8_inputs import (
     exact,
     exact_wgrad,
     for_onednn,
-    matrix_of,
     operands,
     results_of,
     take,
@@ -70,16 +69,17 @@ def test_conv_dgrad(geometry, dtype, way, monkeypatch):
     take(monkeypatch, way)
     if way == "few products":
         monkeypatch.setattr(int8_library, "PRODUCT_BYTES", 300)
-    kernel, stride, padding, dilation, *_ = geometry
+    _, stride, padding, dilation, *_ = geometry
     a, w = operands(geometry, largest=127)
     g, scale = codes(*exact(a, w, geometry).shape, seed=2), torch.tensor(0.0123)
     at = a.double().requires_grad_()  # whose sums are exact too
     inner, left = cropped(at, padding)
     F.conv2d(inner, w.double(), None, stride, left, dilation).backward(g.double())
-    for g_last, channels_last in product((False, True), (False, True)):
+    for g_last, w_last, channels_last in product(*[(False, True)] * 3):
         given = g.to(memory_format=LAST) if g_last else g
-        how = kernel, stride, padding, dilation, dtype, channels_last
-        found = int8.conv_dgrad(given, matrix_of(w), scale, a.shape, *how)
+        weight = w.to(memory_format=LAST) if w_last else w
+        how = stride, padding, dilation, dtype, channels_last, torch.tensor(True)
+        found = int8.conv_dgrad(given, weight, scale, a.shape, *how)
         assert_exact(found, at.grad, scale, dtype)
         assert found.is_contiguous(memory_format=LAST if channels_last else torch.contiguous_format)
 
@@ -100,6 +100,28 @@ def test_conv_wgrad(geometry, narrow, route, monkeypatch):
         assert found.shape == w.shape
         assert found.dtype == torch.float32
         assert torch.equal(found, expected.float())
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 24), (37, 24), (3, 5, 16), (2, 3, 4, 33), (0, 8), (7, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 10, 32])
+def test_linear(shape, dtype, columns, route):
+    a, w, scale = codes(*shape), codes(columns, shape[-1], seed=1), torch.tensor(0.0123)
+    expected = a.long() @ w.t().long()
+    for each in (w, w.t().contiguous().t()):
+        assert_exact(int8.linear(a, each, scale, dtype, torch.tensor(True), False), expected, scale, dtype)
+    unsigned = int8.linear(a & 15, w, scale, dtype, torch.tensor(False), False)
+    assert_exact(unsigned, (a & 15).long() @ w.t().long(), scale, dtype)
+    g = codes(*expected.shape, seed=2)
+    found = int8.linear(g, w, scale, dtype, torch.tensor(True), True)
+    assert_exact(found, g.long() @ w.long(), scale, dtype)
+    assert found.is_contiguous()
+    for grads in ([g], [g, codes(*g.shape, seed=3)]):
+        summed = (
+            sum(each.long().reshape(-1, columns) for each in grads) if a.numel() else torch.zeros(0, columns).long()
+        )
+        expected = summed.t() @ a.long().reshape(len(summed), shape[-1])
+        assert torch.equal(int8.linear_wgrad(grads, a), expected.float())
 
 
 def test_every_code_and_the_largest_sums(route):
@@ -128,9 +150,8 @@ def test_weights_of_zeros_and_of_the_least_code(route):
 @pytest.mark.parametrize("channels", [0, 2])
 def test_nothing_to_multiply(size, channels, monkeypatch):
     monkeypatch.setattr(int8_library, "has_amx", lambda: True)
-    a, matrix = torch.ones(size, dtype=torch.int8), torch.ones(9 * size[1], channels, dtype=torch.int8)
-    how = (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, False, torch.tensor(True)
-    found = int8.conv(a, matrix, torch.tensor(0.5), *how)
+    a, w = torch.ones(size, dtype=torch.int8), torch.ones(channels, size[1], 3, 3, dtype=torch.int8)
+    found = conv(a, w, ((3, 3), (1, 1), (1, 1), (1, 1)), torch.tensor(0.5))
     assert found.shape == (size[0], channels, size[2], size[3])
     assert not found.any()
 
@@ -153,6 +174,8 @@ def test_sums_beyond_int32_of_a_weight_gradient():
     a, g = torch.full((rows, 1, 1, 1), 127).char(), torch.full((rows, 2, 1, 1), -127).char()
     found = int8.conv_wgrad([g, g], a, (1, 1), (1, 1), (0, 0), (1, 1))
     assert torch.equal(found, torch.full((2, 1, 1, 1), -2 * 127 * 127 * rows).float())
+    found = int8.linear_wgrad([g.view(rows, 2)] * 2, a.view(rows, 1))
+    assert torch.equal(found, torch.full((2, 1), -2 * 127 * 127 * rows).float())
     a, g = torch.full((2, 1, 1, 2**17), 127).char(), torch.full((2, 1, 1, 2**17), 127).char()
     found = int8.conv_wgrad([g], a, (1, 1), (1, 1), (0, 0), (1, 1))
     assert found.item() == float(2 * 127 * 127 * 2**17)
@@ -181,7 +204,7 @@ def test_no_images(geometry, channels_last, route):
     how = kernel, stride, padding, dilation
     assert torch.equal(int8.conv_wgrad([found.char()], a, *how), torch.zeros(w.shape))
     last = torch.float32, channels_last
-    dgrad = int8.conv_dgrad(found.char(), matrix_of(w), torch.tensor(1.0), a.shape, *how, *last)
+    dgrad = int8.conv_dgrad(found.char(), w, torch.tensor(1.0), a.shape, *how[1:], *last, torch.tensor(True))
     assert dgrad.shape == a.shape
 
 

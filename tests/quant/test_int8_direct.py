@@ -103,14 +103,13 @@ def test_neither_the_default_device_nor_the_default_dtype_is_its_own(route_of_ne
     a, w = operands(GEOMETRIES["3 x 3"])
     scale, expected = torch.tensor(0.5), exact(a, w, GEOMETRIES["3 x 3"])
     signed, before = torch.tensor(True), torch.get_default_dtype()
-    how = (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, False, signed
-    matrix = w.permute(0, 2, 3, 1).reshape(len(w), -1).t()
+    how = (1, 1), (1, 1), (1, 1), torch.float32, False, signed
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             found = (
                 int8_library._trial(int8_direct.Kind(1, 8, 9, 8, 8, (3, 3), (1, 1), 7, 1)),
-                int8.conv(a, matrix, scale, *how),
+                int8.conv(a, w, scale, *how),
             )
     finally:
         torch.set_default_dtype(before)

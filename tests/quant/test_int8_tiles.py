@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from int8_inputs import GEOMETRIES, assert_exact, codes, conv, exact, exact_wgrad, matrix_of, operands, take
+from int8_inputs import GEOMETRIES, assert_exact, codes, conv, exact, exact_wgrad, operands, prepared_anew, take
 from kernel_inputs import LAST, assert_identical
 
 from luqrun.internals import of_numba
@@ -26,7 +26,7 @@ def tiles(monkeypatch):
 @pytest.mark.parametrize("by_lines", [0, 1])
 @pytest.mark.parametrize("bytes_", [1, int8_tiles.TASK_BYTES])
 def test_weight_gradients_by_lines_and_by_images(geometry, by_lines, bytes_, monkeypatch):
-    kernel, stride, _, _, size, channels = geometry
+    _, stride, *_ = geometry
     if by_lines and stride[0] > 1:
         pytest.skip("lines of the kernel see lines of the image that others do not")
     monkeypatch.setattr(int8_tiles, "TASK_BYTES", bytes_)  # one image at a time
@@ -35,7 +35,7 @@ def test_weight_gradients_by_lines_and_by_images(geometry, by_lines, bytes_, mon
     grads = [codes(*exact(a, w, geometry).shape, seed=seed) for seed in (2, 3)]
     found = int8_tiles.conv_wgrad([g.to(memory_format=LAST) for g in grads], a.to(memory_format=LAST), geometry[:4])
     expected = sum(exact_wgrad(g, a, geometry) for g in grads).float()
-    assert torch.equal(found.view(channels, *kernel, size[1]).permute(0, 3, 1, 2), expected)
+    assert torch.equal(found, expected)
 
 
 @needs_tiles
@@ -45,6 +45,7 @@ def test_images_are_divided_among_threads(threads, images, tiles, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for limit in (300, 1 << 18):
         monkeypatch.setattr(int8_tiles, "TASK_BYTES", limit)
+        prepared_anew()
         geometry = *THREE, (images, 20, 6, 7), 35
         a, w = operands(geometry)
         product, scale = exact(a, w, geometry), torch.tensor(0.3)
@@ -66,7 +67,7 @@ def test_any_number_of_channels_and_nothing_beside_them(channels, dtype, tiles):
         assert_exact(conv(a, w, geometry, scale, dtype), product, scale, dtype)
         memory = torch.full((rows * channels + 64,), 7, dtype=dtype)
         out = memory[: rows * channels].view(rows, channels, 1, 1)
-        int8_tiles.conv(a, matrix_of(w).t(), scale, POINTWISE, True, out)
+        int8_tiles.conv(a, w, scale, POINTWISE, True, out)
         assert torch.equal(out, (product.float() * scale).to(dtype))
         assert torch.equal(memory[rows * channels :], torch.full((64,), 7, dtype=dtype))
 
@@ -97,30 +98,27 @@ def test_where_blocks_serve(monkeypatch):
     monkeypatch.setattr(int8_tiles, "is_there", lambda: True)
     longest = int8_tiles.MOST_TERMS
 
-    def meta(*shape):
-        return torch.empty(shape, device="meta")
-
-    assert int8_tiles.suits(meta(1, longest, 1, 1), POINTWISE, (1, 1))
-    assert not int8_tiles.suits(meta(1, longest + 1, 1, 1), POINTWISE, (1, 1))
-    assert not int8_tiles.suits(meta(1, 0, 1, 1), POINTWISE, (1, 1))
-    assert not int8_tiles.suits(meta(1, 8, 9, 9), (*THREE[:3], (1, 2)), (7, 7))  # taps that are no neighbours
-    assert int8_tiles.suits(meta(1, 8, 9, 9), ((3, 1), *THREE[1:3], (2, 2)), (7, 7))
+    assert int8_tiles.suits((1, longest, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits((1, longest + 1, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits((1, 0, 1, 1), POINTWISE, (1, 1))
+    assert not int8_tiles.suits((1, 8, 9, 9), (*THREE[:3], (1, 2)), (7, 7))  # taps that are no neighbours
+    assert int8_tiles.suits((1, 8, 9, 9), ((3, 1), *THREE[1:3], (2, 2)), (7, 7))
     # What a stride leaves out lies between what is read: offsets would leave int32.
-    assert not int8_tiles.suits(meta(1, 1, 32768, 65544), ((1, 1), (1, 65543), (0, 0), (1, 1)), (32768, 2))
-    assert int8_tiles.suits_dgrad(meta(1, 8, 4, 4), THREE, (1, 8, 4, 4))
-    assert not int8_tiles.suits_dgrad(meta(1, 8, 4, 4), (*THREE[:3], (2, 2)), (1, 8, 6, 6))
-    assert not int8_tiles.suits_dgrad(meta(1, 1, 1, 1), ((1, 1), (65543, 65543), (0, 0), (1, 1)), (1, 1, 1, 1 << 29))
-    a, g = meta(1, 8, 4, 4), meta(1, 2, 4, 4)
-    assert int8_tiles.suits_wgrad([g], a, (3, 3))
-    assert not int8_tiles.suits_wgrad([meta(1, 2, 3, 1)], a, (3, 3))
-    assert not int8_tiles.suits_wgrad([meta(1, 1, longest // 2 + 1, 1)] * 2, a, (3, 3))
-    assert not int8_tiles.suits_wgrad([g], meta(1, int8_tiles.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
-    assert not int8_tiles.suits_wgrad([meta(1, 1, 250, 250)], meta(1, 1, 300, 300), (64, 64))  # quads for each tap
-    assert not int8_tiles.suits_wgrad([meta(256, 512, 256, 256)], meta(256, 256, 256, 256), (3, 3))  # sums of tasks
+    assert not int8_tiles.suits((1, 1, 32768, 65544), ((1, 1), (1, 65543), (0, 0), (1, 1)), (32768, 2))
+    assert int8_tiles.suits_dgrad((1, 8, 4, 4), THREE, (1, 8, 4, 4))
+    assert not int8_tiles.suits_dgrad((1, 8, 4, 4), (*THREE[:3], (2, 2)), (1, 8, 6, 6))
+    assert not int8_tiles.suits_dgrad((1, 1, 1, 1), ((1, 1), (65543, 65543), (0, 0), (1, 1)), (1, 1, 1, 1 << 29))
+    a, g = (1, 8, 4, 4), (1, 2, 4, 4)
+    assert int8_tiles.suits_wgrad(g, 1, a, (3, 3))
+    assert not int8_tiles.suits_wgrad((1, 2, 3, 1), 1, a, (3, 3))
+    assert not int8_tiles.suits_wgrad((1, 1, longest // 2 + 1, 1), 2, a, (3, 3))
+    assert not int8_tiles.suits_wgrad(g, 1, (1, int8_tiles.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
+    assert not int8_tiles.suits_wgrad((1, 1, 250, 250), 1, (1, 1, 300, 300), (64, 64))  # quads for each tap
+    assert not int8_tiles.suits_wgrad((256, 512, 256, 256), 1, (256, 256, 256, 256), (3, 3))  # sums of tasks
     monkeypatch.setattr(int8_tiles, "is_there", lambda: False)
-    assert not int8_tiles.suits(meta(1, 8, 4, 4), THREE, (4, 4))
-    assert not int8_tiles.suits_dgrad(meta(1, 8, 4, 4), THREE, (1, 8, 4, 4))
-    assert not int8_tiles.suits_wgrad([g], a, (3, 3))
+    assert not int8_tiles.suits((1, 8, 4, 4), THREE, (4, 4))
+    assert not int8_tiles.suits_dgrad((1, 8, 4, 4), THREE, (1, 8, 4, 4))
+    assert not int8_tiles.suits_wgrad(g, 1, a, (3, 3))
 
 
 @pytest.mark.parametrize(("features", "there"), [("+avx512f,+avx512vnni", True), ("+avx512f,-avx512vnni", False)])
@@ -192,15 +190,16 @@ def test_groups(groups, inputs, outputs, parts, stride, dtype):
     assert int8_tiles._parts(groups, groups * inputs, groups * outputs) == parts
     assert int8_tiles.suits_groups(groups, groups * inputs, groups * outputs)
     a, w = codes(5, groups * inputs, 9, 8, low=-128), codes(groups * outputs, inputs, 3, 2, seed=1)
-    how, scale, yes = ((3, 2), stride, (1, 0), (1, 1)), torch.tensor(0.3), torch.tensor(True)
-    arguments = a, matrix_of(w).t(), scale, *how, dtype, True, yes, groups
+    how, scale, yes = (stride, (1, 0), (1, 1)), torch.tensor(0.3), torch.tensor(True)
+    arguments = a, w, scale, *how, dtype, True, yes, groups
     found = int8.conv(*arguments)
     assert_identical(found, reference.int8_conv(*arguments))
     g = codes(*found.shape, seed=2)
-    arguments = g, matrix_of(w), scale, a.shape, *how, dtype, True, groups
+    arguments = g, w, scale, a.shape, *how, dtype, True, yes, groups
     assert_identical(int8.conv_dgrad(*arguments), reference.int8_conv_dgrad(*arguments))
     for grads in ([g], [g, -g]):
-        assert_identical(int8.conv_wgrad(grads, a, *how, groups), reference.int8_conv_wgrad(grads, a, *how, groups))
+        arguments = grads, a, (3, 2), *how, groups
+        assert_identical(int8.conv_wgrad(*arguments), reference.int8_conv_wgrad(*arguments))
 
 
 @needs_tiles

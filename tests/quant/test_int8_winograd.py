@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from int8_inputs import assert_exact, codes, conv, cropped, exact, exact_wgrad, matrix_of, operands, take
+from int8_inputs import assert_exact, codes, conv, cropped, exact, exact_wgrad, operands, take
 from kernel_inputs import LAST
 
 from luqrun.quant import routes
@@ -119,8 +119,8 @@ def test_what_does_not_fit_is_refused_and_made_by_another_way(monkeypatch):
     geometry, scale = geometry_of(2, 6, 5, (1, 1), 16, 32), torch.tensor(1.0)
     (a, w), out = operands(geometry, largest=127), torch.empty(2, 32, 6, 5).to(memory_format=LAST)
     (last,) = in_last(a)
-    assert not int8_winograd.conv(last, matrix_of(w).t(), scale, (1, 1), out)
-    assert not int8_winograd.conv(last, matrix_of(w // 10).t(), scale, (1, 1), out)  # too many of the image
+    assert not int8_winograd.conv(last, *in_last(w), scale, (1, 1), out)
+    assert not int8_winograd.conv(last, *in_last(w // 10), scale, (1, 1), out)  # too many of the image
     assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
     assert_exact(conv(a, w // 10, geometry, scale), exact(a, w // 10, geometry), scale)
     g = codes(2, 32, 6, 5, seed=2)
@@ -137,11 +137,11 @@ def test_one_weight_that_does_not_fit(one):
     a, w = operands(geometry, low=0)
     out = torch.empty(1, 48, 4, 4).to(memory_format=LAST)
     how = torch.tensor(1.0), (1, 1), out
-    assert int8_winograd.conv(*in_last(a % 16), matrix_of(w).t(), *how)
+    assert int8_winograd.conv(*in_last(a % 16, w), *how)
     w[outputs, inputs] = 0
     w[outputs, inputs, line] = 60
     w[outputs, inputs, :, column] = 60
-    assert not int8_winograd.conv(*in_last(a % 16), matrix_of(w).t(), *how)
+    assert not int8_winograd.conv(*in_last(a % 16, w), *how)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -169,7 +169,7 @@ def test_as_many_numbers_as_are_allowed_are_left_out(threads, monkeypatch):
     for scarce, fits in ((1024 // count, True), (1024 // count + 1, False)):
         monkeypatch.setattr(int8_winograd, "SCARCE", scarce)
         if threads == 3:
-            assert int8_winograd.conv(*in_last(a), matrix_of(w).t(), scale, (1, 1), out) == fits
+            assert int8_winograd.conv(*in_last(a, w), scale, (1, 1), out) == fits
             if fits:
                 assert_exact(out, exact(a, w, geometry), scale)
     g[:, 5, 0:2, 2:4] = torch.tensor([[64, 64], [1, -128]]).char()
@@ -180,7 +180,7 @@ def test_as_many_numbers_as_are_allowed_are_left_out(threads, monkeypatch):
         found = int8_winograd.conv_wgrad(in_last(g), *in_last(a), (1, 1))
         assert (found is not None) == fits
         if fits:
-            assert torch.equal(found, matrix_of(exact_wgrad(g, a, geometry)).float())
+            assert torch.equal(found, exact_wgrad(g, a, geometry).float())
 
 
 def test_weights_at_the_edge_of_int8(winograd):
@@ -197,7 +197,7 @@ def test_weights_at_the_edge_of_int8(winograd):
     }
     for numbers, fits in cases.items():
         w = torch.tensor(numbers).char().view(3, 3).expand(16, 16, 3, 3)
-        assert int8_winograd.conv(*in_last(a), matrix_of(w).t(), scale, (1, 1), out) == fits
+        assert int8_winograd.conv(*in_last(a, w), scale, (1, 1), out) == fits
         if fits:
             assert_exact(out, exact(a, w, geometry), scale)
 
@@ -210,7 +210,7 @@ def test_nothing_is_written_beside_the_outputs(dtype, outputs):
     a, size = a % 16, 2 * 5 * 7 * outputs
     memory = torch.full((size + 128,), 7, dtype=dtype)
     out = memory[64 : 64 + size].view(2, 5, 7, outputs).permute(0, 3, 1, 2)
-    assert int8_winograd.conv(*in_last(a), matrix_of(w).t(), torch.tensor(0.3), (1, 1), out)
+    assert int8_winograd.conv(*in_last(a, w), torch.tensor(0.3), (1, 1), out)
     assert_exact(out, exact(a, w, geometry), torch.tensor(0.3), dtype)
     assert (memory[:64] == 7).all()
     assert (memory[64 + size :] == 7).all()
@@ -264,19 +264,6 @@ def test_any_scale(scale, winograd):
     a, w = operands(geometry)
     a[0] = 0
     assert_exact(conv(a, w, geometry, scale), exact(a, w, geometry), scale)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_matrix_that_is_part_of_another(transposed, winograd):
-    geometry, scale = geometry_of(2, 5, 6, (1, 1), 16, 32), torch.tensor(0.3)
-    a, w = operands(geometry)
-    matrix = matrix_of(w).t()
-    larger = torch.full((150, 40), 7).char()
-    part = larger.t().reshape(150, 40)[3:147, 5:37] if transposed else larger[3:147, 5:37]
-    part.copy_(matrix)
-    how = (*geometry[:4], torch.float32, True, torch.tensor(True))
-    assert_exact(int8.conv(a, part, scale, *how), exact(a, w, geometry), scale)
-    assert_exact(int8.conv(a, matrix.contiguous(), scale, *how), exact(a, w, geometry), scale)
 
 
 def test_they_are_compared_with_the_other_ways_when_a_size_comes_first(monkeypatch):

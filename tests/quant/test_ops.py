@@ -57,8 +57,8 @@ def check_dynamic(operator, *arguments):
 def test_every_operator_is_checked_here():
     assert {name.split("::")[1] for name in operators.LIBRARY._op_defs} == {
         "next_draws", "statistics", "encode", "quantize", "unpack", "encode_blocks", "decode_blocks", "block_mask",
-        "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad",
-        "forward_only",
+        "hadamard", "signs", "relu_", "relu_backward", "int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "int8_linear",
+        "int8_linear_wgrad", "forward_only",
     }  # fmt: skip
 
 
@@ -159,14 +159,24 @@ def test_int8_conv(channels_last, direct, monkeypatch):
         ((3, 2), (2, 1), (0, 2), (1, 2)),
         ((1, 1), (1, 1), (0, 0), (1, 1)),
     ):
-        matrix = torch.randint(-7, 8, (kernel[0] * kernel[1] * 3, 4), dtype=torch.int8, generator=g)
-        how = kernel, stride, padding, dilation
+        w = torch.randint(-7, 8, (4, 3, *kernel), dtype=torch.int8, generator=g)
+        how = stride, padding, dilation
         for each, dtype in product((a, a.to(memory_format=LAST)), (torch.float32, torch.bfloat16)):
-            check(OPERATORS.int8_conv, each, matrix, SCALE, *how, dtype, channels_last, TRUE)
-            out = int8.conv(each, matrix, SCALE, *how, dtype, channels_last, TRUE)
-            check(OPERATORS.int8_conv_wgrad, [out.char(), out.char()], each, *how)
-            weight = matrix.t().contiguous()
-            check(OPERATORS.int8_conv_dgrad, out.char(), weight, SCALE, a.shape, *how, dtype, channels_last)
+            check(OPERATORS.int8_conv, each, w, SCALE, *how, dtype, channels_last, TRUE)
+            out = int8.conv(each, w, SCALE, *how, dtype, channels_last, TRUE)
+            check(OPERATORS.int8_conv_wgrad, [out.char(), out.char()], each, kernel, *how)
+            check(OPERATORS.int8_conv_dgrad, out.char(), w, SCALE, a.shape, *how, dtype, channels_last, TRUE)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 2, 5), (0, 5), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_linear(shape, dtype):
+    g = torch.Generator().manual_seed(0)
+    a, w = (torch.randint(-7, 8, size, dtype=torch.int8, generator=g) for size in (shape, (4, shape[-1])))
+    check(OPERATORS.int8_linear, a, w, SCALE, dtype, TRUE, False)
+    out = int8.linear(a, w, SCALE, dtype, TRUE, False)
+    check(OPERATORS.int8_linear, out.char(), w, SCALE, dtype, TRUE, True)
+    check(OPERATORS.int8_linear_wgrad, [out.char(), out.char()], a)
 
 
 def test_forward_only():

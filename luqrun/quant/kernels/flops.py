@@ -19,20 +19,30 @@ def _rows(shape: Sequence[int]) -> int:
     return math.prod(shape) // max(shape[1], 1)
 
 
-def _conv(a_shape, matrix_shape, *_, out_shape, **__) -> int:
-    # The smaller: a dgrad without stride is a convolution that pads what it is given.
-    return 2 * min(_rows(a_shape), _rows(out_shape)) * math.prod(matrix_shape)
+def _conv(a_shape, w_shape, *_, out_shape, **__) -> int:
+    return 2 * _rows(out_shape) * math.prod(w_shape)
 
 
-def _dgrad(g_shape, matrix_shape, *_, **__) -> int:
-    return 2 * _rows(g_shape) * math.prod(matrix_shape)
+def _dgrad(g_shape, w_shape, *_, **__) -> int:
+    return 2 * _rows(g_shape) * math.prod(w_shape)
 
 
 def _wgrad(grads_shapes, a_shape, *_, out_shape, **__) -> int:
     return 2 * sum(map(_rows, grads_shapes)) * math.prod(out_shape)
 
 
-FORMULAS = {"int8_conv": _conv, "int8_conv_dgrad": _dgrad, "int8_conv_wgrad": _wgrad}
+def _linear(a_shape, w_shape, *_, **__) -> int:
+    return 2 * math.prod(a_shape[:-1]) * math.prod(w_shape)
+
+
+def _linear_wgrad(grads_shapes, a_shape, *_, **__) -> int:
+    return 2 * sum(map(math.prod, grads_shapes)) * a_shape[-1]
+
+
+FORMULAS = {
+    **{"int8_conv": _conv, "int8_conv_dgrad": _dgrad, "int8_conv_wgrad": _wgrad},
+    **{"int8_linear": _linear, "int8_linear_wgrad": _linear_wgrad},
+}
 
 
 def register_formulas() -> None:

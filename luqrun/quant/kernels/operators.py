@@ -62,6 +62,11 @@ class directly:
         _thread.direct = self.before
 
 
+def is_direct() -> bool:
+    """Whether this is within `directly`, where nobody looks at what requires a gradient."""
+    return _thread.direct
+
+
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
 
 

@@ -236,30 +236,30 @@ class relu_backward:
 
 
 @operator(
-    "int8_conv(Tensor a, Tensor matrix, Tensor scale, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-    "ScalarType dtype, bool channels_last, Tensor signed, int groups=1) -> Tensor"
+    "int8_conv(Tensor a, Tensor w, Tensor scale, int[] stride, int[] padding, int[] dilation, ScalarType dtype, "
+    "bool channels_last, Tensor signed, int groups=1) -> Tensor"
 )
 class int8_conv:
-    def run(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed, groups=1):
-        how = kernel, stride, padding, dilation, dtype, channels_last
-        return backend_for("cpu").int8_conv(a, matrix, scale, *how, signed, groups)
+    def run(a, w, scale, stride, padding, dilation, dtype, channels_last, signed, groups=1):
+        how = stride, padding, dilation, dtype, channels_last
+        return backend_for("cpu").int8_conv(a, w, scale, *how, signed, groups)
 
-    def fake(a, matrix, scale, kernel, stride, padding, dilation, dtype, channels_last, signed, groups=1):
-        ends = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
-        size = (a.shape[0], matrix.shape[1], *(int8.out_size(*end) for end in ends))
+    def fake(a, w, scale, stride, padding, dilation, dtype, channels_last, signed, groups=1):
+        ends = zip(a.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
+        size = (a.shape[0], w.shape[0], *(int8.out_size(*end) for end in ends))
         return empty(size, channels_last, dtype, a.device)
 
 
 @operator(
-    "int8_conv_dgrad(Tensor g, Tensor matrix, Tensor scale, SymInt[] shape, int[] kernel, int[] stride, int[] padding, "
-    "int[] dilation, ScalarType dtype, bool channels_last, int groups=1) -> Tensor"
+    "int8_conv_dgrad(Tensor g, Tensor w, Tensor scale, SymInt[] shape, int[] stride, int[] padding, int[] dilation, "
+    "ScalarType dtype, bool channels_last, Tensor signed, int groups=1) -> Tensor"
 )
 class int8_conv_dgrad:
-    def run(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last, groups=1):
-        how = kernel, stride, padding, dilation, dtype, channels_last, groups
-        return backend_for("cpu").int8_conv_dgrad(g, matrix, scale, shape, *how)
+    def run(g, w, scale, shape, stride, padding, dilation, dtype, channels_last, signed, groups=1):
+        how = stride, padding, dilation, dtype, channels_last, signed, groups
+        return backend_for("cpu").int8_conv_dgrad(g, w, scale, shape, *how)
 
-    def fake(g, matrix, scale, shape, kernel, stride, padding, dilation, dtype, channels_last, groups=1):
+    def fake(g, w, scale, shape, stride, padding, dilation, dtype, channels_last, signed, groups=1):
         return empty(shape, channels_last, dtype, g.device)
 
 
@@ -274,6 +274,24 @@ class int8_conv_wgrad:
     def fake(grads, a, kernel, stride, padding, dilation, groups=1):
         shape = (grads[0].shape[1], a.shape[1] // groups, *kernel)
         return a.new_empty((shape[0], *kernel, shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@operator("int8_linear(Tensor a, Tensor w, Tensor scale, ScalarType dtype, Tensor signed, bool adjoint) -> Tensor")
+class int8_linear:
+    def run(a, w, scale, dtype, signed, adjoint):
+        return backend_for("cpu").int8_linear(a, w, scale, dtype, signed, adjoint)
+
+    def fake(a, w, scale, dtype, signed, adjoint):
+        return a.new_empty((*a.shape[:-1], w.shape[int(adjoint)]), dtype=dtype)
+
+
+@operator("int8_linear_wgrad(Tensor[] grads, Tensor a) -> Tensor")
+class int8_linear_wgrad:
+    def run(grads, a):
+        return backend_for("cpu").int8_linear_wgrad(grads, a)
+
+    def fake(grads, a):
+        return a.new_empty((grads[0].shape[-1], a.shape[-1]), dtype=torch.float32)
 
 
 @operator("forward_only(Tensor x, Tensor activation, Tensor weight) -> Tensor")

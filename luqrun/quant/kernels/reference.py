@@ -193,9 +193,8 @@ def batch_norm_backward(
 
 def int8_conv(
     a: Tensor,
-    matrix: Tensor,
+    w: Tensor,
     scale: Tensor,
-    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -205,27 +204,25 @@ def int8_conv(
     groups: int = 1,
 ) -> Tensor:
     """See cpu.int8.conv. float64 holds all of these sums."""
-    w = matrix.t().reshape(matrix.shape[1], *kernel, -1).permute(0, 3, 1, 2).double()
     a = F.pad(a.double(), (padding[1], padding[1], padding[0], padding[0]))  # conv2d refuses negative padding
-    return _scaled(F.conv2d(a, w, None, stride, 0, dilation, groups), scale, dtype, channels_last)
+    return _scaled(F.conv2d(a, w.double(), None, stride, 0, dilation, groups), scale, dtype, channels_last)
 
 
 def int8_conv_dgrad(
     g: Tensor,
-    matrix: Tensor,
+    w: Tensor,
     scale: Tensor,
     shape: Sequence[int],
-    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
     channels_last: bool,
+    signed: Tensor,
     groups: int = 1,
 ) -> Tensor:
     """See cpu.int8.conv_dgrad."""
-    w = matrix.reshape(matrix.shape[0], *kernel, -1).permute(0, 3, 1, 2).double()
-    total = torch.nn.grad.conv2d_input(tuple(shape), w, g.double(), stride, padding, dilation, groups)
+    total = torch.nn.grad.conv2d_input(tuple(shape), w.double(), g.double(), stride, padding, dilation, groups)
     return _scaled(total, scale, dtype, channels_last)
 
 
@@ -243,6 +240,17 @@ def int8_conv_wgrad(
     g = torch.stack([each.double() for each in grads]).sum(0)
     total = torch.nn.grad.conv2d_weight(a.double(), shape, g, stride, padding, dilation, groups)
     return total.float().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def int8_linear(a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, adjoint: bool) -> Tensor:
+    """See cpu.int8.linear."""
+    return _scaled(a.double() @ (w if adjoint else w.t()).double(), scale, dtype, False)
+
+
+def int8_linear_wgrad(grads: Sequence[Tensor], a: Tensor) -> Tensor:
+    """See cpu.int8.linear_wgrad."""
+    total = sum(g.double() for g in grads).flatten(0, -2).t() @ a.double().flatten(0, -2)
+    return total.float()
 
 
 def _scaled(sums: Tensor, scale: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -42,6 +42,7 @@ RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
 hadamard, signs = rotation.hadamard, rotation.signs
 int8_conv, int8_conv_dgrad, int8_conv_wgrad = int8.conv, int8.conv_dgrad, int8.conv_wgrad
+int8_linear, int8_linear_wgrad = int8.linear, int8.linear_wgrad
 
 
 def describe() -> str:
@@ -53,7 +54,8 @@ def describe() -> str:
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
     """The layout that numba_quantize.quantize takes."""
-    return int(x.dtype == torch.bfloat16), *pixels_of(x)
+    half = int(x.dtype == torch.bfloat16)
+    return (half, *pixels_of(x)) if x.dim() == 4 else (half, 0, 0, 0)
 
 
 @functools.cache
@@ -133,11 +135,7 @@ def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Te
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
-    fields = (
-        torch.empty(form.field_bytes(count), dtype=torch.uint8, device="cpu")
-        if packed
-        else torch.empty_like(_NO_FIELDS)
-    )
+    fields = torch.empty(form.field_bytes(count), dtype=torch.uint8, device="cpu") if packed else _NO_FIELDS
     if count or how[3] != GIVEN:
         outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
         address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)

@@ -246,16 +246,29 @@ def _products_by_lines(grads: Sequence[Tensor], a: Tensor, geometry) -> Iterator
 def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Sequence) -> Tensor:
     """See int8.conv_wgrad: (K, R * S * C)."""
     (kernel, stride, *_), (images, channels, height, width) = geometry, grads[0].shape
-    # int32 holds the sums of CHUNK_ROWS rows, and so mostly the whole.
-    fits = images * height * width * len(grads) <= CHUNK_ROWS
     smaller = kernel[1] * a.shape[1] + kernel[0] * channels * len(grads) < kernel[0] * kernel[1] * a.shape[1]
     by_lines = channels <= NARROW and stride[0] == 1 and smaller
+    products = (_products_by_lines if by_lines else _products)(grads, a, geometry)
+    size = channels, kernel[0] * kernel[1] * a.shape[1]
+    return _total(products, images * height * width * len(grads), *size)
+
+
+def linear_wgrad(grads: Sequence[Tensor], a: Tensor) -> Tensor:
+    """See int8.linear_wgrad, of matrices."""
+    rows, depth = a.shape
+    parts = [slice(first, first + CHUNK_ROWS) for first in range(0, rows, CHUNK_ROWS)]
+    products = (multiply(g[part].t(), a[part]) for part in parts for g in grads)
+    return _total(products, rows * len(grads), grads[0].shape[1], depth)
+
+
+def _total(products: Iterator[Tensor], terms: int, rows: int, columns: int) -> Tensor:
+    """The sum of int32 (rows, columns), float32. terms: of each sum, in all of them."""
     total = None
-    for product in (_products_by_lines if by_lines else _products)(grads, a, geometry):
+    for product in products:
         if total is None:
-            total = product if fits else product.long()
+            total = product if terms <= CHUNK_ROWS else product.long()  # mostly int32 holds the whole
         else:
             total += product
     if total is None:
-        total = torch.zeros(channels, kernel[0] * kernel[1] * a.shape[1], dtype=torch.int32)
+        total = torch.zeros(rows, columns, dtype=torch.int32, device="cpu")
     return total.float()

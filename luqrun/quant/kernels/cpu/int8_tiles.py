@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, scratch
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
+from luqrun.quant.kernels.layout import empty
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
@@ -57,31 +59,33 @@ def weight_loops() -> ModuleType:
     return weight_loops
 
 
-def suits(a: Tensor, geometry: Pairs, out_size: tuple[int, int]) -> bool:
-    """Whether a convolution of a can be made of blocks. geometry: kernel, stride, padding, dilation."""
+def suits(shape: Sequence[int], geometry: Pairs, out_size: Sequence[int]) -> bool:
+    """Whether a convolution can be made of blocks. shape: of a; geometry: kernel, stride, padding, dilation."""
     kernel, _, _, (_, apart) = geometry
-    depth, padded = math.prod(kernel) * a.shape[1], _padded(geometry, out_size)
-    fits = 0 < depth <= MOST_TERMS and math.prod(padded) * a.shape[1] <= IMAGE_BYTES
+    depth, padded = math.prod(kernel) * shape[1], _padded(geometry, out_size)
+    fits = 0 < depth <= MOST_TERMS and math.prod(padded) * shape[1] <= IMAGE_BYTES
     return fits and (apart == 1 or kernel[1] == 1) and is_there()
 
 
-def suits_dgrad(g: Tensor, geometry: Pairs, shape: tuple[int, ...]) -> bool:
+def suits_dgrad(g_shape: Sequence[int], geometry: Pairs, shape: Sequence[int]) -> bool:
     """Whether the gradient of an input of this shape can be."""
     kernel, _, _, dilation = geometry
-    ends = zip(g.shape[2:], shape[2:], kernel, strict=True)
+    ends = zip(g_shape[2:], shape[2:], kernel, strict=True)
     padded = math.prod(size + of + 2 * taps for size, of, taps in ends)  # as an upper limit
-    fits = math.prod(kernel) * g.shape[1] <= MOST_TERMS and padded * g.shape[1] <= IMAGE_BYTES
+    fits = math.prod(kernel) * g_shape[1] <= MOST_TERMS and padded * g_shape[1] <= IMAGE_BYTES
     return fits and dilation == (1, 1) and is_there()
 
 
-def suits_wgrad(grads: Sequence[Tensor], a: Tensor, kernel: Sequence[int], groups: int = 1) -> bool:
-    """Whether a weight gradient can be."""
-    taps, (images, channels, height, width) = math.prod(kernel), grads[0].shape
-    parts = _parts(groups, a.shape[1], channels)
-    pixels, rows = height * width * len(grads), taps * a.shape[1] // parts
+def suits_wgrad(
+    g_shape: Sequence[int], draws: int, shape: Sequence[int], kernel: Sequence[int], groups: int = 1
+) -> bool:
+    """Whether a weight gradient of so many draws of a gradient of this shape can be. shape: of a."""
+    taps, (images, channels, height, width) = math.prod(kernel), g_shape
+    parts = _parts(groups, shape[1], channels)
+    pixels, rows = height * width * draws, taps * shape[1] // parts
     if rows > MOST_TAPS or height * width < FEWEST_PIXELS or pixels > MOST_TERMS or not is_there():
         return False
-    of_image = taps * _up(a.shape[1] // parts, LANES) * height * _up(width, 4)
+    of_image = taps * _up(shape[1] // parts, LANES) * height * _up(width, 4)
     sums = _tasks(images, pixels) * parts * (rows + 1) * _up(channels // parts, LANES) * 4
     return of_image <= IMAGE_BYTES and sums <= SUM_BYTES
 
@@ -124,66 +128,118 @@ def _images_a_task(images: int, image_bytes: int) -> int:
     return max(1, -(-images // (-(-tasks // threads) * threads)))  # as many for each thread
 
 
-def pack(weight: int, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """See weight_loops.pack_weight. weight: an address; groups: of all parts."""
-    of_part = groups // parts
-    channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
-    out = torch.empty(parts * _up(channels, LANES) * depth * 4, dtype=torch.int8, device="cpu")
-    panels = parts * -(-channels // COLUMNS)
-    weight_loops().pack_weight(panels, out.numel(), weight, out.data_ptr(), depth, of_part, outputs, *taps, *strides)
-    return out
+class Packing(NamedTuple):
+    """How weights of one shape are packed: what weight_loops.pack_weight is told, but for addresses."""
+
+    panels: int
+    bytes: int
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Packing:
+        """groups: of all parts; the rest: see weight_loops.pack_weight."""
+        of_part = groups // parts
+        channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
+        size = parts * _up(channels, LANES) * depth * 4
+        return cls(parts * -(-channels // COLUMNS), size, (depth, of_part, outputs, *taps, *strides))
+
+    def run(self, weight: int) -> int:
+        """The address of what is packed, which the next call takes again. weight: an address."""
+        to = scratch("packed weight", 1, self.bytes, torch.int8).data_ptr()
+        weight_loops().pack_weight(self.panels, self.bytes, weight, to, *self.numbers)
+        return to
 
 
-def _convolve(
-    a: Tensor, weight: Tensor, scale: Tensor, signed: bool, out: Tensor, parts: int, *where: Sequence[int]
-) -> None:
-    """See tile_loops.convolve. where: padding, padded, source, taps, target."""
-    (images, channels, height, width), (_, padded, _, taps, target) = a.shape, where
-    address = a.data_ptr(), weight.data_ptr(), out.data_ptr()
-    how, size = (int(out.dtype == torch.bfloat16), scale.data_ptr()), (images, height, width, channels)
-    products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2] * channels // parts
-    group = _images_a_task(images, padded[0] * padded[1] * channels)
-    work, places = max(a.numel(), products // PRODUCTS), chain.from_iterable(where)
-    tasks, shift = -(-images // group), SHIFT * signed
-    _loops().convolve(tasks, work, *address, *how, shift, group, parts, *size, *places)
+class Convolution(NamedTuple):
+    """A convolution of images of one shape: what tile_loops.convolve is told, but for addresses and signs. begin: bytes
+    from the weight's first to what is packed first."""
+
+    packing: Packing
+    begin: int
+    tasks: int
+    work: int
+    group: int
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], packing: Packing, parts: int, where: Sequence[Sequence[int]], begin: int = 0):
+        """shape: of a; where: padding, padded, source, taps, target (see tile_loops.convolve)."""
+        (images, channels, height, width), (_, padded, _, taps, target) = shape, where
+        products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2] * channels // parts
+        group = _images_a_task(images, padded[0] * padded[1] * channels)
+        work = max(math.prod(shape), products // PRODUCTS)
+        rest = parts, images, height, width, channels, *chain.from_iterable(where)
+        return cls(packing, begin, -(-images // group), work, group, rest)
+
+    def run(self, a: Tensor, weight: int, scale: Tensor, signed: bool, out: Tensor) -> None:
+        """weight: the address of the first."""
+        packed = self.packing.run(weight + self.begin)
+        how = packed, out.data_ptr(), int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed, self.group
+        _loops().convolve(self.tasks, self.work, a.data_ptr(), *how, *self.rest)
 
 
-def conv(a: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1) -> None:
-    """Fill `out`, channels_last, as int8.conv says. a: channels_last; geometry: kernel, stride, padding, dilation."""
+@functools.lru_cache(MOST_VIEWS)
+def convolution(
+    shape: Sequence[int], matrix: tuple[int, int], geometry: Pairs, out_shape: Sequence[int], groups: int, threads: int
+) -> Convolution:
+    """What `conv` does. shape: of a; matrix: its strides; threads: torch's, among which images are divided. Known once:
+    in a small layer it takes as long as the work."""
     (lines, across), stride, padding, (down, _) = geometry
-    (_, channels, *_), (out_height, out_width) = a.shape, out.shape[2:]
-    inputs, outputs, parts = channels // groups, out.shape[1] // groups, _parts(groups, channels, out.shape[1])
-    element, column = matrix.stride()
+    channels, (_, out_channels, out_height, out_width) = shape[1], out_shape
+    inputs, outputs, parts = channels // groups, out_channels // groups, _parts(groups, channels, out_channels)
+    element, column = matrix
     strides = across * inputs * element, inputs * element, element, column, outputs * column
-    weight = pack(matrix.data_ptr(), groups, parts, outputs, (lines, across, inputs), strides)
-    target = out_height, out_width, out.shape[1], 0, 0, 1, 1, out_height, out_width
+    target = out_height, out_width, out_channels, 0, 0, 1, 1, out_height, out_width
     taps, source = (lines, down, across), (0, 0, *stride)
-    _convolve(a, weight, scale, signed, out, parts, padding, _padded(geometry, out.shape[2:]), source, taps, target)
+    where = padding, _padded(geometry, out_shape[2:]), source, taps, target
+    return Convolution.of(shape, Packing.of(groups, parts, outputs, (lines, across, inputs), strides), parts, where)
 
 
-def conv_dgrad(g: Tensor, matrix: Tensor, scale: Tensor, geometry: Pairs, out: Tensor, groups: int = 1) -> None:
-    """Fill `out`, channels_last, as int8.conv_dgrad says. g: channels_last; matrix: (K, R * S * C / groups),
-    contiguous; geometry: kernel, stride, padding, dilation, which is 1."""
+def conv(a: Tensor, w: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1) -> None:
+    """Fill `out` as int8.conv says. All channels_last; geometry: kernel, stride, padding, dilation."""
+    matrix = 1, math.prod(w.shape[1:])
+    how = convolution(a.shape, matrix, geometry, out.shape, groups, torch.get_num_threads())
+    how.run(a, w.data_ptr(), scale, signed, out)
+
+
+@functools.lru_cache(MOST_VIEWS)
+def _dgrad(
+    shape: Sequence[int], geometry: Pairs, out_shape: Sequence[int], groups: int, threads: int
+) -> tuple[bool, list[Convolution]]:
+    """What `conv_dgrad` does: whether each pixel gets something, and a convolution for each kind of them. shape: of g;
+    threads: see `convolution`."""
     (lines, across), (down, beside), (above, left), _ = geometry
-    channels, (height, width) = out.shape[1], out.shape[2:]
-    inputs, outputs, parts = g.shape[1] // groups, channels // groups, _parts(groups, g.shape[1], channels)
+    _, channels, height, width = out_shape
+    inputs, outputs, parts = shape[1] // groups, channels // groups, _parts(groups, shape[1], channels)
     upright = [_taps_of(first, lines, down, above, height) for first in range(min(down, height))]
     sideways = [_taps_of(first, across, beside, left, width) for first in range(min(beside, width))]
-    if not all(count for count, *_ in (*upright, *sideways)):
-        out.zero_()
     high, padded_height = _padding(upright)
     wide, padded_width = _padding(sideways)
-    row = lines * across * outputs  # of the matrix
+    row = lines * across * outputs  # of an output channel of the weight
+    strides = -down * across * outputs, -beside * outputs, row, 1, inputs * row
+    found = []
     for line, (runs, last_line, source_line, count_lines) in enumerate(upright):
         for column, (taps, last_tap, source_column, count_columns) in enumerate(sideways):
             if runs and taps:
-                begin = matrix.data_ptr() + (last_line * across + last_tap) * outputs
-                strides = -down * across * outputs, -beside * outputs, row, 1, inputs * row
-                weight = pack(begin, groups, parts, outputs, (runs, taps, inputs), strides)
+                packing = Packing.of(groups, parts, outputs, (runs, taps, inputs), strides)
                 source = source_line + high, source_column + wide, 1, 1
                 target = height, width, channels, line, column, down, beside, count_lines, count_columns
-                how = (high, wide), (padded_height, padded_width), source, (runs, 1, taps), target
-                _convolve(g, weight, scale, True, out, parts, *how)
+                where = (high, wide), (padded_height, padded_width), source, (runs, 1, taps), target
+                begin = (last_line * across + last_tap) * outputs
+                found.append(Convolution.of(shape, packing, parts, where, begin))
+    return all(count for count, *_ in (*upright, *sideways)), found
+
+
+def conv_dgrad(
+    g: Tensor, w: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1
+) -> None:
+    """Fill `out` as int8.conv_dgrad says. All channels_last; geometry: kernel, stride, padding, dilation, which is
+    1."""
+    reaches_all, convolutions = _dgrad(g.shape, geometry, out.shape, groups, torch.get_num_threads())
+    if not reaches_all:
+        out.zero_()
+    for each in convolutions:
+        each.run(g, w.data_ptr(), scale, signed, out)
 
 
 def _taps_of(first: int, kernel: int, stride: int, padding: int, size: int) -> tuple[int, int, int, int]:
@@ -201,26 +257,49 @@ def _padding(kinds: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
     return before, max([1, *(before + source + count - 1 + taps for taps, _, source, count in kinds if taps)])
 
 
-def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs, groups: int = 1) -> Tensor:
-    """See int8.conv_wgrad: float32 (K, R * S * C / groups). grads, a: channels_last; geometry: kernel, stride, padding,
-    dilation."""
-    (kernel, stride, _, dilation), (images, channels, height, width) = geometry, grads[0].shape
-    parts, taps = _parts(groups, a.shape[1], channels), kernel[0] * kernel[1]
-    inputs, outputs, of_part = a.shape[1] // groups, channels // groups, channels // parts
-    rows, tasks = taps * a.shape[1] // parts, _tasks(images, height * width * len(grads))
+class WeightGradient(NamedTuple):
+    """The weight gradient of images of one shape: what tile_loops is told, but for addresses. sums: rows and columns of
+    what tasks add up."""
+
+    sums: tuple[int, int]
+    tasks: int
+    work: int
+    how: tuple[int, ...]
+    rest: tuple[int, ...]
+    panels: int
+    split: tuple[int, ...]
+
+
+@functools.lru_cache(MOST_VIEWS)
+def _wgrad(
+    g_shape: Sequence[int], shape: Sequence[int], draws: int, geometry: Pairs, groups: int, threads: int
+) -> WeightGradient:
+    """What `conv_wgrad` does. shape: of a; threads: see `convolution`."""
+    (kernel, stride, _, dilation), (images, channels, height, width) = geometry, g_shape
+    parts, taps = _parts(groups, shape[1], channels), kernel[0] * kernel[1]
+    inputs, outputs, of_part = shape[1] // groups, channels // groups, channels // parts
+    rows, tasks = taps * shape[1] // parts, _tasks(images, height * width * draws)
     padded = _up(of_part, LANES)
-    sums = scratch("weight gradients", tasks * parts * (rows + 1), padded, torch.int32)
-    size, g_size = (images, a.shape[2], a.shape[3], a.shape[1]), (images, height, width, channels)
+    size, g_size = (images, shape[2], shape[3], shape[1]), (images, height, width, channels)
     limit = LARGE_TASK_BYTES if 4 * (rows + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
-    work = max(a.numel(), images * height * width * rows * channels // PRODUCTS)
+    work = max(math.prod(shape), images * height * width * rows * channels // PRODUCTS)
     by_lines = _prefers_lines(kernel, stride, dilation, height, width, of_part)
-    for number, g in enumerate(grads):
-        address = a.data_ptr(), g.data_ptr(), sums.data_ptr(), SHIFT
-        how, places = (int(by_lines), tasks, limit, int(number > 0), parts), chain.from_iterable(geometry)
-        _loops().convolve_for_weight(tasks, work, *address, *how, *size, *g_size, *places)
-    out = torch.empty(channels, taps * inputs, dtype=torch.float32, device="cpu")
+    how, rest = (int(by_lines), tasks, limit), (*size, *g_size, *chain.from_iterable(geometry))
     split = parts, groups // parts, inputs, outputs, taps
-    _loops().add_tasks(parts * padded // LANES, out.numel(), sums.data_ptr(), tasks, *split, out.data_ptr())
+    sums = tasks * parts * (rows + 1), padded
+    return WeightGradient(sums, tasks, work, how, (parts, *rest), parts * padded // LANES, split)
+
+
+def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs, groups: int = 1) -> Tensor:
+    """See int8.conv_wgrad. All channels_last; geometry: kernel, stride, padding, dilation."""
+    (_, channels, *_), inputs = grads[0].shape, a.shape[1] // groups
+    which = grads[0].shape, a.shape, len(grads), geometry, groups
+    size, tasks, work, how, rest, panels, split = _wgrad(*which, torch.get_num_threads())
+    sums = scratch("weight gradients", *size, torch.int32).data_ptr()
+    for number, g in enumerate(grads):
+        _loops().convolve_for_weight(tasks, work, a.data_ptr(), g.data_ptr(), sums, SHIFT, *how, int(number > 0), *rest)
+    out = empty((channels, inputs, *geometry[0]), True, torch.float32, a.device)
+    _loops().add_tasks(panels, out.numel(), sums, tasks, *split, out.data_ptr())
     return out
 
 

@@ -20,6 +20,7 @@ from luqrun.quant.kernels.cpu import int8_tiles
 from luqrun.quant.kernels.cpu.int8_products import scratch
 from luqrun.quant.kernels.cpu.int8_tiles import PRODUCTS
 from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES, ROWS
+from luqrun.quant.kernels.layout import empty
 
 THREE, ONE = (3, 3), (1, 1)
 FEWEST_PRODUCTS = 1 << 25  # for each tap: with fewer, compiling takes longer than is gained
@@ -59,24 +60,28 @@ def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
     return fits and pays and int8_tiles.is_there()
 
 
-def _transformed(packed: Tensor, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
-    """The right operand of the loops, and its shifts; None where it does not fit int8. packed: of int8_tiles.pack."""
+def _transformed(packed: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """The right operand of the loops, and its shifts; None where it does not fit int8. packed: the address of what
+    int8_tiles.Packing makes."""
     panels = -(-outputs // COLUMNS)
     weight = scratch("tiles of weights", 16 * inputs, outputs, torch.int8)
     shifts = torch.empty(4 * outputs, dtype=torch.int32, device="cpu")
     wrong = torch.zeros(panels, dtype=torch.uint8, device="cpu")
-    address = packed.data_ptr(), weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
+    address = packed, weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
     int8_tiles.weight_loops().transform_weight(panels, weight.numel(), *address, inputs, outputs)
     return None if wrong.any() else (weight, shifts)
 
 
-def conv(a: Tensor, matrix: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor) -> bool:
-    """Fill `out`, channels_last, as int8.conv says, or return False where it is refused. a: channels_last."""
+def conv(a: Tensor, w: Tensor, scale: Tensor, padding: Sequence[int], out: Tensor, adjoint: bool = False) -> bool:
+    """Fill `out` as int8.conv says, or return False where it is refused. All channels_last. adjoint: with the kernel
+    turned round, from its outputs to its inputs."""
     (images, inputs, height, width), (_, outputs, out_height, out_width) = a.shape, out.shape
-    element, column = matrix.stride()
-    strides = 3 * inputs * element, inputs * element, element, column, outputs * column
-    packed = int8_tiles.pack(matrix.data_ptr(), 1, 1, outputs, (3, 3, inputs), strides)
-    transformed = _transformed(packed, inputs, outputs)
+    if adjoint:
+        begin, strides = 8 * outputs, (-3 * outputs, -outputs, 9 * outputs, 1, 0)
+    else:
+        begin, strides = 0, (3 * inputs, inputs, 1, 9 * inputs, 0)
+    packing = int8_tiles.Packing.of(1, 1, outputs, (3, 3, inputs), strides)
+    transformed = _transformed(packing.run(w.data_ptr() + begin), inputs, outputs)
     if transformed is None:
         return False
     weight, shifts = transformed
@@ -124,14 +129,14 @@ class _Operand:
 
 
 def conv_wgrad(grads: Sequence[Tensor], a: Tensor, padding: Sequence[int]) -> Tensor | None:
-    """See int8.conv_wgrad: float32 (K, 9 * C), or None where it is refused. grads, a: channels_last."""
+    """See int8.conv_wgrad, or None where it is refused. All channels_last."""
     (images, outputs, height, width), inputs, threads = grads[0].shape, a.shape[1], torch.get_num_threads()
     tiled = -(-height // 2), -(-width // 2)
     tiles = images * tiled[0] * tiled[1]
     chunk = min(max(CHUNK_SUMS * inputs * outputs, CHUNK_BYTES[0]), CHUNK_BYTES[1])
     quads = min(-(-tiles // 4), max(1, chunk // (64 * (inputs + outputs))), MOST_TILES // 4)
     left, right = _Operand(grads[0], 2, outputs, (0, 0), quads), _Operand(a, 4, COLUMNS, padding, quads)
-    out = torch.empty(outputs, 9 * inputs, dtype=torch.float32, device="cpu")
+    out = empty((outputs, inputs, *THREE), True, torch.float32, a.device)
     parts = outputs if tiles > 4 * quads or len(grads) > 1 else 0
     total = scratch("sums of weight gradients", parts, 9 * inputs, torch.float64)
     panels = -(-inputs // COLUMNS)

@@ -87,7 +87,7 @@ def accumulate(target, source, count):
 
 def loadable(x: Tensor) -> Tensor:
     """x as dense float32 or bf16, which the loops read."""
-    x = dense(x.detach())
+    x = dense(x)
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
