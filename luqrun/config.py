@@ -290,6 +290,7 @@ class Config:
     device: str = "auto"
     precision: str = "fp32"
     compile: bool = False
+    fuse: bool = True
     study: str = "default"
     resume: str = "auto"
     reuse: bool = False

@@ -50,7 +50,13 @@ SHORTCUT = "*downsample.*"  # torchvision's name for a residual block's shortcut
 
 
 def quantize_model(
-    model: nn.Module, recipe: Recipe, *, skip: Iterable[str] | None = None, seed: int = 0, example=None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    skip: Iterable[str] | None = None,
+    seed: int = 0,
+    example=None,
+    fuse: bool = True,
 ) -> nn.Module:
     """Make the Conv2d, Linear and MultiheadAttention layers of `model` compute in `recipe`, in place.
 
@@ -67,6 +73,9 @@ def quantize_model(
     restored), or an evaluation forward without gradients shows it, of `example`: the input, a tensor, a tuple of
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
     which. `last 15%` is that share of the layers that other entries leave, the last in the order of registration.
+
+    fuse: whether BatchNorm2d, ReLU and ReLU6 around these layers become ours, which need fewer passes over memory and
+    give torch's bits (on the CPU), and less memory; else they stay torch's own.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no
@@ -104,7 +113,7 @@ def quantize_model(
     for name, module in chosen.items():
         if module is not model:  # which may be kept to compare with
             module.__class__, module.__dict__ = type(twins[name]), vars(twins[name])
-    _adapt_neighbours(model)
+    _adapt_neighbours(model, fuse)
     if model not in chosen.values():
         CoverageCheck(model, list(chosen.items()))
         return model
@@ -133,10 +142,10 @@ def high_precision_layers(model: nn.Module, recipe: Recipe, *, example=None) -> 
     return kinds | left
 
 
-def _adapt_neighbours(model: nn.Module) -> None:
-    """Adapt what stands around quantized layers."""
+def _adapt_neighbours(model: nn.Module, fuse: bool) -> None:
+    """Adapt what stands around quantized layers. fuse: see quantize_model."""
     for module in model.modules():
-        if type(module) in NEIGHBOURS and "forward" not in vars(module):
+        if fuse and type(module) in NEIGHBOURS and "forward" not in vars(module):
             module.__class__ = NEIGHBOURS[type(module)]
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused evaluation path would read the weights past our layers

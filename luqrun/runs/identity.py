@@ -28,7 +28,7 @@ from luqrun.runtime import process_group
 LAYOUT = 2  # of run folders, in run.json; in the first the hash was of the settings alone
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
 NOT_IN_RESULT = {
-    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking", "cost"),
+    "": ("study", "resume", "reuse", "cell", "device", "compile", "fuse", "tracking", "cost"),
     "dataset": ("root", "workers"),
     "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone

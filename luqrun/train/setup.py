@@ -28,7 +28,7 @@ def build(config: Config, recipe: Recipe, task: Task, device: torch.device) -> n
     Raises UserError for weights that do not fit.
     """
     torch.manual_seed(config.seed)
-    model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example())
+    model = quantize_model(task.network(), recipe, seed=config.seed, example=task.example(), fuse=config.fuse)
     if (weights := task.weights()) is not None:
         load_weights(model, weights, task.head(model), config.model.new_head)
     if process_group.world_size() > 1:

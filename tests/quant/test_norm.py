@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from luqrun.quant import norm
+from luqrun.quant.convert import quantize_model
 from luqrun.quant.kernels import MODULES, reference
 from luqrun.quant.kernels.cpu import backend as cpu
 from luqrun.quant.kernels.cpu import norm as kernels
@@ -253,6 +254,29 @@ def test_quantize_model_puts_it_in_place():
     assert type(model[1]) is FusedBatchNorm2d
     assert list(model.state_dict())[1:3] == ["0.bias", "1.weight"]
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(model)[1]) is nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_the_modules_are_torchs_own_and_a_training_the_same_to_the_bit(dtype):
+    def trained(fuse):
+        torch.manual_seed(0)
+        parts = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3), nn.ReLU6()
+        model = nn.Sequential(*parts, nn.Conv2d(16, 8, 1)).to(memory_format=torch.channels_last)
+        quantize_model(model, LUQ, skip=(), fuse=fuse)
+        kinds = {type(module) for module in model} & {nn.BatchNorm2d, nn.ReLU, nn.ReLU6}
+        assert len(kinds) == (0 if fuse else 3)
+        for step in range(3):
+            x = torch.randn(4, 3, 9, 10, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(x.contiguous(memory_format=torch.channels_last)).float().square().mean()
+            loss.backward()
+            with torch.no_grad():
+                for each in model.parameters():
+                    each.sub_(each.grad, alpha=0.1)
+        return model.state_dict()
+
+    for one, other in zip(trained(True).values(), trained(False).values(), strict=True):
+        assert torch.equal(one, other)
 
 
 # The loops

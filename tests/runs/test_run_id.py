@@ -23,6 +23,7 @@ SAME_RESULT = [
     "cell.table=fig2",
     "device=auto",
     "compile=true",
+    "fuse=false",
     "dataset.workers=3",
     "schedule.finetune_lr=0.3",
     "finetune.lr_base=0.3",
