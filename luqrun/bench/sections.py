@@ -16,6 +16,7 @@ from luqrun.bench.gemm import checked, operands
 from luqrun.bench.memory import kept_for_backward, peak, resident_peaks
 from luqrun.bench.timing import Contender, Timings, interleave, left_out, turns, wait
 from luqrun.bench.workloads import SMALL_TEXT, TEXT, TextWorkload, Workload
+from luqrun.quant.kernels.cpu.process import keep_threads
 from luqrun.runtime.memory import KEPT, MMAP_THRESHOLD, TOP_PAD
 from luqrun.train.profiling import by_kind
 
@@ -205,11 +206,11 @@ def _steps(model: str, device: torch.device, sizes: Sizes, names: Iterable[str])
 @contextmanager
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    keep_threads(1)  # torch.set_num_threads would make attention slower in all that is measured afterwards
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        keep_threads(threads)
 
 
 def memory(device: torch.device, sizes: Sizes, models: tuple[str, ...]) -> Iterator[Case]:

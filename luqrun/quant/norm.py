@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,19 @@ from luqrun.quant.layers import as_leaf
 from luqrun.quant.measured import Wish, remember, wish_of
 
 
-class Made(NamedTuple):
-    """What a batch norm made its output of. versions: of x and weight, as it read them; wish: for x's gradient."""
+@dataclass(slots=True)
+class Made:
+    """What a batch norm makes its output of. versions: of x and weight, as it reads them; wish: for x's gradient; mean,
+    inverse: of each channel, and 1 / its standard deviation, once they are known."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    mean: Tensor
-    inverse: Tensor
     eps: float
     versions: tuple[int, int]
     wish: Wish
+    mean: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 def _versions(x: Tensor, weight: Tensor | None) -> tuple[int, int]:
@@ -81,22 +83,22 @@ def gradients(ctx, saved: tuple[Tensor, ...], grad: Tensor, mask: Tensor | None)
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """(output, mean, 1 / standard deviation) of a batch norm in training."""
+    """The output of a batch norm in training."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight, bias, running: tuple, momentum: float, eps: float, wish: Wish):
-        output, mean, inverse = backend_for(x.device.type).batch_norm(x, weight, bias, *running, momentum, eps)
+    def forward(ctx, x: Tensor, weight, bias, running: tuple, momentum: float, made: Made):
+        output, mean, inverse = backend_for(x.device.type).batch_norm(x, weight, bias, *running, momentum, made.eps)
+        made.mean, made.inverse = mean, inverse
         ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.eps, ctx.wish = eps, wish
-        ctx.mark_non_differentiable(mean, inverse)
+        ctx.eps, ctx.wish = made.eps, made.wish
         ctx.set_materialize_grads(False)
-        return output, mean, inverse
+        return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, *_):
+    def backward(ctx, grad: Tensor | None):
         if grad is None:  # a ReLU's own function has taken it past this one
-            return (None,) * 7
-        return *gradients(ctx, ctx.saved_tensors, grad, None), None, None, None, None
+            return (None,) * 6
+        return *gradients(ctx, ctx.saved_tensors, grad, None), None, None, None
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -115,9 +117,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        versions, wish = _versions(input, weight), wish_of(self)
-        output, mean, inverse = BatchNormFunction.apply(input, weight, bias, running, momentum or 0.0, eps, wish)
-        _last.output = _Output(output, Made(input, weight, bias, mean, inverse, eps, versions, wish))
+        made = Made(input, weight, bias, eps, _versions(input, weight), wish_of(self))
+        output = BatchNormFunction.apply(input, weight, bias, running, momentum or 0.0, made)
+        _last.output = _Output(output, made)
         return output
 
 
@@ -126,8 +128,10 @@ def _fuses(x: Tensor, *others: Tensor | None) -> bool:
         return False
     # Other sizes, and one value a channel, are torch's to refuse: its function that gives mean and deviation does not
     # look.
-    given = [other for other in others if other is not None]
-    for other in given:
-        if other.dtype != torch.float32 or other.shape != x.shape[1:2]:
-            return False
-    return x.numel() > x.shape[1] and (x.dtype == torch.float32 or len(given) > 0)  # else torch has bf16 moments
+    channels, given = x.shape[1:2], False
+    for other in others:
+        if other is not None:
+            given = True
+            if other.dtype != torch.float32 or other.shape != channels:
+                return False
+    return x.numel() > x.shape[1] and (x.dtype == torch.float32 or given)  # else torch has bf16 moments

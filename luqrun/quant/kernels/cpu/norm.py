@@ -38,21 +38,24 @@ class Kind(NamedTuple):
 
 def suits(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the loops give torch's numbers of a batch norm of x. vectors: what else goes in of each channel."""
-    fits = HAS_FMA and is_channels_last(x) and x.dtype in STEPS and x.shape[1] % STEPS[x.dtype] == 0
-    # Vectors with gaps torch takes in another way, too.
-    if not (fits and all(each is None or (each.dtype == torch.float32 and each.is_contiguous()) for each in vectors)):
+    if not (HAS_FMA and x.dtype in STEPS and is_channels_last(x)):
         return False
+    images, channels, height, width = x.shape
+    if channels % STEPS[x.dtype]:
+        return False
+    for each in vectors:  # those with gaps torch takes in another way, too
+        if each is not None and (each.dtype != torch.float32 or not each.is_contiguous()):
+            return False
     if routes.rehearses():
         return True
-    # Of few pixels torch adds up in another way.
-    if x.numel() <= x.shape[1] * torch.get_num_threads():
+    pixels, threads = height * width, torch.get_num_threads()
+    if images * pixels <= threads or channels == 0:  # of few pixels torch adds up in another way
         return False
-    kind = _kind(x)
-    return (len(_proven.verdicts) < MOST_KINDS or kind in _proven.verdicts) and _proven(*kind)
-
-
-def _kind(x: Tensor) -> Kind:
-    return Kind(x.shape[0], x.shape[2] * x.shape[3], x.shape[1], x.dtype, torch.get_num_threads())
+    kind = images, pixels, channels, x.dtype, threads
+    verdict = _proven.verdicts.get(kind)
+    if verdict is None:
+        return len(_proven.verdicts) < MOST_KINDS and _proven(*kind)
+    return verdict
 
 
 def _trial(kind: Kind) -> bool:
@@ -94,7 +97,8 @@ def normalized(
     """See reference.batch_norm; of what `suits`."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     out = torch.empty_like(x)
-    mean, inverse = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
+    mean = torch.empty(channels, dtype=torch.float32, device="cpu")
+    inverse = torch.empty_like(mean)
     given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
     size = int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()
     found = mean.data_ptr(), inverse.data_ptr(), out.data_ptr()

@@ -25,7 +25,7 @@ def share_openmp() -> list[ctypes.CDLL]:
 
 
 def keep_threads(threads: int) -> None:
-    """Give torch back its number of threads, which is this thread's in OpenMP and which another library has set.
+    """Give torch (back) this number of threads, which is this thread's in OpenMP and which another library has set.
 
     Not by torch.set_num_threads where OpenMP itself can be told: that tells MKL too, which from then on starts threads
     for each matrix that it is given within a parallel loop, as attention does (50,000 times a step, 4 % of its time).
