@@ -74,8 +74,8 @@ def quantize_model(
     arguments or a dict of keywords. A model that cannot be traced has those it registers first and last. The log says
     which. `last 15%` is that share of the layers that other entries leave, the last in the order of registration.
 
-    fuse: whether BatchNorm2d, ReLU and ReLU6 around these layers become ours, which need fewer passes over memory and
-    give torch's bits (on the CPU), and less memory; else they stay torch's own.
+    fuse: whether BatchNorm2d, ReLU and ReLU6 around these layers become ours, which need fewer passes over memory (on
+    the CPU) and less of it, and give torch's bits; else they stay torch's own.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no

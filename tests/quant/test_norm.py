@@ -268,8 +268,8 @@ def test_off_the_modules_are_torchs_own_and_a_training_the_same_to_the_bit(dtype
         for step in range(3):
             x = torch.randn(4, 3, 9, 10, generator=torch.Generator().manual_seed(step))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model(x.contiguous(memory_format=torch.channels_last)).float().square().mean()
-            loss.backward()
+                output = model(x.to(memory_format=LAST))
+            output.backward(normal(*output.shape, seed=step).to(output.dtype).to(memory_format=LAST))
             with torch.no_grad():
                 for each in model.parameters():
                     each.sub_(each.grad, alpha=0.1)
