@@ -113,7 +113,9 @@ class QuantLayer(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Name the draws of the coming training forwards: (step, micro_step 0, 1, ...)."""
-        names = self.streams.numpy() if self.streams.is_cpu else self.streams  # NumPy takes a fifth of the time
+        streams = self.streams
+        has_numbers = streams.is_cpu and type(streams) in PLAIN  # and is no FakeTensor
+        names = streams.numpy() if has_numbers else streams  # NumPy takes a fifth of the time
         names[:, STEP], names[:, MICRO_STEP] = step, 0
 
     def quantized_gemm(self, op, activation: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from int8_inputs import (
 from kernel_inputs import LAST
 
 from luqrun.errors import UserError
+from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import int8, int8_library, int8_products
 
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -113,6 +114,7 @@ def test_linear(shape, dtype, columns, route):
     unsigned = int8.linear(a & 15, w, scale, dtype, torch.tensor(False), False)
     assert_exact(unsigned, (a & 15).long() @ w.t().long(), scale, dtype)
     g = codes(*expected.shape, seed=2)
+    assert_exact(reference.int8_linear(a, w, scale, dtype, torch.tensor(True), False), expected, scale, dtype)
     found = int8.linear(g, w, scale, dtype, torch.tensor(True), True)
     assert_exact(found, g.long() @ w.long(), scale, dtype)
     assert found.is_contiguous()
@@ -122,6 +124,7 @@ def test_linear(shape, dtype, columns, route):
         )
         expected = summed.t() @ a.long().reshape(len(summed), shape[-1])
         assert torch.equal(int8.linear_wgrad(grads, a), expected.float())
+        assert torch.equal(reference.int8_linear_wgrad(grads, a), expected.float())
 
 
 def test_every_code_and_the_largest_sums(route):

@@ -212,6 +212,9 @@ def test_tools_that_watch_the_dispatcher_see_operators():
     assert {"next_draws", "quantize", "unpack"} <= recorder.names
     with FakeTensorMode():
         output = trained()
+        model = luqrun.quantize_model(nn.Conv2d(3, 4, 3), RECIPES["luq"], skip=())
+        set_step(model, 4)  # whose streams have no numbers either
+        assert model(torch.ones(2, 3, 5, 5)).shape == (2, 4, 3, 3)
     assert output.shape == (2, 4, 3, 3)
 
 

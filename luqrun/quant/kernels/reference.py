@@ -249,8 +249,8 @@ def int8_linear(a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed:
 
 def int8_linear_wgrad(grads: Sequence[Tensor], a: Tensor) -> Tensor:
     """See cpu.int8.linear_wgrad."""
-    total = sum(g.double() for g in grads).flatten(0, -2).t() @ a.double().flatten(0, -2)
-    return total.float()
+    g, a = (x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (sum(grads[1:], grads[0].double()), a))
+    return (g.t() @ a).float()
 
 
 def _scaled(sums: Tensor, scale: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
