@@ -27,11 +27,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's choice)")
     options = parser.parse_args()
 
-    import torch
-
     from luqrun.bench.run import REPORT, run
     from luqrun.bench.sections import IMAGES, SECTIONS, TOKENS
     from luqrun.errors import UserError, check_at_least
+    from luqrun.quant.kernels.cpu.process import keep_threads
 
     chosen = {}
     for key, known in (("only", SECTIONS), ("models", (*IMAGES, *TOKENS))):
@@ -42,7 +41,7 @@ def main() -> None:
     try:
         if options.threads is not None:
             check_at_least("threads", options.threads, 1)
-            torch.set_num_threads(options.threads)
+            keep_threads(options.threads)
         run(options.out, quick=options.quick, device=options.device, **chosen)
     except UserError as error:
         parser.error(str(error))

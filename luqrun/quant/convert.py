@@ -75,7 +75,7 @@ def quantize_model(
     which. `last 15%` is that share of the layers that other entries leave, the last in the order of registration.
 
     fuse: whether BatchNorm2d, ReLU and ReLU6 around these layers become ours, which need fewer passes over memory (on
-    the CPU) and less of it, and give torch's bits; else they stay torch's own.
+    the CPU) and less of it, and give torch's numbers but for the order of some sums; else they stay torch's own.
 
     Warns of layers that stay in high precision (other kinds, subclasses, patched ones) and, after the first training
     forward, of those that are shown as quantized and did not compute. Raises UserError for a pattern that matches no

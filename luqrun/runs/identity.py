@@ -28,7 +28,7 @@ from luqrun.runtime import process_group
 LAYOUT = 2  # of run folders, in run.json; in the first the hash was of the settings alone
 # What the same run may be given differently: where it runs, where its data lie, what it writes.
 NOT_IN_RESULT = {
-    "": ("study", "resume", "reuse", "cell", "device", "compile", "fuse", "tracking", "cost"),
+    "": ("study", "resume", "reuse", "cell", "device", "compile", "tracking", "cost"),
     "dataset": ("root", "workers"),
     "model": ("weights",),  # the fingerprint of the data says which they are
     "schedule": ("finetune_lr",),  # acts through finetune.lr_base alone
@@ -102,6 +102,8 @@ def deciding_settings(config: Config | dict) -> dict:
         for name in names if isinstance(of, dict) else ():
             if name in of and (of[name] is None or of[name] is False):
                 of.pop(name)
+    if values.get("fuse") is True:  # earlier runs did not say it
+        values.pop("fuse")
     if values.get("distributed") == asdict(DistributedConfig()):  # the only choice that one process has
         values.pop("distributed")
     tune = parts["finetune"]

@@ -22,7 +22,7 @@ OTHER = "other"
 # What the compiler fused (triton_poi_..., triton_red_...) is never the GEMM, though it may be named after one.
 KINDS = {
     "GEMM": r"^(?!triton_(poi|red|per)_|quantized).*(gemm|conv(?!ert)|(?<!co)mm(backward\d*)?(_out)?$|matmul"
-    r"|linear(backward\d*)?$|attention|flash|nvjet|cutlass|xmma|triton_(tem|mm)_)",
+    r"|linear(backward\d*)?$|int8_|attention|flash|nvjet|cutlass|xmma|triton_(tem|mm)_)",
     "quantize": r"luqrun::(quantize|encode)|^quantized",
     "statistics": r"luqrun::statistics",
     "unpack": r"luqrun::unpack",

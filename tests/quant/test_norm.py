@@ -257,7 +257,11 @@ def test_quantize_model_puts_it_in_place():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_off_the_modules_are_torchs_own_and_a_training_the_same_to_the_bit(dtype):
+@pytest.mark.parametrize("order", [LAST, torch.contiguous_format])
+def test_off_the_modules_are_torchs_own_and_the_numbers_of_a_training_the_same(order, dtype):
+    if dtype == torch.bfloat16 and order != LAST:
+        pytest.skip("sums in another order round otherwise, and random codes make much of it")
+
     def trained(fuse):
         torch.manual_seed(0)
         parts = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3), nn.ReLU6()
@@ -269,14 +273,17 @@ def test_off_the_modules_are_torchs_own_and_a_training_the_same_to_the_bit(dtype
             x = torch.randn(4, 3, 9, 10, generator=torch.Generator().manual_seed(step))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 output = model(x.to(memory_format=LAST))
-            output.backward(normal(*output.shape, seed=step).to(output.dtype).to(memory_format=LAST))
+            output.backward(normal(*output.shape, seed=step).to(output.dtype).contiguous(memory_format=order))
             with torch.no_grad():
                 for each in model.parameters():
                     each.sub_(each.grad, alpha=0.1)
         return model.state_dict()
 
     for one, other in zip(trained(True).values(), trained(False).values(), strict=True):
-        assert torch.equal(one, other)
+        if order == LAST:
+            assert torch.equal(one, other)
+        else:  # a gradient in another order than the activation: the bias' sums are
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 # The loops

@@ -19,6 +19,7 @@ NAMES = {
     "GEMM": (
         *("aten::convolution", "aten::mkldnn_convolution", "ConvolutionBackward0", "aten::addmm", "aten::mm"),
         *("AddmmBackward0", "aten::_int_mm", "luqrun::int8_conv", "luqrun::int8_conv_wgrad", "aten::linear"),
+        *("luqrun::int8_linear", "luqrun::int8_linear_wgrad"),
         *("onednn::qconv2d_pointwise", "sm90_xmma_gemm_bf16", "nvjet_hsh_128x128", "aten::matmul"),
     ),
     "quantize": ("luqrun::quantize", "luqrun::encode", "QuantizedGemm", "QuantizedGemmBackward"),

@@ -36,7 +36,8 @@ KINDS = {
 # What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
 # torch.device that is set around a call must not count.
 _FLOAT, _BOOL = (torch.zeros((), dtype=kind, device="cpu") for kind in (torch.float32, torch.bool))
-_NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")
+with torch.inference_mode(False):
+    _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")  # all quantizations share it: there is nothing in it
 RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks

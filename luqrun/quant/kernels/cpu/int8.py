@@ -67,12 +67,6 @@ def _fprop(shape: Sequence[int], channels: int, geometry: tuple, groups: int, re
     return size, blocks, blocks and groups == 1 and int8_winograd.suits(geometry, shape[1], channels, pixels)
 
 
-def _turned(geometry: tuple) -> tuple:
-    """Of the convolution with the kernel turned round that is the adjoint of one without a stride."""
-    (lines, across), _, padding, (down, beside) = geometry
-    return (lines, across), ONE, (down * (lines - 1) - padding[0], beside * (across - 1) - padding[1]), geometry[3]
-
-
 @functools.lru_cache(int8_products.MOST_VIEWS)
 def _dgrad(
     g_shape: Sequence[int], shape: Sequence[int], geometry: tuple, groups: int, rehearses: bool
@@ -85,9 +79,16 @@ def _dgrad(
 
 @functools.lru_cache(int8_products.MOST_VIEWS)
 def _wgrad(
-    g_shape: Sequence[int], draws: int, shape: Sequence[int], geometry: tuple, groups: int, rehearses: bool
+    g_shape: Sequence[int],
+    draws: int,
+    shape: Sequence[int],
+    geometry: tuple,
+    groups: int,
+    rehearses: bool,
+    threads: int,
 ) -> tuple[bool, bool]:
-    """Whether blocks of ours serve a weight gradient, and whether Winograd's tiles do. shape: of a."""
+    """Whether blocks of ours serve a weight gradient, and whether Winograd's tiles do. shape: of a; threads: torch's,
+    each of which has sums of its own."""
     if 0 in g_shape or 0 in shape:
         return False, False
     images, channels, height, width = g_shape
@@ -140,7 +141,7 @@ def conv(
     def by_libraries() -> Tensor:
         if groups > 1:
             return reference.int8_conv(a, w, scale, stride, padding, dilation, dtype, True, signed, groups)
-        return int8_library.conv(a, matrix_of(w).t(), scale, geometry, dtype, signed)
+        return int8_library.conv(a, _matrix_of(w).t(), scale, geometry, dtype, signed)
 
     def by_tiles() -> Tensor:
         out = empty(size, True, dtype, a.device)
@@ -171,7 +172,8 @@ def linear(a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tens
     *rest, depth = a.shape
     shape, columns = (math.prod(rest), depth, 1, 1), w.shape[int(adjoint)]
     size, blocks, _ = _fprop(shape, columns, POINTWISE, 1, rehearses())
-    strides, has_sign = (columns, 1) if adjoint else (1, depth), bool(signed.item())
+    strides = (0, 0, *((columns, 1) if adjoint else (1, depth)), 0)  # of one tap and one group
+    has_sign = bool(signed.item())
 
     def by_libraries() -> Tensor:
         matrix = w if adjoint else w.t()
@@ -220,7 +222,7 @@ def conv_dgrad(
     """
     geometry, shape, w = _pairs(w.shape[2:], stride, padding, dilation), tuple(map(int, shape)), in_channels_last(w)
     blocks, winograd = _dgrad(g.shape, shape, geometry, groups, rehearses())
-    turned, has_sign = _turned(geometry) if geometry[1] == ONE else None, bool(signed.item())
+    has_sign = bool(signed.item())
 
     def by_tiles() -> Tensor:
         out = empty(shape, True, dtype, g.device)
@@ -229,17 +231,17 @@ def conv_dgrad(
 
     def by_winograd() -> Tensor | None:
         out = empty(shape, True, dtype, g.device)
-        fits = int8_winograd.conv(in_channels_last(g), w, scale, turned[2], out, adjoint=True)
+        fits = int8_winograd.conv(in_channels_last(g), w, scale, int8_tiles.turned(geometry)[2], out, adjoint=True)
         return out if fits else None
 
     def by_libraries() -> Tensor:
         if groups > 1:
             return reference.int8_conv_dgrad(g, w, scale, shape, stride, padding, dilation, dtype, True, signed, groups)
-        if turned is None:
-            return int8_library.conv_dgrad(g, matrix_of(w), scale, shape, geometry, dtype)
+        if geometry[1] != ONE:
+            return int8_library.conv_dgrad(g, _matrix_of(w), scale, shape, geometry, dtype)
         rows = w.shape[0] * math.prod(geometry[0])
         matrix = w.flip(2, 3).permute(2, 3, 0, 1).reshape(rows, w.shape[1])
-        return int8_library.conv(g, matrix, scale, turned, dtype, signed)
+        return int8_library.conv(g, matrix, scale, int8_tiles.turned(geometry), dtype, signed)
 
     ours: dict[str, Route] = {}
     if blocks:
@@ -251,7 +253,7 @@ def conv_dgrad(
     return out if channels_last else _contiguous(out)
 
 
-def matrix_of(w: Tensor) -> Tensor:
+def _matrix_of(w: Tensor) -> Tensor:
     """w (K, C, R, S) as (K, R * S * C), without a copy of what is channels_last."""
     return w.permute(0, 2, 3, 1).reshape(w.shape[0], math.prod(w.shape[1:]))  # -1 would not do without elements
 
@@ -291,7 +293,8 @@ def conv_wgrad(
         return int8_winograd.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry[2])
 
     ours: dict[str, Route] = {}
-    blocks, winograd = _wgrad(grads[0].shape, len(grads), a.shape, geometry, groups, rehearses())
+    which = grads[0].shape, len(grads), a.shape, geometry, groups
+    blocks, winograd = _wgrad(*which, rehearses(), torch.get_num_threads())
     if blocks:
         ours[BLOCKS] = by_tiles
     if winograd:

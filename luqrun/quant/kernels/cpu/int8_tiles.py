@@ -69,11 +69,19 @@ def suits(shape: Sequence[int], geometry: Pairs, out_size: Sequence[int]) -> boo
 
 def suits_dgrad(g_shape: Sequence[int], geometry: Pairs, shape: Sequence[int]) -> bool:
     """Whether the gradient of an input of this shape can be."""
-    kernel, _, _, dilation = geometry
+    kernel, stride, _, dilation = geometry
+    if stride == (1, 1):
+        return suits(g_shape, turned(geometry), shape[2:])
     ends = zip(g_shape[2:], shape[2:], kernel, strict=True)
     padded = math.prod(size + of + 2 * taps for size, of, taps in ends)  # as an upper limit
     fits = math.prod(kernel) * g_shape[1] <= MOST_TERMS and padded * g_shape[1] <= IMAGE_BYTES
     return fits and dilation == (1, 1) and is_there()
+
+
+def turned(geometry: Pairs) -> Pairs:
+    """That of the convolution with the kernel turned round which is the adjoint of one without a stride."""
+    (lines, across), _, padding, (down, beside) = geometry
+    return (lines, across), (1, 1), (down * (lines - 1) - padding[0], beside * (across - 1) - padding[1]), geometry[3]
 
 
 def suits_wgrad(
@@ -162,7 +170,9 @@ class Convolution(NamedTuple):
     rest: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: Sequence[int], packing: Packing, parts: int, where: Sequence[Sequence[int]], begin: int = 0):
+    def of(
+        cls, shape: Sequence[int], packing: Packing, parts: int, where: Sequence[Sequence[int]], begin: int = 0
+    ) -> Convolution:
         """shape: of a; where: padding, padded, source, taps, target (see tile_loops.convolve)."""
         (images, channels, height, width), (_, padded, _, taps, target) = shape, where
         products = images * target[-2] * target[-1] * target[2] * taps[0] * taps[2] * channels // parts
@@ -180,25 +190,32 @@ class Convolution(NamedTuple):
 
 @functools.lru_cache(MOST_VIEWS)
 def convolution(
-    shape: Sequence[int], matrix: tuple[int, int], geometry: Pairs, out_shape: Sequence[int], groups: int, threads: int
+    shape: Sequence[int],
+    strides: tuple[int, ...],
+    geometry: Pairs,
+    out_shape: Sequence[int],
+    groups: int,
+    threads: int,
+    begin: int = 0,
 ) -> Convolution:
-    """What `conv` does. shape: of a; matrix: its strides; threads: torch's, among which images are divided. Known once:
-    in a small layer it takes as long as the work."""
+    """What `conv` does. shape: of a; strides: of the weight, see weight_loops.pack_weight; begin: see Convolution;
+    threads: torch's, among which images are divided. Known once: in a small layer it takes as long as the work."""
     (lines, across), stride, padding, (down, _) = geometry
     channels, (_, out_channels, out_height, out_width) = shape[1], out_shape
     inputs, outputs, parts = channels // groups, out_channels // groups, _parts(groups, channels, out_channels)
-    element, column = matrix
-    strides = across * inputs * element, inputs * element, element, column, outputs * column
     target = out_height, out_width, out_channels, 0, 0, 1, 1, out_height, out_width
     taps, source = (lines, down, across), (0, 0, *stride)
     where = padding, _padded(geometry, out_shape[2:]), source, taps, target
-    return Convolution.of(shape, Packing.of(groups, parts, outputs, (lines, across, inputs), strides), parts, where)
+    packing = Packing.of(groups, parts, outputs, (lines, across, inputs), strides)
+    return Convolution.of(shape, packing, parts, where, begin)
 
 
 def conv(a: Tensor, w: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1) -> None:
     """Fill `out` as int8.conv says. All channels_last; geometry: kernel, stride, padding, dilation."""
-    matrix = 1, math.prod(w.shape[1:])
-    how = convolution(a.shape, matrix, geometry, out.shape, groups, torch.get_num_threads())
+    channels, inputs, _, across = w.shape
+    row = math.prod(w.shape[1:])
+    strides = across * inputs, inputs, 1, row, channels // groups * row
+    how = convolution(a.shape, strides, geometry, out.shape, groups, torch.get_num_threads())
     how.run(a, w.data_ptr(), scale, signed, out)
 
 
@@ -211,11 +228,15 @@ def _dgrad(
     (lines, across), (down, beside), (above, left), _ = geometry
     _, channels, height, width = out_shape
     inputs, outputs, parts = shape[1] // groups, channels // groups, _parts(groups, shape[1], channels)
+    row = lines * across * outputs  # of an output channel of the weight
+    if (down, beside) == (1, 1):
+        strides = -across * outputs, -outputs, row, 1, inputs * row
+        how = strides, turned(geometry), out_shape, groups, threads, row - outputs
+        return True, [convolution(shape, *how)]
     upright = [_taps_of(first, lines, down, above, height) for first in range(min(down, height))]
     sideways = [_taps_of(first, across, beside, left, width) for first in range(min(beside, width))]
     high, padded_height = _padding(upright)
     wide, padded_width = _padding(sideways)
-    row = lines * across * outputs  # of an output channel of the weight
     strides = -down * across * outputs, -beside * outputs, row, 1, inputs * row
     found = []
     for line, (runs, last_line, source_line, count_lines) in enumerate(upright):
@@ -234,7 +255,7 @@ def conv_dgrad(
     g: Tensor, w: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1
 ) -> None:
     """Fill `out` as int8.conv_dgrad says. All channels_last; geometry: kernel, stride, padding, dilation, which is
-    1."""
+    1 where there is a stride."""
     reaches_all, convolutions = _dgrad(g.shape, geometry, out.shape, groups, torch.get_num_threads())
     if not reaches_all:
         out.zero_()
