@@ -23,7 +23,6 @@ SAME_RESULT = [
     "cell.table=fig2",
     "device=auto",
     "compile=true",
-    "fuse=true",
     "dataset.workers=3",
     "schedule.finetune_lr=0.3",
     "finetune.lr_base=0.3",
@@ -196,3 +195,10 @@ def test_results_and_processes_are_in_the_name_and_the_package_version_is_not(mo
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_id(tiny(), {}) == run_id(tiny(), {}, processes=2)
+
+
+def test_runs_of_before_there_was_a_key_are_those_with_what_they_did():
+    config = asdict(tiny())
+    assert config.pop("fuse") is True
+    assert deciding_settings(config) == deciding_settings(tiny())
+    assert deciding_settings(config) != deciding_settings(tiny("fuse=false"))
