@@ -96,3 +96,12 @@ def assert_identical(found: torch.Tensor, expected: torch.Tensor, what: object =
     assert found.shape == expected.shape, what
     assert not found.numel() or _strides(found) == _strides(expected), what
     assert torch.equal(bits_of(found), bits_of(expected)), what
+
+
+def assert_all_identical(found, expected, what: object = ""):
+    """Each as its counterpart; None where that is."""
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None, what
+        else:
+            assert_identical(one, other, what)

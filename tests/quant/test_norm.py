@@ -8,16 +8,14 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_inputs import LAST, assert_identical, normal
+from kernel_inputs import LAST, assert_all_identical, normal
 from layers import LUQ, quantize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from luqrun.quant import norm
 from luqrun.quant.convert import quantize_model
-from luqrun.quant.kernels import MODULES, reference
-from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu import norm as kernels
+from luqrun.quant.kernels import MODULES
 from luqrun.quant.norm import BatchNormFunction, FusedBatchNorm2d
 from luqrun.quant.relu import MaskedReLU, MaskedReLU6, NormedReLUFunction
 
@@ -68,14 +66,6 @@ def trained(layer, x, call, passes=2):
     return [*found, *(p.grad for p in layer.parameters()), *layer.buffers()]
 
 
-def check(found, expected, what=""):
-    for one, other in zip(found, expected, strict=True):
-        if other is None:
-            assert one is None, what
-        else:
-            assert_identical(one, other, what)
-
-
 @pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize(("relu", "inplace"), [("none", False), *product(("relu", "relu6"), (False, True))])
@@ -83,7 +73,7 @@ def test_the_numbers_of_torchs(name, keys, relu, inplace):
     x = INPUTS[name]
     plain = batch_norm(x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32, **keys)
     ours, after = fused(plain), RELUS[relu](inplace) if RELUS[relu] else nn.Identity()
-    check(trained(ours, x, lambda x: after(ours(x))), trained(plain, x, lambda x: after(plain(x))), name)
+    assert_all_identical(trained(ours, x, lambda x: after(ours(x))), trained(plain, x, lambda x: after(plain(x))), name)
 
 
 def test_what_it_fuses_goes_past_the_batch_norm():
@@ -161,7 +151,7 @@ def test_checkpointed(reentrant):
     ours = fused(plain)
     found = trained(ours, x, lambda x: checkpoint(lambda x: relu(ours(x)), x, use_reentrant=reentrant), passes=1)
     expected = trained(plain, x, lambda x: checkpoint(lambda x: relu(plain(x)), x, use_reentrant=reentrant), passes=1)
-    check(found, expected)
+    assert_all_identical(found, expected)
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -189,7 +179,7 @@ def test_running_statistics_that_are_switched_off_later():
     ours = fused(plain)
     plain.track_running_stats = ours.track_running_stats = False
     x = INPUTS["channels_last"]
-    check(trained(ours, x, ours), trained(plain, x, plain))
+    assert_all_identical(trained(ours, x, ours), trained(plain, x, plain))
 
 
 def test_what_is_changed_before_the_backward_pass_is_an_error():
@@ -226,15 +216,6 @@ def test_every_backend_has_it(name):
     backend = importlib.import_module(MODULES[name])
     assert callable(backend.batch_norm)
     assert callable(backend.batch_norm_backward)
-
-
-def test_the_trial_is_in_float32_whatever_the_default():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert kernels._trial(kernels.Kind(2, 9, 16, torch.float32, 1)) or not kernels.HAS_FMA
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_what_was_made_is_freed_with_the_output():
@@ -284,68 +265,3 @@ def test_off_the_modules_are_torchs_own_and_the_numbers_of_a_training_the_same(o
             assert torch.equal(one, other)
         else:  # a gradient in another order than the activation: the bias' sums are
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-# The loops
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_loops_give_torchs_bits(threads, dtype):
-    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(threads)
-    torch.set_num_threads(threads)
-    try:
-        for number in range(40):
-            sizes = [int(torch.randint(1, most, (), generator=generator)) for most in (9, 30, 9, 9)]
-            shape = sizes[0], 8 * sizes[1], *sizes[2:]
-            x, grad, other = (
-                torch.randn(shape, generator=generator).to(dtype).to(memory_format=LAST) for _ in range(3)
-            )
-            grad = x if number % 8 == 0 else grad  # of that nothing is left but what was rounded
-            channels = torch.randn(3, shape[1], generator=generator)
-            mask = reference.relu_(other) if number % 3 else None
-            _, *moments = reference.batch_norm(x, channels[0], None, None, None, 0.0, 1e-5)
-            arguments = grad, mask, x, channels[0] if number % 4 else None, *moments, 1e-5
-            found, expected = torch.ones(2, 4, dtype=torch.float64).unbind()
-            ours, theirs = (
-                cpu.batch_norm_backward(*arguments, found),
-                reference.batch_norm_backward(*arguments, expected),
-            )
-            check((*ours, found), (*theirs, expected), shape)
-            given = [each if number % 5 else None for each in (channels[1], *channels.abs()[1:])]
-            given = channels[0], *given
-            copies = [None if each is None else each.clone() for each in given]
-            ours, theirs = cpu.batch_norm(x, *given, 0.3, 1e-3), reference.batch_norm(x, *copies, 0.3, 1e-3)
-            check((*ours, *given), (*theirs, *copies), shape)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("function", ["gradients", "normalized"])
-def test_loops_that_give_other_bits_are_not_used(function, monkeypatch, caplog):
-    monkeypatch.setattr(kernels._proven, "verdicts", {})
-    right = getattr(kernels, function)
-    monkeypatch.setattr(kernels, function, lambda *a: tuple(each * (1 + 2**-20) for each in right(*a)))
-    x, grad = (normal(3, 16, 4, 4, seed=seed).to(memory_format=LAST) for seed in (1, 2))
-    arguments = grad, None, x, None, torch.zeros(16), torch.ones(16), 1e-5
-    check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))
-    rest = None, None, None, None, 0.1, 1e-5
-    check(cpu.batch_norm(x, *rest), reference.batch_norm(x, *rest))
-    assert "fewer passes" in caplog.text
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_vectors_with_gaps_are_torchs(which):
-    x, grad = (normal(3, 16, 4, 4, seed=seed).to(memory_format=LAST) for seed in (1, 2))
-    given = torch.rand(4, 16)
-    ours, theirs = (
-        [
-            torch.stack([each, -each], -1)[..., 0] if number == which else each.clone()
-            for number, each in enumerate(given)
-        ]
-        for _ in range(2)
-    )
-    found, expected = cpu.batch_norm(x, *ours, 0.1, 1e-5), reference.batch_norm(x, *theirs, 0.1, 1e-5)
-    check((*found, *ours), (*expected, *theirs))
-    arguments = grad, None, x, ours[0], *found[1:], 1e-5
-    check(cpu.batch_norm_backward(*arguments), reference.batch_norm_backward(*arguments))

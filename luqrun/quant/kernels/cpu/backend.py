@@ -55,8 +55,7 @@ def describe() -> str:
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
     """The layout that numba_quantize.quantize takes."""
-    half = int(x.dtype == torch.bfloat16)
-    return (half, *pixels_of(x)) if x.dim() == 4 else (half, 0, 0, 0)
+    return int(x.dtype == torch.bfloat16), *pixels_of(x)
 
 
 @functools.cache
