@@ -76,6 +76,12 @@ def fastest(key: Hashable, routes: dict[str, Route]) -> Tensor:
     raise AssertionError(f"{key}: all of {names} refused")
 
 
+def chosen(key: Hashable, names: Sequence[str]) -> str | None:
+    """The one of these routes that `fastest` takes first; None where it has not tried them."""
+    found = _chosen.get((key, *names, torch.get_num_threads()))
+    return found[0] if found else None
+
+
 def _try(key: Hashable, routes: dict[str, Route]) -> Tensor:
     exact, seconds, left_out = None, dict.fromkeys(routes, float("inf")), set()
     for _ in range(TRIES):

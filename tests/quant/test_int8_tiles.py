@@ -8,7 +8,7 @@ from kernel_inputs import LAST, assert_identical
 from luqrun.internals import of_numba
 from luqrun.quant import routes
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import driver, int8, int8_tiles
+from luqrun.quant.kernels.cpu import driver, int8, int8_tiles, int8_tiles_wgrad
 
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 POINTWISE = (1, 1), (1, 1), (0, 0), (1, 1)
@@ -30,10 +30,12 @@ def test_weight_gradients_by_lines_and_by_images(geometry, by_lines, bytes_, mon
     if by_lines and stride[0] > 1:
         pytest.skip("lines of the kernel see lines of the image that others do not")
     monkeypatch.setattr(int8_tiles, "TASK_BYTES", bytes_)  # one image at a time
-    monkeypatch.setattr(int8_tiles, "_prefers_lines", lambda *how: by_lines)
+    monkeypatch.setattr(int8_tiles_wgrad, "_prefers_lines", lambda *how: by_lines)
     a, w = operands(geometry)
     grads = [codes(*exact(a, w, geometry).shape, seed=seed) for seed in (2, 3)]
-    found = int8_tiles.conv_wgrad([g.to(memory_format=LAST) for g in grads], a.to(memory_format=LAST), geometry[:4])
+    found = int8_tiles_wgrad.conv_wgrad(
+        [g.to(memory_format=LAST) for g in grads], a.to(memory_format=LAST), geometry[:4]
+    )
     expected = sum(exact_wgrad(g, a, geometry) for g in grads).float()
     assert torch.equal(found, expected)
 
@@ -112,16 +114,16 @@ def test_where_blocks_serve(monkeypatch):
     assert not int8_tiles.suits_dgrad((1, 8, 4, 4), (*THREE[:1], (2, 1), (1, 1), (2, 1)), (1, 8, 9, 4))
     assert not int8_tiles.suits_dgrad((1, 1, 1, 1), ((1, 1), (65543, 65543), (0, 0), (1, 1)), (1, 1, 1, 1 << 29))
     a, g = (1, 8, 4, 4), (1, 2, 4, 4)
-    assert int8_tiles.suits_wgrad(g, 1, a, (3, 3))
-    assert not int8_tiles.suits_wgrad((1, 2, 3, 1), 1, a, (3, 3))
-    assert not int8_tiles.suits_wgrad((1, 1, longest // 2 + 1, 1), 2, a, (3, 3))
-    assert not int8_tiles.suits_wgrad(g, 1, (1, int8_tiles.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
-    assert not int8_tiles.suits_wgrad((1, 1, 250, 250), 1, (1, 1, 300, 300), (64, 64))  # quads for each tap
-    assert not int8_tiles.suits_wgrad((256, 512, 256, 256), 1, (256, 256, 256, 256), (3, 3))  # sums of tasks
+    assert int8_tiles_wgrad.suits(g, 1, a, (3, 3))
+    assert not int8_tiles_wgrad.suits((1, 2, 3, 1), 1, a, (3, 3))
+    assert not int8_tiles_wgrad.suits((1, 1, longest // 2 + 1, 1), 2, a, (3, 3))
+    assert not int8_tiles_wgrad.suits(g, 1, (1, int8_tiles_wgrad.MOST_TAPS // 9 + 1, 4, 4), (3, 3))
+    assert not int8_tiles_wgrad.suits((1, 1, 250, 250), 1, (1, 1, 300, 300), (64, 64))  # quads for each tap
+    assert not int8_tiles_wgrad.suits((256, 512, 256, 256), 1, (256, 256, 256, 256), (3, 3))  # sums of tasks
     monkeypatch.setattr(int8_tiles, "is_there", lambda: False)
     assert not int8_tiles.suits((1, 8, 4, 4), THREE, (4, 4))
     assert not int8_tiles.suits_dgrad((1, 8, 4, 4), THREE, (1, 8, 4, 4))
-    assert not int8_tiles.suits_wgrad(g, 1, a, (3, 3))
+    assert not int8_tiles_wgrad.suits(g, 1, a, (3, 3))
 
 
 @pytest.mark.parametrize(("features", "there"), [("+avx512f,+avx512vnni", True), ("+avx512f,-avx512vnni", False)])
@@ -190,7 +192,7 @@ GROUPS = {
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups(groups, inputs, outputs, parts, stride, dtype):
-    assert int8_tiles._parts(groups, groups * inputs, groups * outputs) == parts
+    assert int8_tiles.parts_of(groups, groups * inputs, groups * outputs) == parts
     assert int8_tiles.suits_groups(groups, groups * inputs, groups * outputs)
     a, w = codes(5, groups * inputs, 9, 8, low=-128), codes(groups * outputs, inputs, 3, 2, seed=1)
     how, scale, yes = (stride, (1, 0), (1, 1)), torch.tensor(0.3), torch.tensor(True)

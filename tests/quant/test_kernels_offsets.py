@@ -11,7 +11,7 @@ from test_philox import numpy_philox
 from luqrun.quant.formats import FORMATS
 from luqrun.quant.kernels import reference
 from luqrun.quant.kernels.cpu import backend as cpu
-from luqrun.quant.kernels.cpu import loops, memory, philox, quantize
+from luqrun.quant.kernels.cpu import loops, memory, philox, quantize, requests
 from luqrun.quant.kernels.cpu.sizes import CHUNK, ROW
 from luqrun.quant.kernels.philox import make_stream
 
@@ -35,12 +35,12 @@ def back(tensor, elements):
 
 def request(form, rounding, underflow, like, stored, **more):
     """What the tasks of quantize are told, but for what they find; and the array that has it."""
-    bits, pair, kind, floating = cpu._form(form, stored.dtype)
+    bits, pair, kind, floating = requests.form_of(form, stored.dtype)
     coder = {0: quantize.encode_integers, 1: quantize.encode_powers}.get(floating, quantize.encode_floats)
     told = np.zeros(1, quantize.REQUEST)
     numbers = {
         **{"half": like.dtype == torch.bfloat16, "bits": bits, "pair": pair, "kind": kind, "floating": floating},
-        **{"rounding": cpu.MODES[rounding], "underflow": cpu.MODES[underflow], "coder": coder.address()},
+        **{"rounding": requests.MODES[rounding], "underflow": requests.MODES[underflow], "coder": coder.address()},
         **{"scale": 0.05, "low": 0 if form.logarithmic else -form.limit, "high": form.limit, "name": NAME.ctypes.data},
     }
     for name, value in {**numbers, **more}.items():
@@ -162,7 +162,7 @@ def test_loading_storing_and_packing(start):
         edges, fields = guarded(ROW * form.field_bits // 8, torch.uint8)
         split, scratch = np.empty(ROW, np.uint8), np.empty(ROW, np.float32)
         address = fields.data_ptr() - start * form.field_bits // 8
-        how = cpu._form(form, dtype), split, scratch
+        how = requests.form_of(form, dtype), split, scratch
         memory.fields_row(codes.numpy(), back(stored, start), address, start, *how)
         assert torch.equal(fields, reference.pack(codes, form))
         assert_edges(edges)

@@ -21,8 +21,8 @@ def clock(monkeypatch):
 
 def chosen(wanted):
     """The way that is taken first for a key."""
-    (names,) = (names for (key, *_), names in routes._chosen.items() if key == wanted)
-    return names[0]
+    (names,) = (names for (key, *names), _ in routes._chosen.items() if key == wanted)
+    return routes.chosen(wanted, names[:-1])  # after these the number of threads
 
 
 def route(clock, seconds, value, calls=None):
@@ -134,3 +134,10 @@ def test_a_way_that_refuses_at_once_is_left_out(clock, order):
     for _ in range(2):
         assert fastest("key", {name: made[name] for name in order}).tolist() == [1.0] * 3
     assert chosen("key") == "all"
+
+
+def test_what_nobody_tried_is_not_chosen(clock):
+    assert routes.chosen("key", ("a", "b")) is None
+    fastest("key", {"a": route(clock, [2] * TRIES, 1), "b": route(clock, [1] * TRIES, 1)})
+    assert routes.chosen("key", ("a", "b")) == "b"
+    assert routes.chosen("key", ("a",)) is routes.chosen("other", ("a", "b")) is None

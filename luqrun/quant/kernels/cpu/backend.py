@@ -19,26 +19,18 @@ from torch import Tensor
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, memory, norm, rotation
-from luqrun.quant.kernels.cpu import quantize as numba_quantize
+from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, norm, requests, rotation
 from luqrun.quant.kernels.cpu.memory import loadable
-from luqrun.quant.kernels.cpu.rows import ABSMAX, GIVEN, HINDSIGHT, MODES, SAWB, STOCHASTIC
+from luqrun.quant.kernels.cpu.requests import KINDS, form_of
 from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import dense, empty, in_channels_last, is_channels_last, pixels_of
 
-KINDS = {
-    torch.int8: memory.INT8,
-    torch.int16: memory.INT16,
-    torch.float32: memory.FLOAT32,
-    torch.bfloat16: memory.BF16,
-}
 # What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
 # torch.device that is set around a call must not count.
 _FLOAT, _BOOL = (torch.zeros((), dtype=kind, device="cpu") for kind in (torch.float32, torch.bool))
 with torch.inference_mode(False):
     _NO_FIELDS = torch.zeros(0, dtype=torch.uint8, device="cpu")  # all quantizations share it: there is nothing in it
-RANGES = {"absmax": ABSMAX, "sawb": SAWB, "hindsight": HINDSIGHT}
 
 quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks.encode_blocks, blocks.decode_blocks
 hadamard, signs = rotation.hadamard, rotation.signs
@@ -53,33 +45,12 @@ def describe() -> str:
     return f"numba {numba.__version__}, {driver.threads_for(sys.maxsize)} thread(s)"
 
 
-def _layout(x: Tensor) -> tuple[int, int, int, int]:
-    """The layout that numba_quantize.quantize takes."""
-    return int(x.dtype == torch.bfloat16), *pixels_of(x)
-
-
-@functools.cache
-def _form(form: Format, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """The form that numba_quantize.quantize takes."""
-    return form.bits, int(form.field_bits == 4), KINDS[dtype], form.floating
-
-
-@functools.cache
-def _how(how: Encoding, range: int, moments: bool, sample: int) -> tuple[int, ...]:
-    """The `how` that numba_quantize.quantize takes: seven integers. moments: for GIVEN, whether to find the maximum."""
-    modes = MODES[how.rounding], MODES[how.underflow]
-    return how.form.floating, *modes, range, int(moments), int(how.pow2_scale), sample
-
-
 def statistics(x: Tensor, moments: bool, unless: Tensor | None = None) -> Tensor:
     """See reference.statistics."""
     if x.numel() == 0 or (unless is not None and unless.item() > 0):
         return torch.zeros(4, dtype=torch.float64, device="cpu")
     x, found = loadable(x), torch.zeros(6, dtype=torch.float64, device="cpu")
-    how, numbers = (0, 0, 0, ABSMAX, int(moments), 0, 0), (0.0, 0.0, 0.0)
-    address = x.data_ptr(), 0, 0, found.data_ptr(), (0, 0, 0), 0, 0
-    functions = driver.run.address(x.numel()), numba_quantize.measure.address(), 0, 0
-    numba_quantize.quantize(x.numel(), *address, _layout(x), how, (0, 0, 0, 0), (1, 1), numbers, functions)
+    driver.in_turn(requests.measuring(x.numel(), x.data_ptr(), x.dtype, moments, found.data_ptr()))
     return found[2:].clone()  # memory of its own, as the operator promises
 
 
@@ -94,13 +65,14 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, signed, fields, maximum): what Quantizer.run gives, sample 0, in one call.
 
-    hindsight: the estimate of the maximum, 0-dim, or None. known: x's statistics, or None.
+    hindsight: the estimate of the maximum, 0-dim float32, or None. known: x's statistics, or None.
     """
-    x, numbers = loadable(x), (*how.sawb, 0.0 if hindsight is None else hindsight.item())
+    assert hindsight is None or hindsight.dtype == torch.float32
+    x = loadable(x)
     scale, signed, maximum = torch.empty_like(_FLOAT), torch.empty_like(_BOOL), torch.empty_like(_FLOAT)
-    addresses = 0, (scale.data_ptr(), signed.data_ptr(), maximum.data_ptr()), 0 if known is None else known.data_ptr()
-    steps = _how(how, RANGES[how.range], how.range == "sawb", 0)
-    codes, fields = _encode(x, addresses, how.form, stream, steps, numbers, dtype, packed)
+    results = 0, scale.data_ptr(), signed.data_ptr(), maximum.data_ptr(), 0 if known is None else known.data_ptr()
+    expected = 0 if hindsight is None else hindsight.data_ptr()
+    codes, fields = _encode(x, results, expected, how, stream, requests.of_range(how), dtype, packed)
     return codes, scale, signed, fields, maximum
 
 
@@ -118,49 +90,32 @@ def encode(
     """See reference.encode."""
     given = [scale.item(), float(signed.item()), 0, 0, 0, 0]
     results = torch.tensor(given, dtype=torch.float64, device="cpu")
-    addresses = results.data_ptr(), (0, 0, 0), 0
-    steps, dtype = _how(how, GIVEN, observe, sample), dtype or how.form.code_dtype
-    codes, fields = _encode(loadable(x), addresses, how.form, stream, steps, (0.0, 0.0, 0.0), dtype, packed)
+    steps, dtype = requests.given(observe, sample), dtype or how.form.code_dtype
+    codes, fields = _encode(loadable(x), (results.data_ptr(), 0, 0, 0, 0), 0, how, stream, steps, dtype, packed)
     return codes, fields, results[2].float() if observe else x.new_empty(0, dtype=torch.float32)
 
 
-def _encode(x, addresses, form, stream, how, numbers, dtype, packed) -> tuple[Tensor, Tensor]:
-    """The codes and fields of numba_quantize.quantize. addresses: of results, outputs and statistics, whose tensors the
-    caller holds; the rest: as there."""
-    wanted, count, layout = dtype, x.numel(), _layout(x)
-    # Drawing in channels_last goes by images, whose fields may share a byte: they are packed afterwards. Without draws
-    # the order of the elements does not matter.
-    by_images = layout[1] > 0 and STOCHASTIC in how[1:3]
-    later = packed and by_images
+def _encode(x, results, expected, how, stream, steps, dtype, packed) -> tuple[Tensor, Tensor]:
+    """The codes and fields of numba_quantize.quantize. results, expected: addresses, of what the caller holds, from
+    `results` to `statistics` and of `hindsight`; steps: range, moments, sample of `_how`."""
+    form, wanted, count, layout = how.form, dtype, x.numel(), requests.layout_of(pixels_of(x), how)
+    later = packed and layout[0] > 0  # fields of images may share a byte
     if later or dtype not in KINDS:
         dtype = form.code_dtype
     codes = torch.empty_like(x, dtype=dtype)
     fields = torch.empty(form.field_bytes(count), dtype=torch.uint8, device="cpu") if packed else _NO_FIELDS
-    if count or how[3] != GIVEN:
-        outputs = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr(), *addresses
-        address, limits = (x.data_ptr(), *outputs, stream.data_ptr()), (form.limit, form.unsigned_limit)
-        layout = layout if by_images else (layout[0], 0, 0, 0)
-        functions = _functions(count, how[3] != GIVEN, by_images, form)
-        numba_quantize.quantize(count, *address, layout, how, _form(form, dtype), limits, numbers, functions)
+    if count or not results[0]:  # of no elements a range is measured, too
+        to = codes.data_ptr() if count else 0, 0 if later else fields.data_ptr()
+        where = x.data_ptr(), x.dtype, *to, results, stream.data_ptr(), layout, expected
+        driver.in_turn(requests.quantizing(count, *where, how, dtype, *steps))
     if later:
         _pack(codes, fields, form)
     return codes if dtype == wanted else codes.to(wanted), fields
 
 
-def _functions(elements: int, measures: bool, by_images: bool, form: Format) -> tuple[int, int, int, int]:
-    """The functions that numba_quantize.quantize takes."""
-    if form.logarithmic:
-        coder = numba_quantize.encode_powers
-    else:
-        coder = numba_quantize.encode_floats if form.floating else numba_quantize.encode_integers
-    encode = numba_quantize.encode_images if by_images else numba_quantize.encode_flat
-    measure = numba_quantize.measure.address() if measures else 0
-    return driver.run.address(elements), measure, encode.address(), coder.address()
-
-
 def _pack(codes: Tensor, fields: Tensor, form: Format) -> None:
     count = codes.numel()
-    loops.pack(chunks(count), count, count, codes.data_ptr(), fields.data_ptr(), *_form(form, codes.dtype))
+    loops.pack(chunks(count), count, count, codes.data_ptr(), fields.data_ptr(), *form_of(form, codes.dtype))
 
 
 def pack(codes: Tensor, form: Format) -> Tensor:
@@ -178,7 +133,7 @@ def unpack(
     stored = dtype if dtype in KINDS else form.code_dtype
     codes = empty(shape, channels_last, stored, fields.device)
     count, addresses = codes.numel(), (fields.data_ptr(), codes.data_ptr())
-    loops.unpack(chunks(count), count, count, *addresses, int(signed.item()), *_form(form, stored))
+    loops.unpack(chunks(count), count, count, *addresses, signed.data_ptr(), *form_of(form, stored))
     return codes.to(dtype)
 
 

@@ -8,7 +8,7 @@ import os
 import threading
 import types
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -107,8 +107,8 @@ class driver:
 class tasks(driver):
     """A loop over tasks on torch's threads: compiled is what one of them does, a function of (request, number).
 
-    The request is the address of the integers that the loop is called with: see `integers`. `run` calls the function by
-    its address. numba compiles all that a function calls once more with each caller, and in a parallel loop three
+    The request is the address of the integers that the loop is called with: see `integers`. `follow` calls the function
+    by its address. numba compiles all that a function calls once more with each caller, and in a parallel loop three
     times; so it is compiled once.
     """
 
@@ -117,8 +117,25 @@ class tasks(driver):
 
     def __call__(self, count, elements, *numbers):
         """count: of tasks; elements: how many they have, which decides on threads; numbers: integers."""
-        request = array("q", numbers)
-        run(elements, count, self.address(), request.buffer_info()[0])
+        in_turn((self, count, elements, numbers))
+
+
+Loop = tuple[tasks, int, int, Sequence[int]]  # over tasks: what it would be called with
+
+
+def in_turn(*loops: Loop) -> None:
+    """Run loops over tasks, each when the one before is done, in one call of compiled code: what a call costs is more
+    than the work where layers are small."""
+    told = array("q")
+    for loop in loops:
+        told.extend(told_of(*loop))
+    follow(len(loops), told.buffer_info()[0])
+
+
+def told_of(loop: tasks, count: int, elements: int, numbers: Sequence[int]) -> tuple[int, ...]:
+    """What `follow` is told of a loop."""
+    threads = team(elements) if count > 1 else 0
+    return threads, elements, count, loop.address(), len(numbers), *numbers
 
 
 unthreaded = functools.partial(driver, threads=False)  # itself a task, or what starts them
@@ -204,6 +221,12 @@ def threads_for(elements: int) -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
+def team(elements: int) -> int:
+    """What `perform` is told: the address of `run`, whose threads share tasks of so many elements, or 0 for none."""
+    alone = threads_for(elements) == 1 and _thread.rehearsed is None
+    return 0 if alone else run.address(elements)
+
+
 def _call(context, builder, signature, args):
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * (len(args) - 1)).as_pointer()
     builder.call(builder.inttoptr(args[0], kind), args[1:])
@@ -246,3 +269,24 @@ def run(elements, tasks, function, request):
     """Call the function at an address with (request, number) for each number below tasks. elements: see driver."""
     for number in prange(tasks):
         call2(function, request, number)
+
+
+@row_loop()
+def perform(team, elements, tasks, function, request):
+    """What `run` does, by a `team` or by this thread alone."""
+    if team != 0:
+        call4(team, elements, tasks, function, request)
+    else:
+        for number in range(tasks):
+            call2(function, request, number)
+
+
+@unthreaded
+def follow(loops, address):
+    """Run so many loops over tasks, told one after the other at an address: the team, elements, how many tasks, the
+    function's address, how many numbers it is told, and these. See `told_of`."""
+    for _ in range(loops):
+        team, elements, tasks, function, numbers = integers(address, 0, 5)
+        request = address + 5 * 8
+        perform(team, elements, tasks, function, request)
+        address = request + 8 * numbers

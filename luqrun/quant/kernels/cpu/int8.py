@@ -20,14 +20,14 @@ from torch import Tensor
 from luqrun.errors import UserError
 from luqrun.internals.of_torch import has_vnni, with_shape
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles, int8_winograd
+from luqrun.quant.kernels.cpu import int8_library, int8_products, int8_tiles, int8_tiles_wgrad, int8_winograd
 from luqrun.quant.kernels.cpu.int8_library import CHUNK_ROWS, out_size
 from luqrun.quant.kernels.layout import empty, in_channels_last
-from luqrun.quant.routes import Route, fastest, rehearses, size_class
+from luqrun.quant.routes import Route, chosen, fastest, rehearses, size_class
 
 log = logging.getLogger(__name__)
 
-BLOCKS, WINOGRAD = "blocks of ours", "Winograd's tiles"
+BLOCKS, WINOGRAD, LIBRARIES = "blocks of ours", "Winograd's tiles", "libraries"
 ONE = (1, 1)
 POINTWISE = ONE, ONE, (0, 0), ONE
 
@@ -94,7 +94,7 @@ def _wgrad(
     images, channels, height, width = g_shape
     pixels = images * height * width
     winograd = groups == 1 and int8_winograd.suits(geometry, shape[1], channels, pixels)
-    return int8_tiles.suits_wgrad(g_shape, draws, shape, geometry[0], groups), winograd
+    return int8_tiles_wgrad.suits(g_shape, draws, shape, geometry[0], groups), winograd
 
 
 def _by_the_fastest(
@@ -112,7 +112,19 @@ def _by_the_fastest(
         return library()
     if groups > 1:  # libraries have none, but for floating point, which others compare it with
         return ours[BLOCKS]()
-    return fastest((gemm, size_class(shape), geometry, *rest), {**ours, "libraries": library})
+    return fastest(_key(gemm, shape, geometry, rest), {**ours, LIBRARIES: library})
+
+
+def _key(gemm: str, shape: Sequence[int], geometry: Sequence, rest: tuple) -> tuple:
+    return gemm, size_class(shape), geometry, *rest
+
+
+def prefers_blocks(gemm: str, shape: Sequence[int], geometry: Sequence, rest: tuple, winograd: bool) -> bool | None:
+    """Whether blocks of ours were the fastest; None where nobody tried. rest: see _by_the_fastest; winograd: whether
+    Winograd's tiles were tried, too."""
+    names = (BLOCKS, WINOGRAD, LIBRARIES) if winograd else (BLOCKS, LIBRARIES)
+    name = chosen(_key(gemm, shape, geometry, rest), names)
+    return None if name is None else name == BLOCKS
 
 
 def conv(
@@ -163,6 +175,12 @@ def conv(
     return out if channels_last else _contiguous(out)
 
 
+def linear_strides(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of a weight of this shape and of its transpose, as of one tap and one group: see int8_tiles.strides_of."""
+    inputs = shape[1]
+    return (0, 0, 1, inputs, 0), (0, 0, inputs, 1, 0)
+
+
 def linear(a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor, adjoint: bool) -> Tensor:
     """scale * (a @ w.t()), or with `adjoint` of a @ w, as `conv` says it of the 1x1 convolution: `dtype` (..., K).
 
@@ -172,7 +190,7 @@ def linear(a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tens
     *rest, depth = a.shape
     shape, columns = (math.prod(rest), depth, 1, 1), w.shape[int(adjoint)]
     size, blocks, _ = _fprop(shape, columns, POINTWISE, 1, rehearses())
-    strides = (0, 0, *((columns, 1) if adjoint else (1, depth)), 0)  # of one tap and one group
+    strides = linear_strides(w.shape)[int(adjoint)]
     has_sign = bool(signed.item())
 
     def by_libraries() -> Tensor:
@@ -287,7 +305,7 @@ def conv_wgrad(
         return total.view(channels, *kernel, a.shape[1]).permute(0, 3, 1, 2)
 
     def by_tiles() -> Tensor:
-        return int8_tiles.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry, groups)
+        return int8_tiles_wgrad.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry, groups)
 
     def by_winograd() -> Tensor | None:
         return int8_winograd.conv_wgrad([in_channels_last(g) for g in grads], in_channels_last(a), geometry[2])

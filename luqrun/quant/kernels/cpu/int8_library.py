@@ -51,7 +51,7 @@ def _rescale(sums: Tensor, scale: Tensor, address: int, dtype: torch.dtype) -> N
     """The numbers at `address`, float32 or bf16, <- int32 sums * scale in one pass, where torch makes two copies."""
     assert dtype in (torch.float32, torch.bfloat16)
     count, half = sums.numel(), int(dtype == torch.bfloat16)
-    _loops().rescale(chunks(count), count, count, sums.data_ptr(), address, half, scale.data_ptr())
+    _loops().rescale(chunks(count), count, count, sums.data_ptr(), address, half, scale.data_ptr(), 0)
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +19,15 @@ from torch import Tensor
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, scratch
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
-from luqrun.quant.kernels.layout import empty
 
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
-MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
 MOST_TOGETHER = 16  # groups that are multiplied as one, with zeros
-FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time
 IMAGE_BYTES = 1 << 28  # that a task makes of an image, at most
-SUM_BYTES = 1 << 26  # of the sums of all tasks of a weight gradient, at most
 TASK_BYTES = 1 << 18  # of images that a thread reads over and over
-# Where the sums of a weight gradient do not fit the cache beside them, of more images: they are passed over less often.
-LARGE_SUM_BYTES, LARGE_TASK_BYTES = 1 << 20, 1 << 20
-COPY = 32  # products that take as long as the copy of a byte
 PRODUCTS = 32  # that take as long as an element of other loops
 
 Pairs = Sequence[tuple[int, int]]
+Loop = tuple[Any, int, int, Sequence[int]]  # see driver.in_turn
 
 
 @functools.cache
@@ -45,7 +39,14 @@ def is_there() -> bool:
 
 
 @functools.cache
-def _loops() -> ModuleType:
+def driver() -> ModuleType:
+    from luqrun.quant.kernels.cpu import driver  # numba is loaded when it is first needed
+
+    return driver
+
+
+@functools.cache
+def tile_loops() -> ModuleType:
     from luqrun.quant.kernels.cpu import tile_loops  # compiled code is loaded when it is first needed
 
     return tile_loops
@@ -84,27 +85,13 @@ def turned(geometry: Pairs) -> Pairs:
     return (lines, across), (1, 1), (down * (lines - 1) - padding[0], beside * (across - 1) - padding[1]), geometry[3]
 
 
-def suits_wgrad(
-    g_shape: Sequence[int], draws: int, shape: Sequence[int], kernel: Sequence[int], groups: int = 1
-) -> bool:
-    """Whether a weight gradient of so many draws of a gradient of this shape can be. shape: of a."""
-    taps, (images, channels, height, width) = math.prod(kernel), g_shape
-    parts = _parts(groups, shape[1], channels)
-    pixels, rows = height * width * draws, taps * shape[1] // parts
-    if rows > MOST_TAPS or height * width < FEWEST_PIXELS or pixels > MOST_TERMS or not is_there():
-        return False
-    of_image = taps * _up(shape[1] // parts, LANES) * height * _up(width, 4)
-    sums = _tasks(images, pixels) * parts * (rows + 1) * _up(channels // parts, LANES) * 4
-    return of_image <= IMAGE_BYTES and sums <= SUM_BYTES
-
-
 def suits_groups(groups: int, channels: int, out_channels: int) -> bool:
     """Whether convolutions of so many groups may be faster in blocks, in spite of the zeros between groups."""
-    return is_there() and groups <= MOST_TOGETHER * _parts(groups, channels, out_channels)
+    return is_there() and groups <= MOST_TOGETHER * parts_of(groups, channels, out_channels)
 
 
 @functools.lru_cache(MOST_VIEWS)
-def _parts(groups: int, channels: int, out_channels: int) -> int:
+def parts_of(groups: int, channels: int, out_channels: int) -> int:
     """How many convolutions side by side one of so many groups is made of: each of as few groups as fill vectors, with
     zeros between them; or one."""
     for together in range(1, min(groups, MOST_TOGETHER + 1)):
@@ -114,7 +101,7 @@ def _parts(groups: int, channels: int, out_channels: int) -> int:
     return 1
 
 
-def _up(number: int, step: int) -> int:
+def up(number: int, step: int) -> int:
     """The next multiple."""
     return -(-number // step) * step
 
@@ -123,11 +110,6 @@ def _padded(geometry: Pairs, out_size: tuple[int, int]) -> tuple[int, int]:
     """Lines and columns of the input that a convolution to these pixels reads."""
     (lines, across), (down, beside), _, (apart, _) = geometry
     return (out_size[0] - 1) * down + apart * (lines - 1) + 1, (out_size[1] - 1) * beside + across
-
-
-def _tasks(images: int, pixels: int) -> int:
-    """Parts of a weight gradient, of so many pixels an image: one for each thread, or as many as int32 needs."""
-    return min(images, max(torch.get_num_threads(), -(-images // (MOST_TERMS // pixels))))
 
 
 def _images_a_task(images: int, image_bytes: int) -> int:
@@ -147,15 +129,17 @@ class Packing(NamedTuple):
     def of(cls, groups: int, parts: int, outputs: int, taps: Sequence[int], strides: Sequence[int]) -> Packing:
         """groups: of all parts; the rest: see weight_loops.pack_weight."""
         of_part = groups // parts
-        channels, depth = of_part * outputs, taps[0] * _up(taps[1] * of_part * taps[2], 4) // 4
-        size = parts * _up(channels, LANES) * depth * 4
+        channels, depth = of_part * outputs, taps[0] * up(taps[1] * of_part * taps[2], 4) // 4
+        size = parts * up(channels, LANES) * depth * 4
         return cls(parts * -(-channels // COLUMNS), size, (depth, of_part, outputs, *taps, *strides))
 
-    def run(self, weight: int) -> int:
-        """The address of what is packed, which the next call takes again. weight: an address."""
-        to = scratch("packed weight", 1, self.bytes, torch.int8).data_ptr()
-        weight_loops().pack_weight(self.panels, self.bytes, weight, to, *self.numbers)
-        return to
+    def loop(self, weight: int, to: int) -> Loop:
+        """What packs the weight at an address to another."""
+        return weight_loops().pack_weight, self.panels, self.bytes, (weight, to, *self.numbers)
+
+    def scratch(self) -> int:
+        """The address of room for what is packed, which the next weight takes again."""
+        return scratch("packed weight", 1, self.bytes, torch.int8).data_ptr()
 
 
 class Convolution(NamedTuple):
@@ -181,11 +165,19 @@ class Convolution(NamedTuple):
         rest = parts, images, height, width, channels, *chain.from_iterable(where)
         return cls(packing, begin, -(-images // group), work, group, rest)
 
+    def loops(
+        self, a: int, weight: int, packed: int, out: int, half: int, shift: tuple[int, int], scales: tuple[int, int]
+    ) -> tuple[Loop, Loop]:
+        """What packs the weight, the address of whose first it is told, and convolves. shift: with `signed`."""
+        numbers = a, packed, out, half, *shift, self.group, *self.rest, *scales
+        packing = self.packing.loop(weight + self.begin, packed)
+        return packing, (tile_loops().convolve, self.tasks, self.work, numbers)
+
     def run(self, a: Tensor, weight: int, scale: Tensor, signed: bool, out: Tensor) -> None:
         """weight: the address of the first."""
-        packed = self.packing.run(weight + self.begin)
-        how = packed, out.data_ptr(), int(out.dtype == torch.bfloat16), scale.data_ptr(), SHIFT * signed, self.group
-        _loops().convolve(self.tasks, self.work, a.data_ptr(), *how, *self.rest)
+        to, half = (self.packing.scratch(), out.data_ptr()), int(out.dtype == torch.bfloat16)
+        how = half, (SHIFT * signed, 0), (scale.data_ptr(), 0)
+        driver().in_turn(*self.loops(a.data_ptr(), weight, *to, *how))
 
 
 @functools.lru_cache(MOST_VIEWS)
@@ -202,7 +194,7 @@ def convolution(
     threads: torch's, among which images are divided. Known once: in a small layer it takes as long as the work."""
     (lines, across), stride, padding, (down, _) = geometry
     channels, (_, out_channels, out_height, out_width) = shape[1], out_shape
-    inputs, outputs, parts = channels // groups, out_channels // groups, _parts(groups, channels, out_channels)
+    inputs, outputs, parts = channels // groups, out_channels // groups, parts_of(groups, channels, out_channels)
     target = out_height, out_width, out_channels, 0, 0, 1, 1, out_height, out_width
     taps, source = (lines, down, across), (0, 0, *stride)
     where = padding, _padded(geometry, out_shape[2:]), source, taps, target
@@ -210,24 +202,28 @@ def convolution(
     return Convolution.of(shape, packing, parts, where, begin)
 
 
+def strides_of(shape: Sequence[int], groups: int) -> tuple[int, ...]:
+    """Those of a channels_last weight (K, C / groups, R, S): see weight_loops.pack_weight."""
+    channels, inputs, _, across = shape
+    row = math.prod(shape[1:])
+    return across * inputs, inputs, 1, row, channels // groups * row
+
+
 def conv(a: Tensor, w: Tensor, scale: Tensor, geometry: Pairs, signed: bool, out: Tensor, groups: int = 1) -> None:
     """Fill `out` as int8.conv says. All channels_last; geometry: kernel, stride, padding, dilation."""
-    channels, inputs, _, across = w.shape
-    row = math.prod(w.shape[1:])
-    strides = across * inputs, inputs, 1, row, channels // groups * row
-    how = convolution(a.shape, strides, geometry, out.shape, groups, torch.get_num_threads())
+    how = convolution(a.shape, strides_of(w.shape, groups), geometry, out.shape, groups, torch.get_num_threads())
     how.run(a, w.data_ptr(), scale, signed, out)
 
 
 @functools.lru_cache(MOST_VIEWS)
-def _dgrad(
+def input_gradient(
     shape: Sequence[int], geometry: Pairs, out_shape: Sequence[int], groups: int, threads: int
 ) -> tuple[bool, list[Convolution]]:
     """What `conv_dgrad` does: whether each pixel gets something, and a convolution for each kind of them. shape: of g;
     threads: see `convolution`."""
     (lines, across), (down, beside), (above, left), _ = geometry
     _, channels, height, width = out_shape
-    inputs, outputs, parts = shape[1] // groups, channels // groups, _parts(groups, shape[1], channels)
+    inputs, outputs, parts = shape[1] // groups, channels // groups, parts_of(groups, shape[1], channels)
     row = lines * across * outputs  # of an output channel of the weight
     if (down, beside) == (1, 1):
         strides = -across * outputs, -outputs, row, 1, inputs * row
@@ -256,7 +252,7 @@ def conv_dgrad(
 ) -> None:
     """Fill `out` as int8.conv_dgrad says. All channels_last; geometry: kernel, stride, padding, dilation, which is
     1 where there is a stride."""
-    reaches_all, convolutions = _dgrad(g.shape, geometry, out.shape, groups, torch.get_num_threads())
+    reaches_all, convolutions = input_gradient(g.shape, geometry, out.shape, groups, torch.get_num_threads())
     if not reaches_all:
         out.zero_()
     for each in convolutions:
@@ -276,63 +272,3 @@ def _padding(kinds: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
     """(padding before, padded size) of the gradient, for all that is read of it."""
     before = max([0, *(-source for taps, _, source, _ in kinds if taps)])
     return before, max([1, *(before + source + count - 1 + taps for taps, _, source, count in kinds if taps)])
-
-
-class WeightGradient(NamedTuple):
-    """The weight gradient of images of one shape: what tile_loops is told, but for addresses. sums: rows and columns of
-    what tasks add up."""
-
-    sums: tuple[int, int]
-    tasks: int
-    work: int
-    how: tuple[int, ...]
-    rest: tuple[int, ...]
-    panels: int
-    split: tuple[int, ...]
-
-
-@functools.lru_cache(MOST_VIEWS)
-def _wgrad(
-    g_shape: Sequence[int], shape: Sequence[int], draws: int, geometry: Pairs, groups: int, threads: int
-) -> WeightGradient:
-    """What `conv_wgrad` does. shape: of a; threads: see `convolution`."""
-    (kernel, stride, _, dilation), (images, channels, height, width) = geometry, g_shape
-    parts, taps = _parts(groups, shape[1], channels), kernel[0] * kernel[1]
-    inputs, outputs, of_part = shape[1] // groups, channels // groups, channels // parts
-    rows, tasks = taps * shape[1] // parts, _tasks(images, height * width * draws)
-    padded = _up(of_part, LANES)
-    size, g_size = (images, shape[2], shape[3], shape[1]), (images, height, width, channels)
-    limit = LARGE_TASK_BYTES if 4 * (rows + 1) * padded > LARGE_SUM_BYTES else TASK_BYTES
-    work = max(math.prod(shape), images * height * width * rows * channels // PRODUCTS)
-    by_lines = _prefers_lines(kernel, stride, dilation, height, width, of_part)
-    how, rest = (int(by_lines), tasks, limit), (*size, *g_size, *chain.from_iterable(geometry))
-    split = parts, groups // parts, inputs, outputs, taps
-    sums = tasks * parts * (rows + 1), padded
-    return WeightGradient(sums, tasks, work, how, (parts, *rest), parts * padded // LANES, split)
-
-
-def conv_wgrad(grads: Sequence[Tensor], a: Tensor, geometry: Pairs, groups: int = 1) -> Tensor:
-    """See int8.conv_wgrad. All channels_last; geometry: kernel, stride, padding, dilation."""
-    (_, channels, *_), inputs = grads[0].shape, a.shape[1] // groups
-    which = grads[0].shape, a.shape, len(grads), geometry, groups
-    size, tasks, work, how, rest, panels, split = _wgrad(*which, torch.get_num_threads())
-    sums = scratch("weight gradients", *size, torch.int32).data_ptr()
-    for number, g in enumerate(grads):
-        _loops().convolve_for_weight(tasks, work, a.data_ptr(), g.data_ptr(), sums, SHIFT, *how, int(number > 0), *rest)
-    out = empty((channels, inputs, *geometry[0]), True, torch.float32, a.device)
-    _loops().add_tasks(panels, out.numel(), sums, tasks, *split, out.data_ptr())
-    return out
-
-
-def _prefers_lines(
-    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], height: int, width: int, channels: int
-) -> bool:
-    """Whether quads of lines, which may end with pixels that are none, take less time than those of whole images, of
-    which each tap needs its own."""
-    if stride[0] != 1:
-        return False
-    taps, pixels = kernel[0] * kernel[1], height * width
-    of_lines, of_images = height * _up(width, 4), _up(pixels, 4)
-    copied = of_lines * kernel[1] * (1 + dilation[0] * (kernel[0] - 1) / height), of_images * taps
-    multiplied = of_lines * taps * channels, of_images * taps * channels
-    return copied[0] * COPY + multiplied[0] <= copied[1] * COPY + multiplied[1]

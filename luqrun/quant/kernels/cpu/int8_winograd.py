@@ -18,7 +18,7 @@ from torch import Tensor
 from luqrun.quant import routes
 from luqrun.quant.kernels.cpu import int8_tiles
 from luqrun.quant.kernels.cpu.int8_products import scratch
-from luqrun.quant.kernels.cpu.int8_tiles import PRODUCTS
+from luqrun.quant.kernels.cpu.int8_tiles import PRODUCTS, Packing, driver, weight_loops
 from luqrun.quant.kernels.cpu.sizes import APART, COLUMNS, LANES, ROWS
 from luqrun.quant.kernels.layout import empty
 
@@ -60,15 +60,16 @@ def suits(geometry: Sequence, inputs: int, outputs: int, pixels: int) -> bool:
     return fits and pays and int8_tiles.is_there()
 
 
-def _transformed(packed: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
-    """The right operand of the loops, and its shifts; None where it does not fit int8. packed: the address of what
-    int8_tiles.Packing makes."""
+def _transformed(packing: Packing, first: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """The right operand of the loops, and its shifts; None where it does not fit int8. first: the address of what of
+    the weight is packed first."""
     panels = -(-outputs // COLUMNS)
     weight = scratch("tiles of weights", 16 * inputs, outputs, torch.int8)
     shifts = torch.empty(4 * outputs, dtype=torch.int32, device="cpu")
     wrong = torch.zeros(panels, dtype=torch.uint8, device="cpu")
-    address = packed, weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr()
-    int8_tiles.weight_loops().transform_weight(panels, weight.numel(), *address, inputs, outputs)
+    packed = packing.scratch()
+    numbers = packed, weight.data_ptr(), shifts.data_ptr(), wrong.data_ptr(), inputs, outputs
+    driver().in_turn(packing.loop(first, packed), (weight_loops().transform_weight, panels, weight.numel(), numbers))
     return None if wrong.any() else (weight, shifts)
 
 
@@ -80,8 +81,8 @@ def conv(a: Tensor, w: Tensor, scale: Tensor, padding: Sequence[int], out: Tenso
         begin, strides = 8 * outputs, (-3 * outputs, -outputs, 9 * outputs, 1, 0)
     else:
         begin, strides = 0, (3 * inputs, inputs, 1, 9 * inputs, 0)
-    packing = int8_tiles.Packing.of(1, 1, outputs, (3, 3, inputs), strides)
-    transformed = _transformed(packing.run(w.data_ptr() + begin), inputs, outputs)
+    packing = Packing.of(1, 1, outputs, (3, 3, inputs), strides)
+    transformed = _transformed(packing, w.data_ptr() + begin, inputs, outputs)
     if transformed is None:
         return False
     weight, shifts = transformed

@@ -16,6 +16,8 @@ from luqrun.quant.kernels.cpu.memory import (
     halves,
     int16s,
     int32s,
+    is_set,
+    product_of,
     store,
     uint8s,
 )
@@ -42,9 +44,10 @@ def pack(request, number):
 
 @tasks
 def unpack(request, number):
-    """Fields to codes: the inverse of `pack`; signed: whether an integer format's codes have a sign."""
-    elements, fields, codes, signed = integers(request, 0, 4)
-    form = integers(request, 4, 4)
+    """Fields to codes: the inverse of `pack`; signed: where it stands (bool) whether an integer format's codes have a
+    sign, or 0 for none."""
+    elements, fields, codes = integers(request, 0, 3)
+    signed, form = is_set(integers(request, 3, 1)[0]), integers(request, 4, 4)
     room = np.empty(5 * ROW, np.uint8)  # see quantize.encode_flat
     at = room.ctypes.data
     coded, split = int32s(at, ROW), uint8s(at + 4 * ROW, ROW)
@@ -157,9 +160,10 @@ def fold(request, number):
 
 @tasks
 def rescale(request, number):
-    """out, float32 or (half) bf16, is int32 `sums` times the float32 at `scale`."""
-    elements, sums, out, half, scale = integers(request, 0, 5)
-    factor = floats(scale, 1)[0]
+    """out, float32 or (half) bf16, is int32 `sums` times the float32 at the addresses `scales`, of which the second may
+    be 0."""
+    elements, sums, out, half = integers(request, 0, 4)
+    factor = product_of(integers(request, 4, 2))
     exact = np.empty(ROW, np.float32)
     for first in range(number * CHUNK, min(elements, (number + 1) * CHUNK), ROW):
         count = min(ROW, elements - first)

@@ -142,6 +142,19 @@ def floats(address, count):
 
 
 @row_loop()
+def product_of(scales):
+    """That of the float32 at two addresses, of which the second, or both for 1, may be 0."""
+    first = floats(scales[0], 1)[0] if scales[0] != 0 else f32(1)
+    return f32(first * floats(scales[1], 1)[0]) if scales[1] != 0 else first
+
+
+@row_loop()
+def is_set(address):
+    """The bool at an address, false at 0."""
+    return address != 0 and uint8s(address, 1)[0] != 0
+
+
+@row_loop()
 def doubles(address, count):
     return carray(pointer(address), (count,), np.float64)
 

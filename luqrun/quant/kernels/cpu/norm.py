@@ -102,7 +102,7 @@ def normalized(
     given = [0 if each is None else each.data_ptr() for each in (weight, bias, running_mean, running_var)]
     size = int(x.dtype == torch.bfloat16), rows, channels, torch.get_num_threads()
     found = mean.data_ptr(), inverse.data_ptr(), out.data_ptr()
-    functions = driver.run.address(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
+    functions = driver.team(x.numel()), *(each.address() for each in (loops.channel_sums, loops.normalize))
     loops.batch_norm(*size, x.data_ptr(), *given[:2], (given[2], given[3]), *found, momentum, eps, functions)
     return out, mean, inverse
 
@@ -122,7 +122,7 @@ def gradients(
     given = x, grad, mask, weight, mean, inverse, out, of_weight, of_bias, found
     places = [0 if each is None else each.data_ptr() for each in given]
     parts = min(torch.get_num_threads(), rows)  # each of them torch adds up for itself
-    functions = driver.run.address(x.numel()), norm_loops.norm_sums.address(), norm_loops.norm_gradient.address()
+    functions = driver.team(x.numel()), norm_loops.norm_sums.address(), norm_loops.norm_gradient.address()
     half = int(x.dtype == torch.bfloat16)
     norm_loops.batch_norm_backward(half, rows, channels, parts, *places, functions)
     return out, of_weight, of_bias

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from luqrun.internals.of_numba import cgutils
 from luqrun.quant.kernels.cpu import rows as rows_of
 from luqrun.quant.kernels.cpu.columns import EIGHT, PANEL, Columns, for_each_kind, row_at
-from luqrun.quant.kernels.cpu.driver import call4, integers, unthreaded
+from luqrun.quant.kernels.cpu.driver import integers, perform, unthreaded
 from luqrun.quant.kernels.cpu.memory import doubles, floats, int64s, uint8s
 from luqrun.quant.kernels.cpu.rows import f32, f64, row_loop
 from luqrun.quant.kernels.cpu.sizes import CHUNK
@@ -203,7 +203,8 @@ def batch_norm_backward(
     """Batch norm's backward pass: the gradients of x (out), weight and bias.
 
     All but the sizes are addresses; half: whether x, g and out are bf16; mask, weight: 0 where there is none.
-    statistics: where those of out go, float64 (4,), or 0. functions: addresses of `run`, norm_sums and norm_gradient.
+    statistics: where those of out go, float64 (4,), or 0. functions: addresses of the
+    team (driver.team), norm_sums and norm_gradient.
     """
     elements, step = rows * channels, max(1, CHUNK // channels)
     tasks, mask_pitch = (rows + step - 1) // step, channels // EIGHT if mask != 0 else 0
@@ -225,11 +226,11 @@ def batch_norm_backward(
         numbers[4 * channels + j] = f32(1) if weight == 0 else floats(weight, channels)[j]
     request[0], request[1], request[2], request[3], request[4] = half, rows, channels, parts, mask_pitch
     request[5], request[6], request[7], request[8], request[9] = x, g, mask, mean, sums
-    call4(functions[0], elements, parts, functions[1], told)
+    perform(functions[0], elements, parts, functions[1], told)
     _add_parts(half, rows, channels, parts, floats(sums, 2 * parts * channels), numbers)
     request[3], request[4], request[5], request[6] = mask_pitch, x, g, mask
     request[7], request[8], request[9] = values, out, extremes if statistics != 0 else 0
-    call4(functions[0], elements, tasks, functions[2], told)
+    perform(functions[0], elements, tasks, functions[2], told)
     rows_of.copy(numbers[5 * channels : 6 * channels], floats(of_weight, channels))
     rows_of.copy(numbers[6 * channels :], floats(of_bias, channels))
     if statistics != 0:

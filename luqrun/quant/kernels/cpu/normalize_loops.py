@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from luqrun.internals.of_numba import cgutils
 from luqrun.quant.kernels.cpu.columns import PANEL, Columns, for_each_kind, row_at
-from luqrun.quant.kernels.cpu.driver import call4, integers, unthreaded
+from luqrun.quant.kernels.cpu.driver import integers, perform, unthreaded
 from luqrun.quant.kernels.cpu.encode import fma
 from luqrun.quant.kernels.cpu.memory import floats, int64s
 from luqrun.quant.kernels.cpu.norm_loops import column_sum
@@ -155,7 +155,8 @@ def normalize(request, number):
 def batch_norm(half, rows, channels, parts, x, weight, bias, running, mean, inverse, out, momentum, eps, functions):
     """Batch norm in training: out, and a channel's mean and 1 / sqrt(variance + eps). All but the sizes, momentum and
     eps are addresses; half: whether x and out are bf16, and not float32 as the rest. weight, bias, running (mean and
-    variance, which are updated): 0 where there are none. functions: addresses of `run`, channel_sums and normalize.
+    variance, which are updated): 0 where there are none. functions: addresses of the team (driver.team),
+    channel_sums and normalize.
     """
     elements, count, eta = rows * channels, f32(rows), f32(momentum)
     room = np.empty((parts + 2) * channels, np.float32)
@@ -169,12 +170,12 @@ def batch_norm(half, rows, channels, parts, x, weight, bias, running, mean, inve
     found, slopes, shifts = floats(sums, parts * channels), floats(slope, channels), floats(shift, channels)
     for j in range(channels):
         means[j] = f32(0)
-    call4(functions[0], elements, parts, functions[1], told.ctypes.data)
+    perform(functions[0], elements, parts, functions[1], told.ctypes.data)
     for j in range(channels):
         total = column_sum(half, found, channels, parts, j)
         means[j] = f32(total) / count if half else f32(total / f64(rows))
     request[4] = 1
-    call4(functions[0], elements, parts, functions[1], told.ctypes.data)
+    perform(functions[0], elements, parts, functions[1], told.ctypes.data)
     for j in range(channels):
         squares = f32(column_sum(half, found, channels, parts, j))
         variance = f64(squares / count)
@@ -193,5 +194,5 @@ def batch_norm(half, rows, channels, parts, x, weight, bias, running, mean, inve
         shifts[j] = fma(-means[j], slopes[j], f32(0) if bias == 0 else floats(bias, channels)[j])
     request[3], request[4], request[5], request[6] = x, slope, shift, out
     step = max(1, CHUNK // channels)
-    call4(functions[0], elements, (rows + step - 1) // step, functions[2], told.ctypes.data)
+    perform(functions[0], elements, (rows + step - 1) // step, functions[2], told.ctypes.data)
     told[0], room[0] = 0, f32(0)  # what only its address was taken of must be in use until here

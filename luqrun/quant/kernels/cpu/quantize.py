@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from luqrun.quant.kernels.cpu import encode, rows
-from luqrun.quant.kernels.cpu.driver import call4, call6, unthreaded
+from luqrun.quant.kernels.cpu.driver import call6, integers, perform, tasks, unthreaded
 from luqrun.quant.kernels.cpu.memory import (
     INT8,
     doubles,
@@ -171,27 +171,31 @@ def encode_images(address, number):
     room[0] = 0  # see encode_flat
 
 
-@unthreaded
-def quantize(
-    elements, x, codes, fields, results, outputs, statistics, stream, layout, how, form, limits, numbers, functions
-):
-    """Measure x, choose a scale, encode: as much of it as is asked for, in as few passes as that needs.
+@tasks
+def quantize(given, number):
+    """Measure x, choose a scale, encode: as much of it as is asked for, in as few passes as that needs. One task.
 
-    x, codes (0: measure only), fields (0: none), results, stream: addresses. results: float64 (6,) of scale, signed,
-    max|x|, any x < 0, sum|x|, sum x^2; the first two are read where the range is GIVEN. outputs: where scale (float32),
-    signed (bool) and max|x| (float32) go as well, or 0. statistics: the address of the last four of results, where they
-    are known, or 0. layout: bf16 or not, images, pixels, channels (no images: memory order is row-major). how:
-    floating, rounding, underflow, range, moments (for GIVEN: the maximum), pow2_scale, sample. form: bits, whether two
-    fields share a byte, what codes are stored as, floating (Format). limits: the largest codes, signed and not.
-    numbers: SAWB's c1 and c2, and the hindsight maximum. functions: addresses of `run`, measure, encode_flat or
+    x, codes (0: measure only), fields (0: none): addresses. half: whether x is bf16. results: the address of float64
+    (6,) of scale, signed, max|x|, any x < 0, sum|x|, sum x^2, of which the first two are read where the range is GIVEN;
+    or 0. scale (float32), signed (bool), largest (float32): where these go as well, or 0. statistics: the address of
+    the last four of results, where they are known, or 0. stream: of the draw's name. images, pixels, channels: of what
+    is not in row-major order, or no images. hindsight: the address of the maximum that is expected (float32), or 0.
+    how: floating, rounding, underflow, range, moments (for GIVEN: the maximum), pow2_scale, sample. form: bits, whether
+    two fields share a byte, what codes are stored as, floating (Format). limits: the largest codes, signed and not.
+    sawb: the address of c1 and c2 (float64). functions: addresses of the team (driver.team), measure, encode_flat or
     encode_images, and what encodes a row.
     """
-    half, images, pixels, channels = layout
+    elements, x, half, codes, fields, results = integers(given, 0, 6)
+    outputs, statistics, stream = integers(given, 6, 3), integers(given, 9, 1)[0], integers(given, 10, 1)[0]
+    images, pixels, channels, hindsight = integers(given, 11, 4)
+    how, form, limits = integers(given, 15, 7), integers(given, 22, 4), integers(given, 26, 2)
+    numbers, functions = doubles(integers(given, 28, 1)[0], 2), integers(given, 29, 4)
+    expected = floats(hindsight, 1)[0] if hindsight != 0 else f32(0)
     found, told = np.zeros(6, np.float64), np.zeros(1, REQUEST)
     if results != 0:
-        found = carray(pointer(results), (6,), np.float64)
+        found = doubles(results, 6)
     # With an estimate from before, one pass does: the maximum is found while encoding.
-    once = how[3] == HINDSIGHT and how[0] == 1 and numbers[2] > 0
+    once = how[3] == HINDSIGHT and how[0] == 1 and expected > 0
     tasks = max(1, (elements + CHUNK - 1) // CHUNK)
     request = told[0]
     request.x, request.half, request.elements, request.moments = x, half, elements, how[4]
@@ -200,12 +204,12 @@ def quantize(
     elif how[3] != GIVEN and not once:
         extremes, sums = np.zeros((tasks, 2), np.int32), np.zeros((tasks, 2), np.float64)
         request.extremes, request.sums = extremes.ctypes.data, sums.ctypes.data
-        call4(functions[0], elements, tasks, functions[1], told.ctypes.data)
+        perform(functions[0], elements, tasks, functions[1], told.ctypes.data)
         total(request.extremes, request.sums, tasks, found[2:])
         extremes[0, 0], sums[0, 0] = 0, 0  # see below
     if how[3] != GIVEN:
         signed = how[0] or found[3] > 0
-        clip = rows.clip(how[3], found, elements, numbers[0], numbers[1], numbers[2])
+        clip = rows.clip(how[3], found, elements, numbers[0], numbers[1], expected)
         found[0], found[1] = rows.scale(clip, f32(limits[0] if signed else limits[1]), how[5]), signed
         if not once and not np.isfinite(found[2]):
             found[0] = np.nan
@@ -233,7 +237,7 @@ def quantize(
             groups = (images + request.each - 1) // request.each
         largest = np.zeros(groups, np.int32)
         request.largest = largest.ctypes.data
-        call4(functions[0], elements, groups, functions[2], told.ctypes.data)
+        perform(functions[0], elements, groups, functions[2], told.ctypes.data)
         name[0] = 0  # see below
         if once or (how[3] == GIVEN and how[4]):
             for number in range(1, groups):

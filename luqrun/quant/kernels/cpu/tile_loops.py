@@ -15,8 +15,8 @@ from luqrun.quant.kernels.cpu.dot_tiles import (
 )
 from luqrun.quant.kernels.cpu.driver import integers, tasks
 from luqrun.quant.kernels.cpu.loops import pad_line
-from luqrun.quant.kernels.cpu.memory import accumulate, floats, int32s, int64s, uint8s
-from luqrun.quant.kernels.cpu.rows import row_loop
+from luqrun.quant.kernels.cpu.memory import accumulate, floats, int32s, int64s, is_set, product_of, uint8s
+from luqrun.quant.kernels.cpu.rows import f32, row_loop
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES, MOST_ROWS, ROWS
 
 WIDE_ROWS, NARROW_ROWS = ROWS[2], ROWS[1]
@@ -68,17 +68,22 @@ def up(channels):
 
 @tasks
 def convolve(request, number):
-    """out (N, H', W', K), float32 or (half) bf16, at the pixels of `target` <- the integers times the float at `scale`.
+    """out (N, H', W', K), float32 or (half) bf16, at the pixels of `target` <- the integers times the floats at the
+    addresses `scales`, of which the second may be 0.
 
-    a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; weight: from
-    `pack_weight`. padding, padded: see `pad`: what is read has padded (lines, columns). source: (line, column) there of
-    the first tap of the first pixel, and how far apart pixels are; taps: (runs, lines between runs, taps a run).
-    target: (H', W', K), the first (line, column), how far apart, how many. group: images a task. parts: into how many
-    of the same size the channels are split, of which each of the output sees that of the input alone.
+    a: the address of int8 (N, H, W, C) with size (N, H, W, C); shift: 128, or 0 where none is negative; signed: where
+    that stands (bool), or 0 where shift says it; weight: from `pack_weight`. padding, padded: see `pad`: what is read
+    has padded (lines, columns). source: (line, column) there of the first tap of the first pixel, and how far apart
+    pixels are; taps: (runs, lines between runs, taps a run). target: (H', W', K), the first (line, column), how far
+    apart, how many. group: images a task. parts: into how many of the same size the channels are split, of which each
+    of the output sees that of the input alone.
     """
-    a, weight, out, half, scale, shift, group, parts = integers(request, 0, 8)
+    a, weight, out, half, shift, signed, group, parts = integers(request, 0, 8)
     size, padding, padded = integers(request, 8, 4), integers(request, 12, 2), integers(request, 14, 2)
     source, taps, target = integers(request, 16, 4), integers(request, 20, 3), integers(request, 23, 9)
+    factor = product_of(integers(request, 32, 2))
+    if signed != 0 and not is_set(signed):
+        shift = 0
     images, channels = size[0], size[3]
     out_height, out_width, out_channels, first_line, first_column, down, across, lines, columns = target
     pitch, of_part = padded[1] * channels, out_channels // parts
@@ -87,8 +92,7 @@ def convolve(request, number):
         in_run, length = (1, 0), taps[2] * channels
     length = (length + 3) // 4
     depth = runs[0] * in_run[0] * length
-    image_bytes, factor = padded[0] * pitch, floats(scale, 1)[0]
-    begin = number * group
+    image_bytes, begin = padded[0] * pitch, number * group
     count = min(group, images - begin)
     pixels, element = count * lines * columns, 2 if half else 4
     # One piece of memory: numba counts the users of each array that it makes, at each use.
@@ -267,10 +271,11 @@ def convolve_for_weight(request, number):
 
 @tasks
 def add_tasks(request, number):
-    """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once. parts:
-    see there; groups, inputs, outputs: of a part, and of one of its groups; taps: R * S. A task is LANES of a part's
-    output channels."""
+    """float32 (K, R * S * C) at `out` <- the exact sums over the tasks of `convolve_for_weight`, rounded once, times
+    the floats at the addresses `scales`, which may be 0. parts: see there; groups, inputs, outputs: of a part, and of
+    one of its groups; taps: R * S. A task is LANES of a part's output channels."""
     sums, tasks, parts, groups, inputs, outputs, taps, out = integers(request, 0, 8)
+    factor = product_of(integers(request, 8, 2))
     channels, rows_of_sums = groups * outputs, taps * groups * inputs + 1
     lanes = (channels + LANES - 1) // LANES
     part, first = number // lanes, number % lanes * LANES
@@ -292,4 +297,4 @@ def add_tasks(request, number):
         low, high = max(0, group * outputs - first), min(wide, (group + 1) * outputs - first)
         for lane in range(low, high):
             to = ((part * channels + first + lane) * taps + tap) * inputs + channel
-            floats(out + 4 * to, 1)[0] = total[lane]
+            floats(out + 4 * to, 1)[0] = f32(total[lane]) * factor
