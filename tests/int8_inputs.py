@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from luqrun.quant.kernels.cpu import int8, int8_library, int8_tiles, int8_tiles_wgrad
+from luqrun.quant.kernels.cpu import int8, int8_library, int8_tiles, int8_tiles_wgrad, passes
 
 # kernel, stride, padding, dilation; then a size of the input, batch first, and the output channels
 GEOMETRIES = {
@@ -76,7 +76,7 @@ def conv(a, w, geometry, scale, dtype=torch.float32, channels_last=False, signed
 def prepared_anew():
     """Forget what was prepared for the shapes that came: a test has changed what it follows from."""
     tiles = int8_tiles.convolution, int8_tiles.input_gradient, int8_tiles_wgrad.weight_gradient
-    for each in (int8._fprop, int8._dgrad, int8._wgrad, *tiles):
+    for each in (int8._fprop, int8._dgrad, int8._wgrad, *tiles, passes._made):
         each.cache_clear()
 
 

@@ -119,6 +119,12 @@ def is_watched() -> bool:
     )
 
 
+def has_saved_hooks() -> bool:
+    """Whether hooks see what is kept for a backward pass (torch.autograd.graph.saved_tensors_hooks), as those of
+    activation checkpointing do in both forwards."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is at work, whose tensors look plain and are not."""
     return torch._C._are_functorch_transforms_active()

@@ -11,20 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from luqrun.errors import TensorError
-from luqrun.internals.of_torch import is_batched
+from luqrun.internals.of_torch import has_saved_hooks, is_batched
 from luqrun.quant import mfbprop_gemms
 from luqrun.quant.gemms import ConvOp, LinearOp, use_int8
-from luqrun.quant.kernels import ops
-from luqrun.quant.kernels.operators import directly
-from luqrun.quant.operands import Operand, rescale
+from luqrun.quant.kernels import fuses, ops
+from luqrun.quant.kernels.layout import is_channels_last
+from luqrun.quant.kernels.operators import directly, is_direct
+from luqrun.quant.operands import Operand, Stored, rescale
 from luqrun.quant.plan import Plan
-from luqrun.quant.routes import fastest, size_class
-from luqrun.quant.sharing import forget
+from luqrun.quant.routes import chosen, fastest, size_class
+from luqrun.quant.sharing import forget, reads_alone
+
+if TYPE_CHECKING:
+    from luqrun.quant.kernels.cpu.passes import LayerPass
+
+INTEGERS, FLOATS = "int8", "floating point"
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,10 +75,12 @@ def _route(
 ) -> Tensor:
     """shapes: of the activation, and what else the time depends on; pays: see `int8_pays`."""
     if pays and op.groups > 1:
-        return fastest(
-            (gemm, op, size_class(shapes[0]), *shapes[1:]), {"int8": in_integers, "floating point": in_floats}
-        )
+        return fastest(_key(gemm, op, shapes), {INTEGERS: in_integers, FLOATS: in_floats})
     return in_integers() if pays else in_floats()
+
+
+def _key(gemm: str, op: LinearOp | ConvOp, shapes: tuple) -> tuple:
+    return gemm, op, size_class(shapes[0]), *shapes[1:]
 
 
 def dgrad(op: LinearOp | ConvOp, g: Operand, w: Operand, a_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -127,6 +136,31 @@ def _trusted(ctx, saved: tuple[Tensor, ...], operand: str, gradient: Tensor) -> 
     return ctx.plan.trusted(operand, gradient, mask._replace(bits=saved[place]))
 
 
+def _at_once(
+    op: LinearOp | ConvOp, plan: Plan, activation: Tensor, weight: Tensor, dtype: torch.dtype
+) -> LayerPass | None:
+    """What makes each pass in one call of compiled code, where tensors are small; or None."""
+    encodings, device = plan.at_once, activation.device.type
+    if encodings is None or activation.dtype != dtype or not is_direct():
+        return None
+    if not (use_int8(device) and fuses(device) and weight.is_cpu):
+        return None
+    if op.groups > 1 and not _integers_pay(op, activation.shape, weight.shape, dtype):
+        return None
+    # A checkpoint's second forward, for which hooks stand as for its first, must keep what that one kept, though more
+    # is known by then of layers that are not small.
+    only_small = has_saved_hooks() or not reads_alone(plan.reader)
+    return op.layer_pass(activation, weight, encodings, only_small)
+
+
+def _integers_pay(op: ConvOp, a_shape: tuple[int, ...], w_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether `_route` was seen to take integers for all three GEMMs of a convolution with groups."""
+    if not all(op.int8_pays(w_shape, dtype)):
+        return False
+    rests = ("fprop", w_shape), ("dgrad", w_shape), ("wgrad", w_shape, 1)
+    return all(chosen(_key(gemm, op, (a_shape, *rest)), (INTEGERS, FLOATS)) == INTEGERS for gemm, *rest in rests)
+
+
 class QuantizedGemm(torch.autograd.Function):
     """fprop, and in the backward pass dgrad and wgrad, each on the operands that the plan quantizes.
 
@@ -142,8 +176,21 @@ class QuantizedGemm(torch.autograd.Function):
 
     @staticmethod
     def _forward(ctx, activation: Tensor, weight: Tensor, op: LinearOp | ConvOp, plan: Plan, dtype: torch.dtype):
-        codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         need_a, need_w = plan.keep and ctx.needs_input_grad[1], plan.keep and ctx.needs_input_grad[0]
+        compiling = torch.compiler.is_compiling()
+        ctx.at_once = _at_once(op, plan, activation, weight, dtype) if need_a and need_w and not compiling else None
+        if ctx.at_once is not None:
+            known = plan.known("activation", activation, weight)
+            output, kept = ctx.at_once.forward(activation, weight, known, plan.streams)
+            ctx.save_for_backward(kept)
+            ctx.stored_a, ctx.stored_w = (
+                Stored((), how, x.shape, is_channels_last(x))
+                for x, how in zip((activation, weight), plan.at_once, strict=False)
+            )
+            ctx.op, ctx.plan, ctx.needs, ctx.split, ctx.masks = op, plan, (True, True), 3, {}
+            ctx.a_shape, ctx.a_dtype, ctx.like_w = activation.shape, activation.dtype, (weight.shape, weight.dtype)
+            return output
+        codes = code_dtype(activation, not plan.has_blocks("fprop") and op.int8_pays(weight.shape, dtype)[0], dtype)
         a, stored_a = plan.quantize_forward("activation", activation, codes, keep=need_a, learns=need_w)
         w, stored_w = plan.quantize_forward("weight", weight, codes, keep=need_w, learns=need_a)
         kept = (*(stored_a.tensors if need_a else ()), *(stored_w.tensors if need_w else ()))
@@ -152,7 +199,7 @@ class QuantizedGemm(torch.autograd.Function):
             if mask is not None:
                 ctx.masks[operand] = len(kept), mask._replace(bits=None)
                 kept = (*kept, mask.bits)
-        if torch.compiler.is_compiling():  # it makes constants of sizes that no tensor holds
+        if compiling:  # it makes constants of sizes that no tensor holds
             kept = (*kept, activation.new_empty(()).expand(activation.shape))
         else:
             ctx.a_shape = activation.shape
@@ -179,7 +226,21 @@ class QuantizedGemm(torch.autograd.Function):
             return QuantizedGemm._backward(ctx, saved, grad_output)
         forget()
         with directly(grad_output, *saved):
+            if ctx.at_once is not None and is_direct():
+                return QuantizedGemm._backward_at_once(ctx, saved[0], grad_output)
+            if ctx.at_once is not None:  # who watches the backward pass alone sees its operators
+                saved = ctx.at_once.tensors(saved[0])
             return QuantizedGemm._backward(ctx, saved, grad_output)
+
+    @staticmethod
+    def _backward_at_once(ctx, kept: Tensor, grad_output: Tensor):
+        plan = ctx.plan
+        known = plan.known("gradient", grad_output)
+        how = ctx.a_shape, known, plan.stream("gradient")
+        grad_a, grad_w = ctx.at_once.backward(grad_output, kept, *how)
+        if grad_a.dim() == 4 and not (ctx.stored_w.channels_last or is_channels_last(grad_output)):
+            grad_a = torch.empty(grad_a.shape, dtype=grad_a.dtype, device="cpu").copy_(grad_a)  # as torch's would be
+        return grad_a, grad_w.to(ctx.like_w[1]), None, None, None
 
     @staticmethod
     def _backward(ctx, saved: tuple[Tensor, ...], grad_output: Tensor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ from luqrun.quant.grids import Grid, Lines, grid_of
 from luqrun.quant.kernels import backend_for, ops
 from luqrun.quant.kernels.cpu import int8, int8_library
 from luqrun.quant.kernels.layout import dense, empty, is_channels_last
+
+if TYPE_CHECKING:
+    from luqrun.quant.kernels.cpu.passes import LayerPass
+
+    Encodings = tuple[Encoding, Encoding, Encoding]
 
 ONE, NONE = (1, 1), (0, 0)
 # Of a strided 1x1 convolution with fewer input channels oneDNN's weight gradient writes beyond its memory (its issue
@@ -103,6 +108,10 @@ class LinearOp(_Contractions):
     def int8_pays(self, w_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[bool, bool, bool]:
         """Of fprop, dgrad and wgrad, with results of `dtype`: whether the integer one is to be taken."""
         return w_shape[1] <= LONGEST, w_shape[0] <= LONGEST, True
+
+    def layer_pass(self, a: Tensor, w: Tensor, encodings: Encodings, only_small: bool) -> LayerPass | None:
+        """See cpu.passes.layer_pass; where `use_int8`."""
+        return backend_for("cpu").layer_pass(a, w, None, 1, encodings, only_small)
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         if a.shape[-1] != w.shape[1]:
@@ -194,6 +203,11 @@ class ConvOp(_Contractions):
         if not taken and dtype == torch.float32 and not is_watched():
             taken = int8.suits_groups(self.groups, in_channels * self.groups, out_channels)
         return taken and in_channels * taps <= LONGEST, taken and out_channels * taps <= LONGEST, taken
+
+    def layer_pass(self, a: Tensor, w: Tensor, encodings: Encodings, only_small: bool) -> LayerPass | None:
+        """See LinearOp.layer_pass."""
+        geometry = self.stride, self.padding, self.dilation
+        return backend_for("cpu").layer_pass(a, w, geometry, self.groups, encodings, only_small)
 
     def int8_fprop(self, a: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype, signed: Tensor) -> Tensor:
         (height, width), (rows, columns) = a.shape[2:], w.shape[2:]

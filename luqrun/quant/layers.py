@@ -133,7 +133,8 @@ class QuantLayer(nn.Module):
         output = gemm(activation, weight, op, self._plan(op, activation, weight), dtype)
         if bias is None:
             return output
-        bias = bias.to(dtype).view((-1, 1, 1) if isinstance(op, ConvOp) else (-1,))
+        bias = bias.to(dtype)
+        bias = bias.view(-1, 1, 1) if isinstance(op, ConvOp) else bias
         return output + bias if is_watched() else output.add_(bias)  # who watches may keep the output
 
     def _plan(self, op: LinearOp | ConvOp, activation: Tensor, weight: Tensor) -> Plan:

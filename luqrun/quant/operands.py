@@ -12,6 +12,8 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.kernels import ops
+from luqrun.quant.kernels.cpu import sizes
+from luqrun.quant.kernels.layout import from_memory_order, in_memory_order
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float32: 2**24}  # the integers up to which each holds all
 
@@ -75,6 +77,11 @@ def held_by(form: Format, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.int8 and form.code_dtype != torch.int8 else dtype
 
 
+def keeps_codes(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the codes of x, of this dtype, are kept between the passes as they are."""
+    return dtype == torch.int8 and not torch.compiler.is_compiling() and x.numel() <= sizes.FEW
+
+
 class Mask(NamedTuple):
     """The trust mask of QuEST (Panferov et al., 2025), which Quartet takes over: where fprop clips, a gradient passed
     straight through is not trusted, and set to zero.
@@ -92,8 +99,9 @@ class Mask(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An operand between the passes. tensors: what autograd keeps (packed codes, scale, signed; in blocks packed codes,
-    their scales, the tensor's scale; or the tensor itself); the rest says how to read them.
+    """An operand between the passes. tensors: what autograd keeps (packed codes, or of a few elements int8, scale,
+    signed; in blocks packed codes, their scales, the tensor's scale; or the tensor itself); the rest says how to read
+    them.
 
     gemm, operand: whose the blocks are, which says where they lie (`op.grid`). mask: of what fprop clipped, or None.
     """
@@ -112,8 +120,12 @@ class Stored(NamedTuple):
         if how is None:
             return Operand(tensors[:1])
         if how.block is None:
-            fields, scale, signed = tensors[:3]
-            codes = ops.unpack(fields, *layout, signed, how.form.name, held_by(how.form, dtype))
+            kept, scale, signed = tensors[:3]
+            if kept.dtype == torch.int8:  # with the strides of unpacked ones, which decide how a library adds floats up
+                flat = kept if kept.dim() == 1 else in_memory_order(kept).view(-1)
+                codes = from_memory_order(flat, *layout).to(dtype)
+            else:
+                codes = ops.unpack(kept, *layout, signed, how.form.name, held_by(how.form, dtype))
             return Operand((codes,), scale, signed)
         fields, scales, tensor_scale = tensors[:3]
         grid = op.grid(self.gemm, self.operand, *layout, how)

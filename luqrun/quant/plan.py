@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from luqrun.quant.encoding import Encoding
 from luqrun.quant.gemms import ConvOp, LinearOp
 from luqrun.quant.grids import Grid
 from luqrun.quant.health import health, health_of_blocks
 from luqrun.quant.kernels import ops
 from luqrun.quant.kernels.layout import is_channels_last
 from luqrun.quant.kernels.philox import of_gemm
-from luqrun.quant.operands import EXACT, Mask, Operand, Stored, held_by, held_in_blocks, scale_beside
+from luqrun.quant.measured import statistics_of
+from luqrun.quant.operands import EXACT, Mask, Operand, Stored, held_by, held_in_blocks, keeps_codes, scale_beside
 from luqrun.quant.quantizer import QuantizedTensor, Quantizer
 from luqrun.quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
 from luqrun.quant.rotation import Rotation, rotate, signs_of, unrotate
@@ -88,15 +90,37 @@ class Plan:
                 stored = stored._replace(mask=Mask(bits, is_channels_last(x)))
             return Operand((found.values,), scale_beside(how, found.tensor_scale)), stored
         dtype = held_by(quantizer.form, dtype)
+        few = packed and keeps_codes(x, dtype)
         codes, scale, signed, fields, maximum = quantizer.run(
-            x, stream, self.hindsight.get(operand), dtype, packed, share
+            x, stream, self.hindsight.get(operand), dtype, packed and not few, share
         )
         if not again and operand in self.hindsight and self.observe is not None and x.numel():
             self.observe(operand, maximum)
         if not again and self.health is not None:
             self.health[operand] = health(x, QuantizedTensor(codes, scale, signed, quantizer.form))
-        stored = Stored((fields, scale, signed), quantizer.encoding, x.shape, is_channels_last(x))
+        kept = codes if few else fields
+        stored = Stored((kept, scale, signed), quantizer.encoding, x.shape, is_channels_last(x))
         return Operand((codes,), scale, signed), stored
+
+    @property
+    def at_once(self) -> tuple[Encoding, Encoding, Encoding] | None:
+        """The encodings of activation, weight and gradient, where a pass needs to know nothing else (Uses.whole)."""
+        alone = self.share is None and self.kept is None and not self.multiplication_free
+        return self.uses.whole if alone else None
+
+    def known(self, operand: str, x: Tensor, *beside: Tensor) -> Tensor | None:
+        """Statistics of an operand that were found as it was made, for who quantizes without `quantize`; health is told
+        of it here, and of the weight beside an activation."""
+        quantizer = self.dgrad.gradient if operand == "gradient" else self.fprop.activation
+        found = statistics_of(x, quantizer.range == "sawb")
+        if self.health is not None:
+            gemm = "dgrad" if operand == "gradient" else "fprop"
+            self.quantize(gemm, operand, x, torch.int8)
+            for weight in beside:
+                self.quantize("fprop", "weight", weight, torch.int8)
+            if operand == "gradient":
+                self.health["gradient_exponents"] = exponent_counts(x)
+        return found
 
     def has_blocks(self, gemm: str) -> bool:
         """Whether an operand of a GEMM is in blocks, which int8 does not hold."""

@@ -35,6 +35,7 @@ class _Made:
         fits = self.of() is x and self.key == key and reader not in self.readers
         if fits:
             self.readers.add(reader)
+            _shares.update(dict.fromkeys(self.readers, True))
         return fits
 
 
@@ -43,6 +44,7 @@ class _Last(threading.local):  # replicas run in threads
 
 
 _last = _Last()
+_shares: dict[int, bool] = {}  # by reader: whether another one took what it made, or it took another one's
 
 
 def made_once(x: Tensor, key: Hashable, reader: int, make: Callable[[], T]) -> T:
@@ -55,10 +57,16 @@ def made_once(x: Tensor, key: Hashable, reader: int, make: Callable[[], T]) -> T
     key, made = (x._version, key), _last.made
     if made is not None and made.take(x, key, reader):
         return made.value
+    _shares.setdefault(reader, False)
     forget()  # first: it may be large
     value = make()
     _last.made = _Made(x, key, value, reader)
     return value
+
+
+def reads_alone(reader: int) -> bool:
+    """Whether nobody was seen to read what this layer reads; false before its first `made_once`."""
+    return _shares.get(reader) is False
 
 
 def forget() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from luqrun.quant.encoding import Encoding
+from luqrun.quant.kernels import has_kernels
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.rotation import Rotation
 
@@ -30,13 +34,16 @@ class Use(NamedTuple):
 
 class Uses(NamedTuple):
     """gradients_same: whether one quantization serves dgrad and wgrad. By GEMM, rotations: that of one of which
-    anything is quantized; blocks: whether an operand is in blocks, which int8 does not hold."""
+    anything is quantized; blocks: whether an operand is in blocks, which int8 does not hold. whole: the encodings of
+    activations, weights and gradients, if each has one for all GEMMs, one scale and one sample, and depends on nothing
+    but the tensor and, of a gradient, its draw; else None."""
 
     activation: Use
     weight: Use
     gradients_same: bool
     rotations: dict[str, Rotation | None]
     blocks: dict[str, bool]
+    whole: tuple[Encoding, Encoding, Encoding] | None
 
 
 def uses_of(fprop: tuple, dgrad: tuple, wgrad: tuple) -> Uses:
@@ -72,4 +79,17 @@ def uses_of(fprop: tuple, dgrad: tuple, wgrad: tuple) -> Uses:
             masks=fprop.trust_mask and first is not None and first.range == "rms",
         )
 
-    return Uses(use("activation"), use("weight"), same("gradient", "dgrad", "wgrad"), rotations, blocks)
+    uses, gradients_same = (use("activation"), use("weight")), same("gradient", "dgrad", "wgrad")
+    quantizers = fprop.activation, fprop.weight, dgrad.gradient, wgrad.gradient
+    whole = gradients_same and all(each.same and not each.masks for each in uses)
+    whole = whole and all(each is not None and _is_alone(each) for each in quantizers)
+    whole = whole and all(each.first.repeats for each in uses)
+    encodings = tuple(each.encoding for each in quantizers[:3]) if whole else None
+    return Uses(*uses, gradients_same, rotations, blocks, encodings)
+
+
+def _is_alone(quantizer: Quantizer) -> bool:
+    """Whether it makes int8 codes, one draw, of a tensor by that tensor alone."""
+    alone = quantizer.block is None and quantizer.samples == 1 and quantizer.range in ("absmax", "sawb")
+    fits = quantizer.largest is None and quantizer.form.code_dtype == torch.int8
+    return alone and fits and has_kernels(quantizer.form, quantizer.rounding)

@@ -72,6 +72,20 @@ def test_who_watches_is_known():
     assert seen == [True]
 
 
+def test_hooks_of_what_is_kept_are_known():
+    seen, x = [], torch.ones(2, requires_grad=True)
+
+    def forward(y):
+        seen.append(of_torch.has_saved_hooks())
+        return y.exp()
+
+    forward(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: y, lambda y: y):
+        forward(x)
+    checkpoint(forward, x, use_reentrant=False).sum().backward()
+    assert seen == [False, True, True, True]
+
+
 def test_transforms_are_known():
     seen = []
     torch.func.vmap(lambda x: seen.append(of_torch.is_transformed()) or x)(torch.ones(2))

@@ -69,6 +69,7 @@ def test_two_quantizers_of_an_operand_take_the_range_of_earlier_steps_alike():
     assert layer.gradient_hindsight == layer.activation_hindsight == 2.0
 
 
+@pytest.mark.usefixtures("by_operators")
 @pytest.mark.parametrize(
     ("recipe", "calls"),
     [

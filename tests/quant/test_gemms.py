@@ -106,6 +106,7 @@ def test_both_routes_give_the_same(name, recipe, dense):
             assert is_channels_last(left) == is_channels_last(right)
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_int8_is_what_runs(monkeypatch, dense):
     used = []
     for name in ("int8_conv", "int8_conv_dgrad", "int8_conv_wgrad", "int8_linear", "int8_linear_wgrad"):
@@ -124,6 +125,7 @@ def test_int8_is_what_runs(monkeypatch, dense):
             assert used == ([] if wanted else expected)
 
 
+@pytest.mark.usefixtures("by_operators")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.skipif(not int8_tiles.is_there(), reason="needs AVX-512 VNNI")
 @pytest.mark.parametrize("name", ["groups", "strided groups", "depthwise", "groups that fill vectors"])

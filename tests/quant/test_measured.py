@@ -44,6 +44,7 @@ def trained(steps=3):
     return found
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_the_numbers_are_the_same_and_found_from_the_second_pass_on(known, monkeypatch):
     found, told = trained(), list(known)
     monkeypatch.setattr(measured.Wish, "begin", lambda self, *how, **keys: None)

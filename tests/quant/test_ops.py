@@ -199,6 +199,7 @@ class Recorder(TorchDispatchMode):
         return operator(*arguments, **(options or {}))
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_tools_that_watch_the_dispatcher_see_operators():
     def trained():
         model = luqrun.quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), RECIPES["luq"], skip=())

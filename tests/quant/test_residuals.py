@@ -11,6 +11,7 @@ from torch import nn
 from luqrun.quant.quantizer import Quantizer
 from luqrun.quant.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("by_operators")  # small tensors are not packed: see test_passes
 LAYERS = {
     "linear": (lambda: nn.Linear(96, 64), (50, 96)),
     "linear, odd": (lambda: nn.Linear(33, 31, bias=False), (3, 7, 33)),

@@ -58,6 +58,7 @@ def step(model, x, **how):
     return [y.detach(), x.grad, *(each.grad.clone() for each in model.parameters())]
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_three_projections_quantize_their_input_once_with_the_numbers_of_three(count):
     torch.manual_seed(1)
     model, x = quantize(Projections(), LUQ), torch.randn(5, 8)
@@ -162,3 +163,15 @@ def test_selective_checkpointing_may_begin_between_two_readers(policy):
     found = gradients(forward)
     expected = gradients(lambda h: model.query(h) + model.out(model.key(h)))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_who_reads_alone_is_known():
+    assert not sharing.reads_alone(-1)  # nobody has looked yet
+    x = torch.ones(3)
+    sharing.made_once(x, "key", -1, lambda: 1)
+    assert sharing.reads_alone(-1)
+    sharing.made_once(x, "key", -2, lambda: 2)
+    assert not sharing.reads_alone(-1)
+    assert not sharing.reads_alone(-2)
+    sharing.made_once(x + 1, "key", -3, lambda: 3)
+    assert sharing.reads_alone(-3)

@@ -71,6 +71,7 @@ def test_the_numbers_are_the_same(name, scheme):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.usefixtures("by_operators")
 @pytest.mark.parametrize(("name", "weights"), [("linear", 1), ("conv", 1), ("attention", 4)])
 def test_each_weight_is_quantized_once_for_training_and_once_for_evaluation(name, weights, made):
     make, shape = LAYERS[name]

@@ -19,7 +19,7 @@ from torch import Tensor
 from luqrun.quant.encoding import Encoding
 from luqrun.quant.formats import Format
 from luqrun.quant.kernels import reference
-from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, norm, requests, rotation
+from luqrun.quant.kernels.cpu import blocks, driver, int8, loops, norm, passes, requests, rotation
 from luqrun.quant.kernels.cpu.memory import loadable
 from luqrun.quant.kernels.cpu.requests import KINDS, form_of
 from luqrun.quant.kernels.cpu.sizes import chunks
@@ -36,6 +36,7 @@ quantizes_blocks, encode_blocks, decode_blocks = blocks.quantizes_blocks, blocks
 hadamard, signs = rotation.hadamard, rotation.signs
 int8_conv, int8_conv_dgrad, int8_conv_wgrad = int8.conv, int8.conv_dgrad, int8.conv_wgrad
 int8_linear, int8_linear_wgrad = int8.linear, int8.linear_wgrad
+layer_pass = passes.layer_pass
 
 
 def describe() -> str:

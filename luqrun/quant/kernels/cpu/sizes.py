@@ -8,6 +8,9 @@ APART = 64  # bytes between what would share a line of the cache, a power of two
 
 LINE = 32  # sums of a row of float64, side by side: see reference.add_up
 ROW = 1024  # elements: their words, patterns, codes and fields take 13 KB
+# Elements of a small tensor: it is kept as int8 codes, for packing them would take longer than it saves memory, and its
+# layer makes each pass in one call.
+FEW = 1 << 16
 CHUNK = 1 << 16  # elements a task; fixed, so that sums do not depend on the number of threads
 
 
