@@ -160,7 +160,7 @@ class QuantLayer(nn.Module):
             observe=self._observe if learning else None,
             health=self.health if learning and not compiling else None,
             keep=torch.is_grad_enabled(),
-            reader=0 if compiling else id(self),
+            reader=None if compiling else self,
             kept=None if compiling else self.kept,
             share=over_processes if self.shares_ranges and self.training and dist.is_initialized() else None,
             multiplication_free=self.multiplication_free,

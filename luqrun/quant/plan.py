@@ -33,7 +33,7 @@ class Plan:
 
     streams: int64 (3, 6), the names of the draws, a row an operand. hindsight: by operand, the 0-dim maxima; observe is
     told the new ones and is None where they must not change. health: by operand, filled where it is a dict. keep:
-    whether a backward pass may follow. reader: names the layer (luqrun.quant.sharing). kept: where what is made of
+    whether a backward pass may follow. reader: the layer (luqrun.quant.sharing). kept: where what is made of
     weights that do not change is kept, or None. share: what makes a tensor's statistics those of all processes
     (Quantizer.measure), for operands that are not the same in all of them. multiplication_free: whether dgrad and wgrad
     of two operands of codes are multiplied by luqrun.quant.mfbprop_gemms. signs: by GEMM, those of its rotation, once
@@ -49,7 +49,7 @@ class Plan:
     observe: Callable[[str, Tensor], None] | None = None
     health: dict | None = None
     keep: bool = True
-    reader: int = 0
+    reader: nn.Module | None = None
     kept: dict | None = None
     share: Callable[[Tensor], Tensor] | None = None
     multiplication_free: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luqrun.internals.of_torch import has_modes
 
@@ -22,20 +22,20 @@ T = TypeVar("T")
 class _Made:
     """What was made of a tensor, and the layers that took it."""
 
-    def __init__(self, x: Tensor, key: Hashable, value: object, reader: int):
-        self.key, self.value, self.readers = key, value, {reader}
+    def __init__(self, x: Tensor, key: Hashable, value: object, reader: nn.Module):
+        self.key, self.value, self.readers = key, value, weakref.WeakSet([reader])
         self.of = weakref.ref(x, self.forget)  # whichever thread the tensor dies in
 
     def forget(self, reference: weakref.ref | None = None) -> None:
         self.value, self.of = None, lambda: None
 
-    def take(self, x: Tensor, key: Hashable, reader: int) -> bool:
+    def take(self, x: Tensor, key: Hashable, reader: nn.Module) -> bool:
         """Whether it is what this reader asks for. One that has taken it already is called anew, and x may have changed
         where torch does not see it (through NumPy, or x.data)."""
         fits = self.of() is x and self.key == key and reader not in self.readers
         if fits:
             self.readers.add(reader)
-            _shares.update(dict.fromkeys(self.readers, True))
+            _alone.update(dict.fromkeys(self.readers, False))
         return fits
 
 
@@ -44,12 +44,13 @@ class _Last(threading.local):  # replicas run in threads
 
 
 _last = _Last()
-_shares: dict[int, bool] = {}  # by reader: whether another one took what it made, or it took another one's
+# By reader: false once another one took what it made, or it took another one's.
+_alone: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def made_once(x: Tensor, key: Hashable, reader: int, make: Callable[[], T]) -> T:
+def made_once(x: Tensor, key: Hashable, reader: nn.Module, make: Callable[[], T]) -> T:
     """make(), which depends on the values of x and on `key` alone; or what it returned the last time, where that was
-    for the same x and key and another reader, and x has not changed since. reader: names a layer."""
+    for the same x and key and another reader, a layer, and x has not changed since."""
     # An inference tensor does not count its changes; what watches operators (selective activation checkpointing) must
     # see the same ones when a forward is repeated.
     if torch.compiler.is_compiling() or x.is_inference() or has_modes():
@@ -57,16 +58,16 @@ def made_once(x: Tensor, key: Hashable, reader: int, make: Callable[[], T]) -> T
     key, made = (x._version, key), _last.made
     if made is not None and made.take(x, key, reader):
         return made.value
-    _shares.setdefault(reader, False)
+    _alone.setdefault(reader, True)
     forget()  # first: it may be large
     value = make()
     _last.made = _Made(x, key, value, reader)
     return value
 
 
-def reads_alone(reader: int) -> bool:
+def reads_alone(reader: nn.Module) -> bool:
     """Whether nobody was seen to read what this layer reads; false before its first `made_once`."""
-    return _shares.get(reader) is False
+    return _alone.get(reader, False)
 
 
 def forget() -> None:

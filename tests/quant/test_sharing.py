@@ -166,12 +166,13 @@ def test_selective_checkpointing_may_begin_between_two_readers(policy):
 
 
 def test_who_reads_alone_is_known():
-    assert not sharing.reads_alone(-1)  # nobody has looked yet
+    first, second, third = nn.Identity(), nn.Identity(), nn.Identity()
+    assert not sharing.reads_alone(first)  # nobody has looked yet
     x = torch.ones(3)
-    sharing.made_once(x, "key", -1, lambda: 1)
-    assert sharing.reads_alone(-1)
-    sharing.made_once(x, "key", -2, lambda: 2)
-    assert not sharing.reads_alone(-1)
-    assert not sharing.reads_alone(-2)
-    sharing.made_once(x + 1, "key", -3, lambda: 3)
-    assert sharing.reads_alone(-3)
+    sharing.made_once(x, "key", first, lambda: 1)
+    assert sharing.reads_alone(first)
+    sharing.made_once(x, "key", second, lambda: 2)
+    assert not sharing.reads_alone(first)
+    assert not sharing.reads_alone(second)
+    sharing.made_once(x + 1, "key", third, lambda: 3)
+    assert sharing.reads_alone(third)

@@ -37,8 +37,9 @@ class Prepared:
     """Loops over tasks, which run as driver.in_turn runs them. Their numbers may be places."""
 
     def __init__(self, loops: Sequence[driver.Loop], elements: int):
-        """elements: of the largest tensor, which decides on threads."""
-        self.loops, self.elements, self.told, self.places = len(loops), elements, array("q"), []
+        """elements: of the largest tensor that a loop itself divides among threads."""
+        self.loops, self.told, self.places = len(loops), array("q"), []
+        self.elements = max(elements, *(each[2] for each in loops))
         for loop in loops:
             for number in driver.told_of(*loop):
                 if isinstance(number, Place):
