@@ -129,3 +129,12 @@ def shell(cache):
     shell = Shell(cache)
     yield shell
     shell.close()
+
+
+@pytest.fixture
+def by_operators(monkeypatch):
+    """Layers call their operators one by one, and pack what they keep, as those of large tensors do."""
+    from luqrun.quant.kernels.cpu import passes, sizes  # which loads numba
+
+    monkeypatch.setattr(sizes, "FEW", 0)
+    monkeypatch.setattr(passes, "MOST", 0)

@@ -26,7 +26,7 @@ from luqrun.quant.kernels.operators import directly, is_direct
 from luqrun.quant.operands import Operand, Stored, rescale
 from luqrun.quant.plan import Plan
 from luqrun.quant.routes import chosen, fastest, size_class
-from luqrun.quant.sharing import forget, reads_alone
+from luqrun.quant.sharing import forget, forget_others, reads_alone
 
 if TYPE_CHECKING:
     from luqrun.quant.kernels.cpu.passes import LayerPass
@@ -141,16 +141,15 @@ def _at_once(
 ) -> LayerPass | None:
     """What makes each pass in one call of compiled code, where tensors are small; or None."""
     encodings, device = plan.at_once, activation.device.type
-    if encodings is None or activation.dtype != dtype or not is_direct():
+    # With hooks this may be a checkpoint, whose second forward must keep what the first one kept: as many tensors,
+    # whoever watches one of them and whatever is known by then.
+    if encodings is None or activation.dtype != dtype or not is_direct() or has_saved_hooks():
         return None
     if not (use_int8(device) and fuses(device) and weight.is_cpu):
         return None
     if op.groups > 1 and not _integers_pay(op, activation.shape, weight.shape, dtype):
         return None
-    # A checkpoint's second forward, for which hooks stand as for its first, must keep what that one kept, though more
-    # is known by then of layers that are not small.
-    only_small = has_saved_hooks() or not reads_alone(plan.reader)
-    return op.layer_pass(activation, weight, encodings, only_small)
+    return op.layer_pass(activation, weight, encodings, only_small=not reads_alone(plan.reader))
 
 
 def _integers_pay(op: ConvOp, a_shape: tuple[int, ...], w_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -180,6 +179,7 @@ class QuantizedGemm(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.at_once = _at_once(op, plan, activation, weight, dtype) if need_a and need_w and not compiling else None
         if ctx.at_once is not None:
+            forget_others(activation)
             known = plan.known("activation", activation, weight)
             output, kept = ctx.at_once.forward(activation, weight, known, plan.streams)
             ctx.save_for_backward(kept)
@@ -226,18 +226,18 @@ class QuantizedGemm(torch.autograd.Function):
             return QuantizedGemm._backward(ctx, saved, grad_output)
         forget()
         with directly(grad_output, *saved):
-            if ctx.at_once is not None and is_direct():
-                return QuantizedGemm._backward_at_once(ctx, saved[0], grad_output)
-            if ctx.at_once is not None:  # who watches the backward pass alone sees its operators
-                saved = ctx.at_once.tensors(saved[0])
+            if ctx.at_once is not None:
+                at_once = ctx.at_once.with_threads_of_now()
+                if at_once is not None and is_direct():
+                    return QuantizedGemm._backward_at_once(ctx, at_once, saved[0], grad_output)
+                saved = ctx.at_once.tensors(saved[0])  # who watches the backward pass alone sees its operators
             return QuantizedGemm._backward(ctx, saved, grad_output)
 
     @staticmethod
-    def _backward_at_once(ctx, kept: Tensor, grad_output: Tensor):
+    def _backward_at_once(ctx, at_once: LayerPass, kept: Tensor, grad_output: Tensor):
         plan = ctx.plan
         known = plan.known("gradient", grad_output)
-        how = ctx.a_shape, known, plan.stream("gradient")
-        grad_a, grad_w = ctx.at_once.backward(grad_output, kept, *how)
+        grad_a, grad_w = at_once.backward(grad_output, kept, ctx.a_shape, known, plan.stream("gradient"))
         if grad_a.dim() == 4 and not (ctx.stored_w.channels_last or is_channels_last(grad_output)):
             grad_a = torch.empty(grad_a.shape, dtype=grad_a.dtype, device="cpu").copy_(grad_a)  # as torch's would be
         return grad_a, grad_w.to(ctx.like_w[1]), None, None, None

@@ -70,6 +70,12 @@ def reads_alone(reader: nn.Module) -> bool:
     return _alone.get(reader, False)
 
 
+def forget_others(x: Tensor) -> None:
+    """Hold nothing of a tensor but x, which is quantized now by who makes nothing to be shared."""
+    if _last.made is not None and _last.made.of() is not x:
+        forget()
+
+
 def forget() -> None:
     """Hold nothing any more: a backward pass begins, or another tensor is quantized."""
     if _last.made is not None:

@@ -177,6 +177,7 @@ def test_peak_counts_what_is_allocated_at_once():
     assert peak_of_allocations(lambda: [torch.empty(size).numel() for _ in range(3)]) == pytest.approx(4 * size)
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_layers_keep_half_a_byte_an_element():
     plain, quantized = (Training(SMALL, CPU, scheme, half=False) for scheme in ("plain", "luq"))
     kept = kept_for_backward(quantized)

@@ -115,6 +115,7 @@ def test_a_first_layer_has_no_dgrad():
     assert [gemm.gemm for gemm in of(first)] == ["fprop", "wgrad"]
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_the_bytes_kept_are_those_that_autograd_keeps():
     recipe = luqrun.recipe("luq", skip=())
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1, stride=2), nn.Flatten(), nn.Linear(64, 6))

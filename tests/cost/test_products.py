@@ -168,6 +168,7 @@ def test_a_product_outside_of_layers_is_named():
     assert "outside of layers" in outside.what
 
 
+@pytest.mark.usefixtures("by_operators")
 @pytest.mark.parametrize("model", ["resnext8", "vit_tiny"])
 def test_a_real_step_multiplies_what_was_counted_on_the_meta_device(model, monkeypatch):
     overrides = f"model={model}", "dataset.batch_size=4"

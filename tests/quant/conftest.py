@@ -4,7 +4,6 @@ import pytest
 from int8_inputs import prepared_anew
 
 from luqrun.quant import kernels
-from luqrun.quant.kernels.cpu import passes, sizes
 
 BACKENDS = ("reference", "cpu")
 
@@ -14,13 +13,6 @@ def _prepared_anew():
     prepared_anew()
     yield
     prepared_anew()
-
-
-@pytest.fixture
-def by_operators(monkeypatch):
-    """Layers call their operators one by one, and pack what they keep, as those of large tensors do."""
-    monkeypatch.setattr(sizes, "FEW", 0)
-    monkeypatch.setattr(passes, "MOST", 0)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,5 +1,6 @@
 """A layer's passes in one call each have the bits, and the strides, of its operators' one by one."""
 
+import contextlib
 import copy
 import functools
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import luqrun
-from luqrun.quant import routes
+from luqrun.quant import routes, sharing
 from luqrun.quant.convert import set_step, unchanged_weights
 from luqrun.quant.kernels.cpu import driver, int8_tiles, passes, sizes
 from luqrun.quant.quantizer import Quantizer
@@ -182,20 +183,74 @@ def test_layers_that_read_one_tensor_quantize_it_once(counted, blocks_win, monke
 
 
 class Checkpointed(nn.Sequential):
+    """Each layer in a checkpoint of its own."""
+
     def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=False)
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
 
 
 @pytest.mark.parametrize("few", [0, sizes.FEW])
 def test_checkpoints(few, counted, blocks_win, monkeypatch):
     """Their second forward keeps what the first one kept, whatever has become known between the two."""
     monkeypatch.setattr(sizes, "FEW", few)
-    layer, x = made("3 x 3")
-    expected = trained(layer, x)
-    routes._chosen.clear()
+    for name in ("linear", "3 x 3"):
+        layer, x = made(name)
+        counted[:] = [0, 0]
+        found = trained(Checkpointed(layer), x)
+        assert counted == [0, 0]
+        assert_alike(found, trained(layer, x))
+    make, shape = lambda: nn.Conv2d(32, 32, 3, padding=1, groups=2), (2, 32, 6, 6)
+    alike = quantize(Checkpointed(*(make() for _ in range(3))), RECIPES["luq"]).to(memory_format=LAST)
+    trained(alike, torch.randn(shape).to(memory_format=LAST))  # a backward tells what the next one's forward asks
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["backward", "forward"])
+@pytest.mark.parametrize("name", ["profiler", "weights that do not change"])
+def test_checkpoints_of_which_one_pass_is_another(name, first, counted):
+    layer, x = made("linear")
+    around = {"profiler": torch.profiler.profile, "weights that do not change": lambda: unchanged_weights(layer)}[name]
+    leaf = x.clone().requires_grad_()
+    with around() if first else contextlib.nullcontext():
+        y = checkpoint(layer, leaf, use_reentrant=False)
+    with contextlib.nullcontext() if first else around():
+        y.square().sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_codes_of_another_tensor_are_not_held(counted, blocks_win, monkeypatch):
+    small, large = quantize(nn.Linear(16, 4), RECIPES["luq"]), quantize(nn.Linear(40, 16), RECIPES["luq"])
+    monkeypatch.setattr(passes, "MOST", 100)  # the first one calls its operators
+    x = torch.randn(6, 40, requires_grad=True)
+    y = small(large(x))
+    assert counted == [1, 0]
+    assert sharing._last.made is None
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("name", ["linear", "3 x 3"])
+def test_a_backward_pass_has_the_threads_of_its_own_time(name, before, after, counted, monkeypatch):
+    layer, x = made(name)
+    expected = trained(layer, x, steps=1)
+    used, told = [], driver.told_of
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before)
+    monkeypatch.setattr(driver, "threads_for", lambda elements: before)
     prepared_anew()
-    assert_alike(trained(Checkpointed(layer), x), expected)
-    assert counted == [9 if few else 2, 6 if few else 2]
+    monkeypatch.setattr(driver, "told_of", lambda *loop: used.append(torch.get_num_threads()) or told(*loop))
+    leaf = x.clone().requires_grad_()
+    set_step(layer, 0)
+    layer.zero_grad()
+    y = layer(leaf)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: after)
+    monkeypatch.setattr(driver, "threads_for", lambda elements: after)
+    used.clear()
+    y.backward(torch.linspace(-1, 1, y.numel()).sin().view(y.shape))
+    assert set(used) == {after}  # its loops were told anew
+    assert torch.equal(leaf.grad, expected[0])
+    assert torch.equal(layer.weight.grad, expected[2])
+    assert counted == [2, 2]
 
 
 def test_who_watches_the_backward_pass_alone_sees_operators(counted, blocks_win, monkeypatch):

@@ -118,6 +118,7 @@ def test_nothing_is_held_longer_than_the_tensor():
     assert held() is None
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_a_backward_pass_holds_no_codes_of_the_forward():
     model, x = quantize(Projections(), LUQ), torch.randn(5, 8)
     y = model(x)

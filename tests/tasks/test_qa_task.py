@@ -132,6 +132,7 @@ def test_projections_and_feed_forward_layers_are_quantized_and_nothing_else(task
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_queries_keys_and_values_quantize_their_input_once(task, batch, monkeypatch):
     model, seen, run = quantized(task), [], quantizer.Quantizer.run
 

@@ -86,6 +86,7 @@ def test_where_there_are_kernels_their_time_counts():
     assert seconds(events) == {"optimizer": 1, "GEMM": 2 + 4, "normalisation": 8, OTHER: 16}
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_a_profiled_layer_has_its_kinds():
     layer = quantize_model(nn.Conv2d(4, 8, 3, bias=False), recipe("luq", skip=()))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

@@ -138,6 +138,7 @@ def used_quantizers(monkeypatch):
     return used
 
 
+@pytest.mark.usefixtures("by_operators")
 def test_fine_tune_quantizes_weights_only_and_is_evaluated_with_both(tmp_path, monkeypatch):
     used = used_quantizers(monkeypatch)
     # Three quantizers that can be told apart.

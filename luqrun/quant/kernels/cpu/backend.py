@@ -98,7 +98,7 @@ def encode(
 
 def _encode(x, results, expected, how, stream, steps, dtype, packed) -> tuple[Tensor, Tensor]:
     """The codes and fields of numba_quantize.quantize. results, expected: addresses, of what the caller holds, from
-    `results` to `statistics` and of `hindsight`; steps: range, moments, sample of `_how`."""
+    `results` to `statistics` and of `hindsight`; steps: as requests.of_range or requests.given has them."""
     form, wanted, count, layout = how.form, dtype, x.numel(), requests.layout_of(pixels_of(x), how)
     later = packed and layout[0] > 0  # fields of images may share a byte
     if later or dtype not in KINDS:

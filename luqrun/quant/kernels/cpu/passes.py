@@ -37,6 +37,7 @@ from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.layout import empty, in_channels_last, is_channels_last
 
 MOST = 1 << 22  # elements of a tensor: with more of them, Python takes no time worth saving
+MOST_BYTES = 1 << 24  # that a pass works in, which its thread holds on to
 # Products of a linear layer's weight gradient up to which blocks make it, on one thread; a library makes larger ones.
 FEW_PRODUCTS = 1 << 19
 
@@ -234,6 +235,11 @@ class LayerPass:
             most = max(most, wgrad.work)
         self.backward_loops, self.backward_work = Prepared(steps, most), work.bytes
 
+    def with_threads_of_now(self) -> LayerPass | None:
+        """This one, or the one that keeps the same where the number of threads has changed since; None where there is
+        none."""
+        return _of_now(self.kind)
+
     def is_fastest(self) -> bool:
         if self.settled is None:
             self.settled = self.shapes.are_fastest(self.dtype)
@@ -327,10 +333,14 @@ def layer_pass(
     if routes.rehearses():
         _made.__wrapped__(kind)  # for its loops
         return None
-    found = _made(kind, torch.get_num_threads(), driver.threads_for(sys.maxsize))
+    found = _of_now(kind)
     if found is None or (only_small and max(found.counts) > sizes.FEW):
         return None
     return found if found.is_fastest() else None
+
+
+def _of_now(kind: Kind) -> LayerPass | None:
+    return _made(kind, torch.get_num_threads(), driver.threads_for(sys.maxsize))
 
 
 @functools.lru_cache(MOST_VIEWS)
@@ -338,4 +348,5 @@ def _made(kind: Kind, *threads: int) -> LayerPass | None:
     """threads: torch's, and the loops', that images are divided among."""
     kind = kind._replace(x=tuple(kind.x), w=tuple(kind.w))
     shapes = Shapes.of(kind)
-    return LayerPass(kind, shapes) if shapes.suits() else None
+    made = LayerPass(kind, shapes) if shapes.suits() else None
+    return made if made is not None and max(made.work, made.backward_work) <= MOST_BYTES else None

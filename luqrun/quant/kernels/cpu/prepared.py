@@ -38,7 +38,7 @@ class Prepared:
 
     def __init__(self, loops: Sequence[driver.Loop], elements: int):
         """elements: of the largest tensor that a loop itself divides among threads."""
-        self.loops, self.told, self.places = len(loops), array("q"), []
+        self.count, self.told, self.places = len(loops), array("q"), []
         self.elements = max(elements, *(each[2] for each in loops))
         for loop in loops:
             for number in driver.told_of(*loop):
@@ -51,4 +51,4 @@ class Prepared:
         told = self.told[:]
         for at, name, offset in self.places:
             told[at] = addresses[name] + offset
-        driver.follow(self.loops, told.buffer_info()[0])
+        driver.follow(self.count, told.buffer_info()[0])
