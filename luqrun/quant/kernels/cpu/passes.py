@@ -21,7 +21,6 @@ from luqrun.quant.encoding import Encoding
 from luqrun.quant.kernels.cpu import (
     driver,
     int8,
-    int8_library,
     int8_tiles,
     int8_tiles_wgrad,
     int8_winograd,
@@ -33,7 +32,6 @@ from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, multiply, scratch
 from luqrun.quant.kernels.cpu.int8_tiles import Pairs
 from luqrun.quant.kernels.cpu.prepared import Place, Prepared, Room
-from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.layout import empty, in_channels_last, is_channels_last
 
 MOST = 1 << 22  # elements of a tensor: with more of them, Python takes no time worth saving
@@ -74,7 +72,7 @@ class Shapes(NamedTuple):
             a, w, geometry = (math.prod(kind.x[:-1]), kind.x[-1], 1, 1), (*kind.w, 1, 1), int8.POINTWISE
         else:
             a, w, geometry = kind.x, kind.w, (kind.w[2:], *kind.geometry)
-        out = a[0], w[0], *itertools.starmap(int8_library.out_size, zip(a[2:], *geometry, strict=True))
+        out = a[0], w[0], *itertools.starmap(int8.out_size, zip(a[2:], *geometry, strict=True))
         return cls(a, w, out, geometry, kind.groups, kind.geometry is None)
 
     def elements(self) -> tuple[int, int, int]:
@@ -169,7 +167,7 @@ class Codes(NamedTuple):
         if self.fields == 0:
             return []
         numbers = elements, self.fields, self.codes, self.signed, *requests.form_of(how.form, torch.int8)
-        return [(loops.unpack, chunks(elements), elements, numbers)]
+        return [(loops.unpack, sizes.chunks(elements), elements, numbers)]
 
 
 class LayerPass:
@@ -227,7 +225,7 @@ class LayerPass:
         scales, most = (g.scale, x.scale), max(*counts, *(each.work for each in dgrads))
         if shapes.adds_in_library():
             numbers = counts[1], Place("sums"), Place("grad w"), 0, *scales
-            self.rescaling = Prepared([(loops.rescale, chunks(counts[1]), counts[1], numbers)], counts[1])
+            self.rescaling = Prepared([(loops.rescale, sizes.chunks(counts[1]), counts[1], numbers)], counts[1])
         else:
             wgrad = int8_tiles_wgrad.weight_gradient(*shapes.for_wgrad(), 1, geometry, groups, threads)
             sums = work.take(4 * math.prod(wgrad.sums))
