@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, scratch
 from luqrun.quant.kernels.cpu.sizes import COLUMNS, LANES
 
+if TYPE_CHECKING:
+    from luqrun.quant.kernels.cpu.driver import Loop
+
 MOST_TERMS = (1 << 31) // (255 * 128)  # of a sum that int32 holds whatever the codes
 MOST_TOGETHER = 16  # groups that are multiplied as one, with zeros
 IMAGE_BYTES = 1 << 28  # that a task makes of an image, at most
@@ -27,7 +30,6 @@ TASK_BYTES = 1 << 18  # of images that a thread reads over and over
 PRODUCTS = 32  # that take as long as an element of other loops
 
 Pairs = Sequence[tuple[int, int]]
-Loop = tuple[Any, int, int, Sequence[int]]  # see driver.in_turn
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch import Tensor
 from luqrun.quant.kernels.cpu import int8_tiles
 from luqrun.quant.kernels.cpu.int8_direct import SHIFT
 from luqrun.quant.kernels.cpu.int8_products import MOST_VIEWS, scratch
-from luqrun.quant.kernels.cpu.int8_tiles import IMAGE_BYTES, MOST_TERMS, PRODUCTS, Loop, Pairs, parts_of, up
+from luqrun.quant.kernels.cpu.int8_tiles import IMAGE_BYTES, MOST_TERMS, PRODUCTS, Pairs, parts_of, up
 from luqrun.quant.kernels.cpu.sizes import LANES
 from luqrun.quant.kernels.layout import empty
+
+if TYPE_CHECKING:
+    from luqrun.quant.kernels.cpu.driver import Loop
 
 MOST_TAPS = 1 << 12  # rows of a weight gradient: with more, what a thread sums up does not fit its cache
 FEWEST_PIXELS = 4  # of an image's output, of which a weight gradient takes four at a time
