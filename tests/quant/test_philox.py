@@ -8,6 +8,7 @@ import torch
 
 from luqrun.quant.kernels import philox
 from luqrun.quant.kernels.cpu import philox as numba_philox
+from luqrun.quant.kernels.cpu.sizes import LANES
 from luqrun.quant.kernels.philox import (
     GEMM_NUMBERS,
     RANKS,
@@ -96,17 +97,36 @@ def test_numba_draws_the_words_of_the_reference():
     expected = random_words(stream, 17, 240)
     assert numba_words(0, 10, name).reshape(-1).tolist() == expected[:40].tolist()
     assert numba_words(3, 2, name).reshape(-1).tolist() == expected[12:20].tolist()
-    # 12 pixels of 5 channels, in the middle of images of 48: element = channel * 48 + pixel.
-    elements = 48 * torch.arange(5) + torch.arange(12, 24)[:, None]
-    assert numba_pixels(3, 12, 12, 5, name).tolist() == expected[elements].tolist()
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_words_drawn_together_and_what_is_left_of_them(together, more):
+    name = [3, 2**32 - 1, 2**31, 5]
+    count = together * numba_philox.TOGETHER + more
+    group = 2**32 * 7 + 11 + np.arange(count, dtype=np.uint64)
+    counter = (group & MASK, group >> np.uint64(32), name[2], name[3])
+    expected = np.stack(np.broadcast_arrays(*numpy_philox(counter, name[:2])), 1)
+    assert numba_words(int(group[0]), count, name).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("channels", [5, LANES, 3 * LANES])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_words_of_pixels(rows, channels):
+    stream = make_stream(2**62 + 3, 5, 1, 2**32 - 1, 2, 6)
+    name = [int(word) for word in stream_words(stream, 17)]
+    # 4 * rows pixels, in the middle of images of 48: element = channel * 48 + pixel.
+    elements = 48 * torch.arange(channels) + torch.arange(12, 12 + 4 * rows)[:, None]
+    expected = random_words(stream, 17, 48 * channels)[elements]
+    assert numba_pixels(3, 12, 4 * rows, channels, name).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("first", [2**29 - 1, 2**31 - 2, 2**32 - 2, 2**32, 5 * 2**32 + 7, 2**40])
 def test_counters_beyond_32_bits_carry_into_the_second_word(first):
     name = [0x12345678, 0x9ABCDEF0, 0xDEADBEEF, 0xFFFFFFFE]
 
-    def expected(step):
-        group = first + step * np.arange(4, dtype=np.uint64)
+    def expected(step, count=4):
+        group = first + step * np.arange(count, dtype=np.uint64)
         counter = (group & MASK, group >> np.uint64(32), name[2], name[3])
         words = [word.tolist() for word in numpy_philox(counter, name[:2])]
         assert torch_philox([np.asarray(word).astype(np.int64) for word in counter], name[:2]) == words
@@ -116,6 +136,9 @@ def test_counters_beyond_32_bits_carry_into_the_second_word(first):
     assert numba_pixels(first, 3, 4, 4, name).tolist() == expected(3)
     far = 2**33 + 1  # channels so far apart that their numbers alone leave 32 bits
     assert numba_pixels(first, far, 4, 4, name).tolist() == expected(far)
+    together = numba_philox.TOGETHER + 1
+    assert numba_words(first, together, name).T.tolist() == expected(1, together)
+    assert numba_pixels(first, 3, 4, LANES, name).tolist() == expected(3, LANES)
 
 
 @pytest.mark.parametrize("offset", [2**32 - 2, 3 * 2**32])

@@ -11,6 +11,8 @@ from numba.extending import intrinsic
 
 from luqrun.quant.kernels.cpu.rows import HAS_FMA, NEAREST, STOCHASTIC, f32, i32, row_loop, u32
 
+ONE = i32(0x3F800000)  # the pattern of 1
+
 
 @intrinsic
 def bits_of(typingctx, x):
@@ -91,11 +93,13 @@ def _encode_powers(bits, out, words, scale, high, rounding, underflow, finite, s
             ratio = quotient(abs(x[j]), scale, inverse)
         else:
             ratio = min(quotient(min(abs(x[j]), bound), scale, inverse), high)
-        # A carry out of the mantissa is the step to the next power. Below 1 there is none: the power is 1.
+        # Patterns of floats >= 0 are in their order, and integers' units have time. A carry out of the mantissa is the
+        # step to the next power. Below 1 there is none: the power is 1.
+        pattern = bits_of(ratio)
         carry = i32(words[j] & u32(0x7FFFFF)) if rounding == STOCHASTIC else i32(0x400000)
-        power = i32(i32(bits_of(max(ratio, f32(1))) + carry) & i32(0x7F800000))
-        if underflow == STOCHASTIC:
-            kept = u32(words[j] >> u32(1)) < _unsigned(min(ratio * f32(2147483648), f32(2147483648)))
+        power = i32(i32(max(pattern, ONE) + carry) & i32(0x7F800000))
+        if underflow == STOCHASTIC:  # 31 bits of a word against min(ratio, 1) * 2^31
+            kept = u32(words[j] >> u32(1)) < _unsigned(float_of(i32(min(pattern, ONE) + i32(31 << 23))))
         elif underflow == NEAREST:
             kept = ratio >= f32(0.5)
         else:

@@ -27,8 +27,8 @@ def store(builder, value, address, offset=0):
 
 
 def everywhere(builder, value, kind):
-    """A vector of 16 of one value."""
-    undefined, zeros = ir.Constant(kind, ir.Undefined), ir.Constant(INTS, None)
+    """A vector of one value."""
+    undefined, zeros = ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT, kind.count), None)
     return builder.shuffle_vector(builder.insert_element(undefined, value, INT(0)), undefined, zeros)
 
 
@@ -38,7 +38,12 @@ def constant(number, kind=INTS):
 
 def permuted(builder, value, lanes):
     """The elements at `lanes` of a vector."""
-    return builder.shuffle_vector(value, value, ir.Constant(INTS, lanes))
+    return shuffled(builder, value, value, lanes)
+
+
+def shuffled(builder, first, second, lanes):
+    """The elements at `lanes` of two vectors, those of the second after those of the first."""
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
 
 
 def to_bf16(builder, values):
