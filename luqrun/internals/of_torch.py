@@ -119,6 +119,12 @@ def is_watched() -> bool:
     )
 
 
+def is_lazy(x: Tensor) -> bool:
+    """Whether x's memory holds something else than its elements: their negatives (torch._neg_view), or nothing (torch's
+    zeros without memory). The dispatcher resolves both before an operator of ours."""
+    return x.is_neg() or x._is_zerotensor()
+
+
 def has_saved_hooks() -> bool:
     """Whether hooks see what is kept for a backward pass (torch.autograd.graph.saved_tensors_hooks), as those of
     activation checkpointing do in both forwards."""

@@ -86,6 +86,13 @@ def test_hooks_of_what_is_kept_are_known():
     assert seen == [False, True, True, True]
 
 
+def test_tensors_whose_memory_holds_something_else_are_known():
+    x = torch.ones(2, 3)
+    assert of_torch.is_lazy(torch._neg_view(x))
+    assert of_torch.is_lazy(torch._efficientzerotensor(2, 3))
+    assert not any(map(of_torch.is_lazy, (x, -x, x.t(), torch._neg_view(x).clone(), torch.zeros(2))))
+
+
 def test_transforms_are_known():
     seen = []
     torch.func.vmap(lambda x: seen.append(of_torch.is_transformed()) or x)(torch.ones(2))

@@ -269,6 +269,30 @@ def test_nan_and_inf_reach_the_output_and_the_gradients(name, bad):
     assert layer.weight.grad.isnan().all()
 
 
+def negated(x):
+    """x, in memory that holds -x: as the imaginary part of a conjugate is."""
+    return torch._neg_view(x.neg())
+
+
+@pytest.mark.parametrize("lazily", [negated, lambda x: torch._efficientzerotensor(x.shape)], ids=["negated", "zeros"])
+@pytest.mark.parametrize("layer", [nn.Linear(9, 24), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()], ids=str)
+def test_tensors_whose_memory_holds_something_else(layer, lazily):
+    model = luqrun.quantize_model(nn.Sequential(layer, nn.Conv2d(16, 16, 1)), LUQ, skip=())
+    x = torch.randn(20, 16, 9, 9).to(memory_format=torch.channels_last)
+
+    def passes(of_x, of_gradient):
+        module, given = copy.deepcopy(model[0]), of_x(x).requires_grad_()
+        output = module(given)
+        return output, *torch.autograd.grad(output, [given, *module.parameters()], of_gradient(output.detach()))
+
+    def plainly(x):
+        return lazily(x).clone(memory_format=torch.preserve_format)
+
+    expected = passes(plainly, plainly)
+    for given in (lazily, plainly), (plainly, lazily):
+        assert all(map(torch.equal, passes(*given), expected))
+
+
 def test_zero_gradients_stay_zero():
     layer, x = quantized(nn.Linear(6, 4), LUQ), torch.randn(5, 6, requires_grad=True)
     layer(x).backward(torch.zeros(5, 4))

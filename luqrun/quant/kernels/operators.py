@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luqrun.internals.of_torch import PLAIN, has_modes, is_watched
+from luqrun.internals.of_torch import PLAIN, has_modes, is_lazy, is_watched
 from luqrun.quant.kernels import flops
 
 LIBRARY = torch.library.Library("luqrun", "DEF")
@@ -30,7 +30,7 @@ def operator(schema: str):
             if torch.compiler.is_compiling():
                 return registered(*arguments)
             # Called past torch's dispatcher, where nobody watches and nothing else is to be dispatched: 10 us less.
-            if _thread.direct or (not is_watched() and _are_plain(arguments)):
+            if _thread.direct or (not is_watched() and are_plain(arguments)):
                 return cls.run(*arguments)
             if has_modes():
                 flops.register_formulas()
@@ -53,7 +53,7 @@ class directly:
     they are plain ones and nobody watches. Not for a compiler."""
 
     def __init__(self, *tensors: Tensor):
-        self.direct = not is_watched() and _are_plain(tensors)
+        self.direct = not is_watched() and are_plain(tensors)
 
     def __enter__(self) -> None:
         self.before, _thread.direct = _thread.direct, self.direct
@@ -70,15 +70,15 @@ def is_direct() -> bool:
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
 
 
-def _are_plain(arguments: Sequence) -> bool:
-    """Whether each argument, or each of a list, is a tensor with memory of its own, or none at all."""
+def are_plain(arguments: Sequence) -> bool:
+    """Whether each argument, or each of a list, is a tensor whose memory holds its elements, or none at all."""
     for argument in arguments:
         kind = type(argument)
         if kind in PLAIN:
-            if argument.is_meta:
+            if argument.is_meta or is_lazy(argument):
                 return False
         elif kind not in _NO_TENSORS and (
-            isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not _are_plain(argument))
+            isinstance(argument, Tensor) or (isinstance(argument, list | tuple) and not are_plain(argument))
         ):
             return False
     return True

@@ -25,6 +25,7 @@ from luqrun.quant.kernels.cpu.requests import KINDS, form_of
 from luqrun.quant.kernels.cpu.sizes import chunks
 from luqrun.quant.kernels.cpu.statistics import measuring
 from luqrun.quant.kernels.layout import dense, empty, in_channels_last, is_channels_last, pixels_of
+from luqrun.quant.kernels.operators import are_plain
 
 # What small results are made like: half the time of naming size and dtype. Here and below the device is named: a
 # torch.device that is set around a call must not count.
@@ -194,7 +195,7 @@ def batch_norm_backward(
     """See reference.batch_norm_backward."""
     if mask is not None and is_channels_last(x):
         grad = in_channels_last(grad)  # as a ReLU's backward pass would leave it
-    if is_channels_last(grad) and grad.dtype == x.dtype and norm.suits(x, weight):
+    if is_channels_last(grad) and grad.dtype == x.dtype and are_plain((grad,)) and norm.suits(x, weight):
         return norm.gradients(grad, mask, x, weight, mean, inverse, found)
     grad = grad if mask is None else relu_backward(grad, mask, is_channels_last(x))
     return reference.batch_norm_backward(grad, None, x, weight, mean, inverse, eps, found)

@@ -20,6 +20,7 @@ from luqrun.quant.kernels.cpu.columns import EIGHT
 from luqrun.quant.kernels.cpu.proofs import Proofs
 from luqrun.quant.kernels.cpu.rows import HAS_FMA
 from luqrun.quant.kernels.layout import is_channels_last
+from luqrun.quant.kernels.operators import are_plain
 
 # Channels by which the loops go; of bf16 torch rounds what is left over in another way.
 STEPS = {torch.float32: EIGHT, torch.bfloat16: 16}
@@ -38,7 +39,7 @@ class Kind(NamedTuple):
 
 def suits(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the loops give torch's numbers of a batch norm of x. vectors: what else goes in of each channel."""
-    if not (HAS_FMA and x.dtype in STEPS and is_channels_last(x)):
+    if not (HAS_FMA and x.dtype in STEPS and is_channels_last(x) and are_plain((x, *vectors))):
         return False
     images, channels, height, width = x.shape
     if channels % STEPS[x.dtype]:
