@@ -134,7 +134,7 @@ def shell(cache):
 @pytest.fixture
 def by_operators(monkeypatch):
     """Layers call their operators one by one, and pack what they keep, as those of large tensors do."""
-    from luqrun.quant.kernels.cpu import passes, sizes  # which loads numba
+    from luqrun.quant.kernels.cpu import pass_kinds, sizes  # which loads numba
 
     monkeypatch.setattr(sizes, "FEW", 0)
-    monkeypatch.setattr(passes, "MOST", 0)
+    monkeypatch.setattr(pass_kinds, "MOST", 0)
